@@ -1,0 +1,108 @@
+"""The file that remembers the adapters across restarts: names, sources, pins and the versions they had. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from manylora.adapters.errors import RegistryStateError
+
+_FORMAT: Final = 1
+
+
+@dataclass(frozen=True)
+class StateEntry:
+    name: str
+    source: str
+    """Absolute path or hub id."""
+    pinned: bool
+    version: str
+    """What the source contained when it was last loaded."""
+
+
+def read_state(path: Path) -> list[StateEntry]:
+    """The remembered adapters in the order of the file; none if it does not exist.
+
+    Raises RegistryStateError for anything but a well-formed file: starting without the adapters that clients expect,
+    and then overwriting the only record of them, would be a guess.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unusable(path, f"it cannot be read: {error}") from error
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _unusable(path, f"it is not valid JSON: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        found = document.get("format") if isinstance(document, dict) else type(document).__name__
+        raise _unusable(path, f"its format is {found!r}, and this version of manylora reads format {_FORMAT}")
+    adapters = document.get("adapters")
+    if not isinstance(adapters, list):
+        raise _unusable(path, "it has no list `adapters`")
+    entries = [_entry(path, i, value) for i, value in enumerate(adapters)]
+    names = [entry.name for entry in entries]
+    if len(set(names)) != len(names):
+        raise _unusable(path, f"a name occurs twice in `adapters`: {names}")
+    return entries
+
+
+def write_state(path: Path, entries: Iterable[StateEntry]) -> None:
+    """Replace the file in one step: after a crash it holds either the old or the new adapters, never half of each.
+
+    Raises RegistryStateError if it cannot be written; the old file is then still there.
+    """
+    document = {"format": _FORMAT, "adapters": [vars(entry) for entry in entries]}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(document, file, indent=2)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise RegistryStateError(
+            f"The list of adapters could not be written to {path}: {error}. Nothing was changed; make room or fix the "
+            "permissions, or start without a state file."
+        ) from error
+
+
+def _sync_directory(path: Path) -> None:
+    # The rename itself is only durable once the directory is synced; not every platform can open one.
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _entry(path: Path, index: int, value: Any) -> StateEntry:
+    kinds = {"name": str, "source": str, "pinned": bool, "version": str}
+    if not isinstance(value, dict) or set(value) != set(kinds):
+        raise _unusable(path, f"adapters[{index}] must have exactly the keys {sorted(kinds)}, got {value!r:.200}")
+    for key, kind in kinds.items():
+        if not isinstance(value[key], kind):
+            raise _unusable(path, f"adapters[{index}].{key} must be a {kind.__name__}, got {value[key]!r:.200}")
+    return StateEntry(**value)
+
+
+def _unusable(path: Path, why: str) -> RegistryStateError:
+    return RegistryStateError(
+        f"The state file {path} is unusable: {why}. It was left as it is. To keep the adapters it names, repair it; to "
+        "start without them, move it aside and load them again."
+    )

@@ -1,0 +1,51 @@
+"""An adapter's tensors as the server keeps them in host memory, and the report made when they were loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from manylora.kernels.lora_pool import LoraPair
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading an adapter found; the fields of ``GET /v1/adapters/{name}``."""
+
+    ranks: tuple[int, ...]
+    """Distinct ranks, ascending."""
+    scales: tuple[float, ...]
+    """Distinct alpha/r (or alpha/sqrt(r)), ascending."""
+    modules: tuple[str, ...]
+    """Projections that carry a delta, e.g. ``("q", "v")``, in the order of kernels.sites.PROJECTIONS."""
+    n_modules: int
+    """Matched modules, counting each layer's."""
+    nbytes: int
+    """Bytes of the tensors in host memory."""
+    dtype: str
+    base_model: str | None
+    """``base_model_name_or_path`` of the adapter's config."""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """One immutable adapter version.
+
+    ``version`` is the sha256 (hex) over the weights file and the config file, so equal content has equal identity.
+    ``pairs`` maps ``(projection, layer)`` (see kernels.sites; layer 0 for the global projections) to its delta.
+    """
+
+    version: str
+    pairs: Mapping[tuple[str, int], LoraPair]
+    report: LoadReport
+    chat_template: str | None = field(default=None)
+    """The adapter directory's own chat template, used for its requests if present."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(pair.nbytes for pair in self.pairs.values())
+
+    @property
+    def max_rank(self) -> int:
+        return max((pair.rank for pair in self.pairs.values()), default=0)

@@ -1,0 +1,344 @@
+"""Inner loops as LLVM IR: the few places where a numba kernel needs vector registers and byte shuffles by name.
+
+Everything the CPU computes in bulk is one micro-kernel, ``gemm_tile``: R rows of x times a panel of 16·T columns,
+held in vector registers. NF4 and bf16 weights are first decoded into such a panel, small enough for the L1 cache; LoRA
+pages and KV pages already have its shape. Addresses are passed as plain int64, offsets are in bytes.
+
+**Order of summation.** Each output element is ``fma(x[k], w[k, n], acc)`` for k = 0, 1, 2, … in one chain, whichever R
+and T are used and however k is cut into panels. A row's result therefore never depends on how many rows share the
+batch: bit for bit, not within a tolerance.
+
+The IR uses AVX2 and FMA (x86-64-v3). ``kernels.cpu.available()`` says whether this processor has them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from manylora.kernels.nf4_code import NF4_CODE
+
+Builder = Any
+Value = Any
+
+I8, I32, I64, F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+V8F, V8I, V16S, V32B = (
+    ir.VectorType(F32, 8),
+    ir.VectorType(I32, 8),
+    ir.VectorType(ir.IntType(16), 16),
+    ir.VectorType(I8, 32),
+)
+TILE: Final = 16
+"""Columns of a panel tile: two 8-lane vectors."""
+MAX_ROWS: Final = 6
+"""Rows of the largest micro-kernel: 6 x 2 accumulators leave room for the panel and a broadcast in 16 registers."""
+
+
+def _i64(value: int) -> Value:
+    return ir.Constant(I64, value)
+
+
+def _load(b: Builder, address: Value, kind: Any, align: int) -> Value:
+    return b.load(b.inttoptr(address, kind.as_pointer()), align=align)
+
+
+def _store(b: Builder, value: Value, address: Value, align: int) -> None:
+    b.store(value, b.inttoptr(address, value.type.as_pointer()), align=align)
+
+
+def _splat(b: Builder, scalar: Value) -> Value:
+    one = b.insert_element(ir.Constant(V8F, ir.Undefined), scalar, ir.Constant(I32, 0))
+    return b.shuffle_vector(one, ir.Constant(V8F, ir.Undefined), ir.Constant(V8I, [0] * 8))
+
+
+def _offset(b: Builder, address: Value, n_bytes: int) -> Value:
+    return b.add(address, _i64(n_bytes)) if n_bytes else address
+
+
+def _gemm_tile(rows: int, tiles: int) -> Callable[..., Any]:
+    """A micro-kernel for ``rows`` rows and ``16 * tiles`` columns; see ``gemm_tile`` for what it computes."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(typingctx, x, x_offsets, panel, panel_stride, depth, c, c_offsets, accumulate):  # type: ignore[no-untyped-def]
+        signature = types.void(*[types.int64] * 8)
+
+        def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+            x, x_offsets, panel, panel_stride, depth, c, c_offsets, accumulate = args
+            fma = _function(b, "llvm.fma.v8f32", V8F, V8F, V8F, V8F)
+            vectors = 2 * tiles
+            x_rows = [b.add(x, _load(b, _offset(b, x_offsets, 8 * r), I64, 8)) for r in range(rows)]
+            c_rows = [b.add(c, _load(b, _offset(b, c_offsets, 8 * r), I64, 8)) for r in range(rows)]
+            acc = [[cgutils.alloca_once(b, V8F) for _ in range(vectors)] for _ in range(rows)]
+            with b.if_else(b.icmp_signed("!=", accumulate, _i64(0))) as (then, otherwise):
+                with then:
+                    for r in range(rows):
+                        for v in range(vectors):
+                            b.store(_load(b, _offset(b, c_rows[r], 32 * v), V8F, 4), acc[r][v])
+                with otherwise:
+                    for r in range(rows):
+                        for v in range(vectors):
+                            b.store(ir.Constant(V8F, [0.0] * 8), acc[r][v])
+            with cgutils.for_range(b, depth, intp=I64) as loop:
+                row = b.add(panel, b.mul(loop.index, panel_stride))
+                weights = [_load(b, _offset(b, row, 32 * v), V8F, 4) for v in range(vectors)]
+                step = b.mul(loop.index, _i64(4))
+                for r in range(rows):
+                    factor = _splat(b, _load(b, b.add(x_rows[r], step), F32, 4))
+                    for v in range(vectors):
+                        b.store(b.call(fma, [factor, weights[v], b.load(acc[r][v])]), acc[r][v])
+            for r in range(rows):
+                for v in range(vectors):
+                    _store(b, b.load(acc[r][v]), _offset(b, c_rows[r], 32 * v), 4)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return tile  # type: ignore[no-any-return]
+
+
+gemm_1x1, gemm_2x1, gemm_3x1 = _gemm_tile(1, 1), _gemm_tile(2, 1), _gemm_tile(3, 1)
+gemm_4x1, gemm_5x1, gemm_6x1 = _gemm_tile(4, 1), _gemm_tile(5, 1), _gemm_tile(6, 1)
+gemm_1x4, gemm_2x2, gemm_3x2 = _gemm_tile(1, 4), _gemm_tile(2, 2), _gemm_tile(3, 2)
+
+
+def _byte_tables() -> list[Value]:
+    """The four byte planes of the 16 fp32 codes, each repeated in both 128-bit lanes for ``vpshufb``."""
+    raw = [struct.pack("<f", value) for value in NF4_CODE]
+    return [ir.Constant(V32B, [code[plane] for code in raw] * 2) for plane in range(4)]
+
+
+def _unpack(width: int, high: bool) -> list[int]:
+    """Shuffle mask of ``vpunpck{l,h}`` on two 256-bit vectors of ``width`` elements: interleaves within each lane."""
+    lane = width // 2
+    start = lane // 2 if high else 0
+    return [i for base in (0, lane) for j in range(lane // 2) for i in (base + start + j, width + base + start + j)]
+
+
+def _shuffle(b: Builder, left: Value, right: Value, mask: list[int]) -> Value:
+    return b.shuffle_vector(left, right, ir.Constant(ir.VectorType(I32, len(mask)), mask))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def decode_nf4(typingctx, packed, absmax, out, out_stride, quads):  # type: ignore[no-untyped-def]
+    """Decode ``4 * quads`` rows of a 16-column tile to fp32, times ``absmax[16]``: ``out[k, n] = code * absmax[n]``.
+
+    ``packed`` holds 32 bytes a quad, in the order of ``kernels.cpu.linear.pack_nf4``. Four byte look-ups and two
+    levels of interleaving give 32 exact fp32 codes: about three shuffles for eight weights.
+    """
+    signature = types.void(*[types.int64] * 5)
+
+    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+        packed, absmax, out, out_stride, quads = args
+        pshufb = _function(b, "llvm.x86.avx2.pshuf.b", V32B, V32B, V32B)
+        tables = _byte_tables()
+        low_nibble = ir.Constant(V32B, [15] * 32)
+        four = ir.Constant(V16S, [4] * 16)
+        scales = [_load(b, _offset(b, absmax, 32 * v), V8F, 4) for v in range(2)]
+        with cgutils.for_range(b, quads, intp=I64) as loop:
+            codes = _load(b, b.add(packed, b.mul(loop.index, _i64(32))), V32B, 1)
+            shifted = b.bitcast(b.lshr(b.bitcast(codes, V16S), four), V32B)
+            base = b.add(out, b.mul(loop.index, b.mul(out_stride, _i64(4))))
+            for pair, nibbles in enumerate((b.and_(codes, low_nibble), b.and_(shifted, low_nibble))):
+                planes = [b.call(pshufb, [table, nibbles]) for table in tables]
+                for within, high_bytes in enumerate((False, True)):
+                    mask8 = _unpack(32, high_bytes)
+                    low16 = b.bitcast(_shuffle(b, planes[0], planes[1], mask8), V16S)
+                    high16 = b.bitcast(_shuffle(b, planes[2], planes[3], mask8), V16S)
+                    row = b.add(base, b.mul(out_stride, _i64(2 * pair + within)))
+                    for half, high_words in enumerate((False, True)):
+                        value = b.bitcast(_shuffle(b, low16, high16, _unpack(16, high_words)), V8F)
+                        _store(b, b.fmul(value, scales[half]), _offset(b, row, 32 * half), 4)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def decode_bf16(typingctx, packed, out, out_stride, depth):  # type: ignore[no-untyped-def]
+    """Widen ``depth`` rows of a 16-column bf16 tile (order of ``pack_bf16``) to fp32; exact."""
+    signature = types.void(*[types.int64] * 4)
+
+    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+        packed, out, out_stride, depth = args
+        with cgutils.for_range(b, depth, intp=I64) as loop:
+            words = _load(b, b.add(packed, b.mul(loop.index, _i64(32))), V8I, 4)
+            row = b.add(out, b.mul(loop.index, out_stride))
+            low = b.shl(words, ir.Constant(V8I, [16] * 8))
+            high = b.and_(words, ir.Constant(V8I, [0xFFFF0000] * 8))
+            _store(b, b.bitcast(low, V8F), row, 4)
+            _store(b, b.bitcast(high, V8F), _offset(b, row, 32), 4)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _at(name: str, kind: Any, result: Any, doc: str) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def at(typingctx, address, index):  # type: ignore[no-untyped-def]
+        def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+            value = _load(b, b.add(args[0], b.mul(args[1], _i64(4))), kind, 4)
+            return b.sext(value, I64) if kind is I32 else value
+
+        return result(types.int64, types.int64), codegen
+
+    at.__name__, at.__doc__ = name, doc
+    return at
+
+
+int32_at = _at("int32_at", I32, types.int64, "Element ``index`` of the int32 array at ``address``.")
+float32_at = _at("float32_at", F32, types.float32, "Element ``index`` of the fp32 array at ``address``.")
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def scale_16(typingctx, address, factor):  # type: ignore[no-untyped-def]
+    """Multiply the 16 fp32 values at ``address`` by ``factor``, in place."""
+
+    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+        factor = _splat(b, args[1])
+        for half in range(2):
+            place = _offset(b, args[0], 32 * half)
+            _store(b, b.fmul(_load(b, place, V8F, 4), factor), place, 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), codegen
+
+
+def _function(b: Builder, name: str, result: Any, *arguments: Any) -> Value:
+    return cgutils.get_or_insert_function(b.module, ir.FunctionType(result, list(arguments)), name)
+
+
+def _constant(value: float) -> Value:
+    return ir.Constant(V8F, [value] * 8)
+
+
+def _exp(b: Builder, x: Value) -> Value:
+    """e^x of eight lanes, to about 2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a degree-6 polynomial for e^r, times 2^n.
+
+    The reduction and coefficients are those of the Cephes library (expf). Arguments are clamped to [-87.3, 88.3], where
+    fp32 neither underflows nor overflows; NaN stays NaN.
+    """
+    fma = _function(b, "llvm.fma.v8f32", V8F, V8F, V8F, V8F)
+    rint = _function(b, "llvm.rint.v8f32", V8F, V8F)
+    low, high = _constant(-87.3), _constant(88.3)
+    x = b.select(b.fcmp_ordered("<", x, low), low, x)
+    x = b.select(b.fcmp_ordered(">", x, high), high, x)
+    n = b.call(rint, [b.fmul(x, _constant(1.44269504088896341))])
+    r = b.call(fma, [n, _constant(-0.693359375), x])
+    r = b.call(fma, [n, _constant(2.12194440e-4), r])
+    p = _constant(1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = b.call(fma, [p, r, _constant(coefficient)])
+    p = b.fadd(b.call(fma, [p, b.fmul(r, r), r]), _constant(1.0))
+    # NaN has no integer: convert 0 there instead, p is NaN all the same.
+    exponent = b.fptosi(b.select(b.fcmp_ordered("ord", n, n), n, _constant(0.0)), V8I)
+    bits = b.shl(b.add(exponent, ir.Constant(V8I, [127] * 8)), ir.Constant(V8I, [23] * 8))
+    return b.fmul(p, b.bitcast(bits, V8F))
+
+
+def _reduce(b: Builder, vector: Value, combine: Callable[[Value, Value], Value]) -> Value:
+    """Fold eight lanes into one, always in the same order: 0+4, 1+5, ... then 0+2, 1+3, then 0+1."""
+    undefined = ir.Constant(V8F, ir.Undefined)
+    for step in (4, 2, 1):
+        mask = [(i + step) % 8 for i in range(8)]
+        vector = combine(vector, b.shuffle_vector(vector, undefined, ir.Constant(V8I, mask)))
+    return b.extract_element(vector, ir.Constant(I32, 0))
+
+
+def _max(b: Builder, left: Value, right: Value) -> Value:
+    return b.select(b.fcmp_unordered(">", left, right), left, right)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def softmax_8(typingctx, address, vectors, scale):  # type: ignore[no-untyped-def]
+    """Replace ``s`` (``8 * vectors`` fp32 values) by ``exp(scale * (s - max s))``; returns nothing, see ``sum_8``."""
+
+    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+        address, vectors, scale = args
+        peak = cgutils.alloca_once(b, V8F)
+        b.store(_load(b, address, V8F, 4), peak)
+        with cgutils.for_range(b, vectors, intp=I64) as loop:
+            value = _load(b, b.add(address, b.mul(loop.index, _i64(32))), V8F, 4)
+            b.store(_max(b, value, b.load(peak)), peak)
+        top = _splat(b, _reduce(b, b.load(peak), lambda left, right: _max(b, left, right)))
+        factor = _splat(b, scale)
+        with cgutils.for_range(b, vectors, intp=I64) as loop:
+            place = b.add(address, b.mul(loop.index, _i64(32)))
+            _store(b, _exp(b, b.fmul(b.fsub(_load(b, place, V8F, 4), top), factor)), place, 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def sum_8(typingctx, address, vectors):  # type: ignore[no-untyped-def]
+    """The sum of ``8 * vectors`` fp32 values: lane by lane, then across the lanes."""
+
+    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+        total = cgutils.alloca_once(b, V8F)
+        b.store(_constant(0.0), total)
+        with cgutils.for_range(b, args[1], intp=I64) as loop:
+            place = b.add(args[0], b.mul(loop.index, _i64(32)))
+            b.store(b.fadd(_load(b, place, V8F, 4), b.load(total)), total)
+        return _reduce(b, b.load(total), b.fadd)
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def scale_8(typingctx, address, vectors, factor):  # type: ignore[no-untyped-def]
+    """Multiply ``8 * vectors`` fp32 values by ``factor``, in place."""
+
+    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+        factor = _splat(b, args[2])
+        with cgutils.for_range(b, args[1], intp=I64) as loop:
+            place = b.add(args[0], b.mul(loop.index, _i64(32)))
+            _store(b, b.fmul(_load(b, place, V8F, 4), factor), place, 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def rms_norm_8(typingctx, x, weight, out, vectors, epsilon):  # type: ignore[no-untyped-def]
+    """``out = x / sqrt(mean(x^2) + epsilon) * weight`` over ``8 * vectors`` fp32 values."""
+
+    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+        x, weight, out, vectors, epsilon = args
+        fma = _function(b, "llvm.fma.v8f32", V8F, V8F, V8F, V8F)
+        sqrt = _function(b, "llvm.sqrt.f32", F32, F32)
+        total = cgutils.alloca_once(b, V8F)
+        b.store(_constant(0.0), total)
+        with cgutils.for_range(b, vectors, intp=I64) as loop:
+            value = _load(b, b.add(x, b.mul(loop.index, _i64(32))), V8F, 4)
+            b.store(b.call(fma, [value, value, b.load(total)]), total)
+        count = b.sitofp(b.mul(vectors, _i64(8)), F32)
+        mean = b.fdiv(_reduce(b, b.load(total), b.fadd), count)
+        factor = _splat(b, b.fdiv(ir.Constant(F32, 1.0), b.call(sqrt, [b.fadd(mean, epsilon)])))
+        with cgutils.for_range(b, vectors, intp=I64) as loop:
+            step = b.mul(loop.index, _i64(32))
+            value = b.fmul(_load(b, b.add(x, step), V8F, 4), factor)
+            _store(b, b.fmul(value, _load(b, b.add(weight, step), V8F, 4)), b.add(out, step), 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def silu_mul_8(typingctx, gate, up, out, vectors):  # type: ignore[no-untyped-def]
+    """``out = gate * sigmoid(gate) * up`` over ``8 * vectors`` fp32 values."""
+
+    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+        gate, up, out, vectors = args
+        with cgutils.for_range(b, vectors, intp=I64) as loop:
+            step = b.mul(loop.index, _i64(32))
+            g = _load(b, b.add(gate, step), V8F, 4)
+            silu = b.fdiv(g, b.fadd(_constant(1.0), _exp(b, b.fneg(g))))
+            _store(b, b.fmul(silu, _load(b, b.add(up, step), V8F, 4)), b.add(out, step), 4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen

@@ -1,0 +1,136 @@
+"""Batched LoRA on the CPU: ``y[row] += scale * (x[row] A_slot) B_slot`` over segments of rows with the same slot.
+
+Two phases with a barrier between them, in one call: the shrink fills ``h`` (shared out by segment, projection and
+page), the expand adds to ``y`` (shared out by columns, so that no two threads write one element even if a row has
+several adapters). The order of every sum is fixed: by page, then by segment.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import carray, cfunc
+
+from manylora.kernels.cpu.threads import KERNEL, barrier, launch
+from manylora.kernels.cpu.emit import float32_at, int32_at, scale_16
+from manylora.kernels.cpu.tiles import address_of, gemm_few_rows, gemm_rows, keep_alive, share
+from manylora.kernels.lora_pool import LoraPool
+from manylora.kernels.sites import RANK_PAGE, SITES
+
+_HEADER = 14
+_FIELDS = 11
+"""Arguments before the projections', and for each projection."""
+
+
+@cfunc(KERNEL, cache=True)  # type: ignore[untyped-decorator]
+def _lora_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
+    a = carray(arguments, _HEADER + 3 * _FIELDS)
+    x, x_stride, y, y_stride, depth, n_pairs, rows, scales = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
+    n_segments, slots, offsets, h, h_width, n_projections = a[8], a[9], a[10], a[11], a[12], a[13]
+    # h is [pairs, projections, h_width]; h_width is 16 times the most pages that a slot can have.
+    h_stride = n_projections * h_width * 4
+    x_offsets = np.empty(n_pairs, np.int64)
+    y_offsets = np.empty(n_pairs, np.int64)
+    h_offsets = np.empty(n_pairs, np.int64)
+    for i in range(n_pairs):
+        row = int32_at(rows, i)
+        x_offsets[i] = row * x_stride
+        y_offsets[i] = row * y_stride
+        h_offsets[i] = i * h_stride
+    xo, yo, ho = address_of(x_offsets), address_of(y_offsets), address_of(h_offsets)
+
+    item = 0
+    for s in range(n_segments):
+        slot, first, last = int32_at(slots, s), int32_at(offsets, s), int32_at(offsets, s + 1)
+        count = last - first
+        for j in range(n_projections):
+            p = _HEADER + _FIELDS * j
+            rank = int32_at(a[p + 4], slot * a[p + 8])
+            factor = float32_at(a[p + 5], slot * a[p + 8])
+            for page in range((rank + 15) // 16):
+                if item % parts == part:
+                    panel = a[p] + int32_at(a[p + 6], slot * a[p + 7] + page) * a[p + 1]
+                    target = h + 4 * (j * h_width + 16 * page)
+                    gemm_rows(count, x, xo + 8 * first, panel, 64, depth, target, ho + 8 * first, 0)
+                    for i in range(first, last):
+                        scale_16(target + i * h_stride, factor * float32_at(scales, i))
+                item += 1
+    if parts > 1:
+        barrier()
+    for j in range(n_projections):
+        p = _HEADER + _FIELDS * j
+        first_tile, last_tile = share(a[p + 9] // 16, part, parts, 1)
+        columns = y + 4 * (a[p + 10] + 16 * first_tile)
+        for s in range(n_segments):
+            slot, first, last = int32_at(slots, s), int32_at(offsets, s), int32_at(offsets, s + 1)
+            count = last - first
+            rank = int32_at(a[p + 4], slot * a[p + 8])
+            for page in range((rank + 15) // 16):
+                panel = a[p + 2] + int32_at(a[p + 6], slot * a[p + 7] + page) * a[p + 3] + 64 * first_tile
+                source = h + 4 * (j * h_width + 16 * page)
+                width = min(16, rank - 16 * page)
+                stride = 4 * a[p + 9]
+                if count <= 3:
+                    gemm_few_rows(count, last_tile - first_tile, source, ho + 8 * first, panel, stride, width, columns, yo + 8 * first, 1)
+                else:
+                    for t in range(last_tile - first_tile):
+                        gemm_rows(count, source, ho + 8 * first, panel + 64 * t, stride, width, columns + 64 * t, yo + 8 * first, 1)
+    keep_alive(x_offsets)
+    keep_alive(y_offsets)
+    keep_alive(h_offsets)
+
+
+class CpuLora:
+    """The batched op bound to one pool: what is constant is laid out once, not at each of a step's many calls."""
+
+    def __init__(self, pool: LoraPool) -> None:
+        self._pool = pool
+        self._h_width = RANK_PAGE * pool.page_table["q"].shape[1]
+        self._h = torch.empty(0)
+        self._fields = {
+            (site, layer): self._site(site, layer)
+            for site in SITES
+            for layer in range(pool.shapes.layers_of(SITES[site][0]))
+        }
+
+    def _site(self, site: str, layer: int) -> tuple[int, ...]:
+        pool, fields = self._pool, []
+        offsets = pool.shapes.site_offsets(site)
+        for projection, offset in zip(SITES[site], offsets, strict=False):
+            a, b, table = pool.a[projection], pool.b[projection], pool.page_table[projection]
+            ranks, scaling = pool.ranks[projection], pool.scaling[projection]
+            fields += [
+                a.data_ptr() + layer * a.stride(1) * 4,
+                a.stride(0) * 4,
+                b.data_ptr() + layer * b.stride(1) * 4,
+                b.stride(0) * 4,
+                ranks.data_ptr() + layer * 4,
+                scaling.data_ptr() + layer * 4,
+                table.data_ptr(),
+                table.stride(0),
+                ranks.stride(0),
+                b.shape[3],
+                offset,
+            ]
+        return tuple(fields)
+
+    def add_(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        site: str,
+        layer: int,
+        rows: torch.Tensor,
+        scales: torch.Tensor,
+        slots: torch.Tensor,
+        offsets: torch.Tensor,
+    ) -> None:
+        """Add the segments' deltas of a site to ``y`` fp32 in place; see ``kernels.lora.lora_add_``."""
+        n_pairs, projections = rows.numel(), len(SITES[site])
+        if self._h.numel() < n_pairs * 3 * self._h_width:
+            self._h = torch.empty(n_pairs * 3 * self._h_width, dtype=torch.float32)
+        launch(
+            _lora_kernel, x.data_ptr(), x.stride(0) * 4, y.data_ptr(), y.stride(0) * 4, x.shape[1], n_pairs,
+            rows.data_ptr(), scales.data_ptr(), slots.numel(), slots.data_ptr(), offsets.data_ptr(),
+            self._h.data_ptr(), self._h_width, projections, *self._fields[site, layer],
+        )  # fmt: skip

@@ -1,0 +1,99 @@
+"""Running a numba kernel on the OpenMP threads that torch already has.
+
+torch ships its own libgomp. A second thread pool beside it (numba's ``parallel=True``) would fight it for the cores:
+idle OpenMP threads spin. So a kernel here is a C callback handed to ``GOMP_parallel`` of *that* library, the very call a
+compiler makes for ``#pragma omp parallel``. ``GOMP_parallel`` is libgomp's stable ABI though not torch's API, so
+``launch`` falls back to running the parts one after another where the library is not found: slower, the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import cfunc, njit, types
+from numba.extending import intrinsic
+
+logger = logging.getLogger(__name__)
+
+KERNEL = types.void(types.CPointer(types.int64), types.int64, types.int64)
+"""A kernel: ``(arguments, part, parts)``; arguments are int64 values or addresses, ``part`` says which share to do."""
+
+
+def _find_libgomp() -> ctypes.CDLL | None:
+    """torch's own libgomp, found by what is mapped into this process; never a second one."""
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in maps if "libgomp" in line}
+    # Loading torch maps one libgomp; with several (another package's came along) torch's is the one in its folder.
+    inside = [path for path in paths if str(Path(torch.__file__).parent.parent) in path]
+    for path in inside or sorted(paths):
+        return ctypes.CDLL(path)
+    return None
+
+
+_libgomp = _find_libgomp()
+if _libgomp is not None:
+    for _name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
+        llvm.add_symbol(_name, ctypes.cast(getattr(_libgomp, _name), ctypes.c_void_p).value)
+    _omp_get_thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
+    _omp_get_num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
+    barrier = types.ExternalFunction("GOMP_barrier", types.void())
+    """All parts of the running kernel meet here; to be called by every part or by none, and only if there are several."""
+else:
+
+    @njit(nogil=True)  # type: ignore[untyped-decorator]
+    def barrier() -> None:
+        """Kernels run in one part here: there is nobody to wait for."""
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _call_kernel(typingctx, kernel, arguments, part, parts):  # type: ignore[no-untyped-def]
+    """Call the kernel at address ``kernel``."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Sequence[Any]) -> Any:
+        i64 = ir.IntType(64)
+        function = ir.FunctionType(ir.VoidType(), [i64, i64, i64])
+        b.call(b.inttoptr(args[0], function.as_pointer()), list(args[1:]))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+if _libgomp is not None:
+
+    @cfunc(types.void(types.CPointer(types.int64)), cache=True)  # type: ignore[untyped-decorator]
+    def _team_member(call):  # type: ignore[no-untyped-def]
+        _call_kernel(call[0], call[1], np.int64(_omp_get_thread_num()), np.int64(_omp_get_num_threads()))
+
+    _gomp_parallel = _libgomp.GOMP_parallel
+    _gomp_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    _gomp_parallel.restype = None
+    _team_member_address = _team_member.address
+else:
+    logger.warning("torch's libgomp was not found: CPU kernels run on one thread")
+
+
+def launch(kernel: Any, *arguments: int, parallel: bool = True) -> None:
+    """Run a ``cfunc`` of signature ``KERNEL``, split over torch's threads; returns when all parts are done.
+
+    ``arguments`` are ints (values or addresses). ``parallel=False`` runs a small job here, without waking anyone.
+    The result does not depend on the number of parts: a kernel gives each part outputs of its own.
+    """
+    n = len(arguments)
+    packed = (ctypes.c_int64 * n)(*arguments)
+    threads = torch.get_num_threads() if parallel and _libgomp is not None else 1
+    if threads > 1:
+        call = (ctypes.c_int64 * 2)(kernel.address, ctypes.addressof(packed))
+        _gomp_parallel(_team_member_address, call, threads, 0)
+    else:
+        kernel.ctypes(ctypes.cast(packed, ctypes.POINTER(ctypes.c_int64)), 0, 1)

@@ -1,0 +1,122 @@
+"""Loops over the micro-kernel shared by all CPU kernels: rows are cut into near-equal groups of at most six."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from manylora.kernels.cpu.emit import (
+    gemm_1x1,
+    gemm_1x4,
+    gemm_2x1,
+    gemm_2x2,
+    gemm_3x1,
+    gemm_3x2,
+    gemm_4x1,
+    gemm_5x1,
+    gemm_6x1,
+)
+
+
+@njit(nogil=True, inline="never")  # type: ignore[untyped-decorator]
+def gemm_rows(rows, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate):  # type: ignore[no-untyped-def]
+    """``c[r, 0:16] (+)= x[r, 0:depth] @ panel[0:depth, 0:16]`` for any number of rows.
+
+    Addresses and byte offsets are int64; ``x_offsets`` and ``c_offsets`` are addresses of int64 arrays ``[rows]``.
+    """
+    groups = (rows + 5) // 6
+    done = 0
+    for g in range(groups):
+        # Near-equal groups: 8 rows are 4 + 4, not 6 + 2, because a small group starves the multipliers.
+        size = (rows - done + groups - g - 1) // (groups - g)
+        xo, co = x_offsets + 8 * done, c_offsets + 8 * done
+        if size == 6:
+            gemm_6x1(x, xo, panel, stride, depth, c, co, accumulate)
+        elif size == 5:
+            gemm_5x1(x, xo, panel, stride, depth, c, co, accumulate)
+        elif size == 4:
+            gemm_4x1(x, xo, panel, stride, depth, c, co, accumulate)
+        elif size == 3:
+            gemm_3x1(x, xo, panel, stride, depth, c, co, accumulate)
+        elif size == 2:
+            gemm_2x1(x, xo, panel, stride, depth, c, co, accumulate)
+        else:
+            gemm_1x1(x, xo, panel, stride, depth, c, co, accumulate)
+        done += size
+
+
+@njit(nogil=True, inline="never")  # type: ignore[untyped-decorator]
+def gemm_few_rows(rows, tiles, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate):  # type: ignore[no-untyped-def]
+    """The same for at most three rows and a panel of several tiles: more columns at once hide the FMA latency."""
+    t = 0
+    if rows == 1:
+        while t + 4 <= tiles:
+            gemm_1x4(x, x_offsets, panel + 64 * t, stride, depth, c + 64 * t, c_offsets, accumulate)
+            t += 4
+    else:
+        while t + 2 <= tiles:
+            if rows == 2:
+                gemm_2x2(x, x_offsets, panel + 64 * t, stride, depth, c + 64 * t, c_offsets, accumulate)
+            else:
+                gemm_3x2(x, x_offsets, panel + 64 * t, stride, depth, c + 64 * t, c_offsets, accumulate)
+            t += 2
+    while t < tiles:
+        gemm_rows(rows, x, x_offsets, panel + 64 * t, stride, depth, c + 64 * t, c_offsets, accumulate)
+        t += 1
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def share(total, part, parts, grain):  # type: ignore[no-untyped-def]
+    """The part-th contiguous share of ``total``, in multiples of ``grain``."""
+    grains = (total + grain - 1) // grain
+    first, last = grains * part // parts * grain, grains * (part + 1) // parts * grain
+    return first, min(last, total)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def address_of(typingctx, array):  # type: ignore[no-untyped-def]
+    """The address of an array's first element. The array must be handed to ``keep_alive`` after the last use of it."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        data = cgutils.create_struct_proxy(sig.args[0])(context, b, args[0]).data
+        return b.ptrtoint(data, ir.IntType(64))
+
+    return types.int64(array), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def keep_alive(typingctx, array):  # type: ignore[no-untyped-def]
+    """Nothing at run time: numba frees an array after its last use *by name*, and an address is no use of it."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return context.get_dummy_value()
+
+    return types.void(array), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def float32_from_bits(typingctx, bits):  # type: ignore[no-untyped-def]
+    """The fp32 value whose bit pattern is the low half of an int64: how a float travels among integer arguments."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.bitcast(b.trunc(args[0], ir.IntType(32)), ir.FloatType())
+
+    return types.float32(types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _float32_pointer(typingctx, address):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.inttoptr(args[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), codegen
+
+
+@njit(nogil=True)  # type: ignore[untyped-decorator]
+def float32_view(address, count):  # type: ignore[no-untyped-def]
+    """``count`` fp32 values at ``address`` as an array, for code that the compiler vectorises by itself."""
+    return carray(_float32_pointer(address), count)

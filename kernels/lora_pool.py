@@ -1,0 +1,199 @@
+"""Device storage of the adapters that are resident: pages of 16 ranks, and the tables that say whose they are."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+
+from manylora.kernels.sites import PROJECTIONS, RANK_PAGE, LoraShapes
+
+MAX_RANK: Final = 256
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """One module's low-rank delta: ``delta_W = scale * b @ a`` (LoRA, Hu et al. 2021, eq. 3).
+
+    ``a``: ``[rank, in_features]``; ``b``: ``[out_features, rank]``; both in the dtype of the file, contiguous, on the
+    CPU. ``scale`` is the module's own alpha/r (or alpha/sqrt(r) with rsLoRA), kept apart so that it is never rounded
+    into 16-bit weights.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        return self.a.numel() * self.a.element_size() + self.b.numel() * self.b.element_size()
+
+
+Pairs = Mapping[tuple[str, int], LoraPair]
+"""An adapter's deltas by ``(projection, layer)``."""
+
+
+class PoolFull(RuntimeError):
+    """There are not enough free pages for an adapter; the message says of what and how many."""
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # calloc'ed by numpy: the system commits a page of memory when it is first written, torch.zeros would at once.
+    stand_in = {torch.float32: np.float32, torch.bfloat16: np.int16, torch.float16: np.float16}[dtype]
+    zeros = torch.from_numpy(np.zeros(shape, stand_in))
+    return zeros.view(dtype) if zeros.dtype != dtype else zeros
+
+
+class LoraPool:
+    """Pages of adapters on one device, ``RANK_PAGE`` ranks each, in slots.
+
+    For each projection ``p`` of K inputs, N outputs and L layers:
+
+    - ``a[p]`` ``[pages, L, K, 16]`` and ``b[p]`` ``[pages, L, 16, N]``: a page holds 16 ranks of one adapter for all
+      layers; A is transposed, so that both halves are read along their rows;
+    - ``page_table[p]`` int32 ``[slots, max_rank / 16]``: the pages of a slot, -1 where it has none;
+    - ``ranks[p]`` int32 ``[slots, L]`` (0: the slot's adapter has no delta there) and ``scaling[p]`` fp32 ``[slots, L]``.
+
+    An adapter of rank r on a projection takes ``ceil(r / 16)`` pages *of that projection*, whatever others take.
+    ``write`` may run on another thread than the reader's: it touches only free pages and its own slot.
+    """
+
+    def __init__(
+        self,
+        shapes: LoraShapes,
+        *,
+        max_slots: int,
+        max_pages: int,
+        max_rank: int = MAX_RANK,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if max_slots < 1 or max_pages < 1 or not 1 <= max_rank <= MAX_RANK:
+            raise ValueError(
+                f"a LoRA pool needs at least one slot and page and a rank of 1..{MAX_RANK}, "
+                f"got max_slots={max_slots}, max_pages={max_pages}, max_rank={max_rank}"
+            )
+        self.shapes, self.max_slots, self.max_pages, self.max_rank = shapes, max_slots, max_pages, max_rank
+        self.dtype, self.device = dtype, torch.device(device)
+        pages_per_slot = -(-max_rank // RANK_PAGE)
+        self.a: dict[str, torch.Tensor] = {}
+        self.b: dict[str, torch.Tensor] = {}
+        self.page_table: dict[str, torch.Tensor] = {}
+        self.ranks: dict[str, torch.Tensor] = {}
+        self.scaling: dict[str, torch.Tensor] = {}
+        for p in PROJECTIONS:
+            layers, k, n = shapes.layers_of(p), shapes.in_features[p], shapes.out_features[p]
+            self.a[p] = _zeros((max_pages, layers, k, RANK_PAGE), dtype, self.device)
+            self.b[p] = _zeros((max_pages, layers, RANK_PAGE, n), dtype, self.device)
+            self.page_table[p] = torch.full((max_slots, pages_per_slot), -1, dtype=torch.int32, device=self.device)
+            self.ranks[p] = torch.zeros((max_slots, layers), dtype=torch.int32, device=self.device)
+            self.scaling[p] = torch.zeros((max_slots, layers), dtype=torch.float32, device=self.device)
+        self._lock = threading.Lock()
+        self._free = {p: list(range(max_pages - 1, -1, -1)) for p in PROJECTIONS}
+        self._held: dict[int, dict[str, list[int]]] = {}
+        self.version = 0
+        """Counts writes and clears, so that what was derived from the tables can be kept until they change."""
+
+    def pages_needed(self, pairs: Pairs) -> dict[str, int]:
+        """Pages an adapter takes of each projection it touches: by its largest rank there."""
+        ranks: dict[str, int] = {}
+        for (projection, _), pair in pairs.items():
+            ranks[projection] = max(ranks.get(projection, 0), pair.rank)
+        return {p: -(-rank // RANK_PAGE) for p, rank in ranks.items()}
+
+    def fits(self, pairs: Pairs) -> str | None:
+        """Why the adapter could never be resident, or None if it could."""
+        rank = max((pair.rank for pair in pairs.values()), default=0)
+        if rank > self.max_rank:
+            return f"its rank {rank} is above the server's --max-rank {self.max_rank}"
+        for projection, pages in self.pages_needed(pairs).items():
+            if pages > self.max_pages:
+                return f"it needs {pages} pages of `{projection}`, the pool has {self.max_pages}"
+        return None
+
+    def has_room(self, pairs: Pairs) -> bool:
+        """Whether ``write`` would find its pages now."""
+        with self._lock:
+            return all(len(self._free[p]) >= n for p, n in self.pages_needed(pairs).items())
+
+    def free_pages(self) -> dict[str, int]:
+        """Free pages of each projection."""
+        with self._lock:
+            return {p: len(pages) for p, pages in self._free.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages that are taken."""
+        total = 0
+        for p in PROJECTIONS:
+            taken = self.max_pages - len(self._free[p])
+            total += taken * (self.a[p][0].nbytes + self.b[p][0].nbytes)
+        return total
+
+    def write(self, slot: int, pairs: Pairs) -> None:
+        """Copy an adapter into an empty slot; it is computed with from the next step that names the slot.
+
+        Raises PoolFull, with nothing changed, if pages are missing; ValueError for a slot that is taken.
+        """
+        needed = self.pages_needed(pairs)
+        with self._lock:
+            if slot in self._held:
+                raise ValueError(f"slot {slot} holds an adapter; clear it first")
+            for p, n in needed.items():
+                if len(self._free[p]) < n:
+                    raise PoolFull(f"{n} pages of `{p}` are needed, {len(self._free[p])} of {self.max_pages} are free")
+            held = {p: [self._free[p].pop() for _ in range(n)] for p, n in needed.items()}
+            self._held[slot] = held
+        for p, pages in held.items():
+            self.page_table[p][slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+            for layer in range(self.shapes.layers_of(p)):
+                pair = pairs.get((p, layer))
+                for i, page in enumerate(pages):
+                    a, b = self.a[p][page, layer], self.b[p][page, layer]
+                    first = i * RANK_PAGE
+                    width = 0 if pair is None else max(0, min(RANK_PAGE, pair.rank - first))
+                    if pair is not None and width:
+                        a[:, :width] = pair.a[first : first + width].to(self.device, self.dtype).T
+                        b[:width] = pair.b[:, first : first + width].to(self.device, self.dtype).T
+                    if width < RANK_PAGE:
+                        a[:, width:] = 0
+                        b[width:] = 0
+                if pair is not None:
+                    self.ranks[p][slot, layer] = pair.rank
+                    self.scaling[p][slot, layer] = pair.scale
+        self.version += 1
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot and give its pages back; nothing happens if it is empty."""
+        with self._lock:
+            held = self._held.pop(slot, None)
+            if held is None:
+                return
+            for p, pages in held.items():
+                self.ranks[p][slot] = 0
+                self.scaling[p][slot] = 0
+                self.page_table[p][slot] = -1
+                self._free[p].extend(pages)
+        self.version += 1
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError, with the numbers, unless every page is either free or held by exactly one slot."""
+        with self._lock:
+            for p in PROJECTIONS:
+                held = [page for slot in self._held.values() for page in slot.get(p, ())]
+                everything = sorted(held + self._free[p])
+                if everything != list(range(self.max_pages)):
+                    raise RuntimeError(
+                        f"LoRA pool, `{p}`: {len(held)} held + {len(self._free[p])} free pages are not the "
+                        f"{self.max_pages} there are, each once"
+                    )

@@ -1,0 +1,51 @@
+"""Where a LoRA adapter can act in the decoder: projections, the fused sites that hold them, and their shapes.
+
+Torch-free, so that adapter checks and the scheduler's tests import it in milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+RANK_PAGE: Final = 16
+"""Ranks are stored in pages of this many; an adapter of rank r costs ceil(r / RANK_PAGE) pages per projection."""
+
+LAYER_PROJECTIONS: Final = ("q", "k", "v", "o", "gate", "up", "down")
+"""The seven projections of a decoder layer, in the order every per-projection table uses."""
+
+GLOBAL_PROJECTIONS: Final = ("lm_head", "embed")
+"""Projections that exist once in the model: treated as having a single layer 0."""
+
+PROJECTIONS: Final = LAYER_PROJECTIONS + GLOBAL_PROJECTIONS
+
+SITES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",), "lm_head": ("lm_head",)}
+)
+"""The fused linear layers. A site's output is the concatenation of its projections' outputs, in this order."""
+
+
+@dataclass(frozen=True)
+class LoraShapes:
+    """The shapes that a LoRA adapter of one base model must have.
+
+    ``in_features[p]`` and ``out_features[p]`` are the K and N of projection ``p``'s weight ``[N, K]``. For ``embed``
+    K is the vocabulary size (its input is a one-hot token) and N the hidden size.
+    """
+
+    n_layers: int
+    in_features: Mapping[str, int]
+    out_features: Mapping[str, int]
+
+    def layers_of(self, projection: str) -> int:
+        """Number of layers that have ``projection``: 1 for the global ones."""
+        return 1 if projection in GLOBAL_PROJECTIONS else self.n_layers
+
+    def site_offsets(self, site: str) -> tuple[int, ...]:
+        """Column where each projection of ``site`` starts in the site's fused output, and the total at the end."""
+        offsets = [0]
+        for projection in SITES[site]:
+            offsets.append(offsets[-1] + self.out_features[projection])
+        return tuple(offsets)

@@ -1,0 +1,182 @@
+"""The data every layer of the engine shares: sampling parameters, a request's state, and the events it produces.
+
+Torch-free and small on purpose: scheduler, block pool, HTTP layer and tests all import it.
+"""
+
+from __future__ import annotations
+
+import enum
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from manylora.adapters.registry import AdapterRef
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to pick the next token. Defaults are OpenAI's; ``temperature=0`` is greedy.
+
+    ``top_k=0`` and ``top_p=1`` mean "all tokens". ``logprobs=k`` asks for the k most likely tokens at each step
+    besides the sampled one (``None``: no log-probabilities at all; 0: the sampled token's only). Log-probabilities are
+    those of the model's own distribution, before temperature, penalties and truncation (vLLM's ``raw_logprobs``).
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural-log probability of one token, and its rank among all tokens (0: the most likely)."""
+
+    token_id: int
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The sampled token's log-probability and those of the ``SamplingParams.logprobs`` most likely ones."""
+
+    sampled: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """The sampler's answer for one row."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True)
+class SampleFailed:
+    """The sampler's answer for a row from which no token can be drawn; ``message`` is fit for a client."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """Some new output. ``text`` never ends inside a character and may be empty while one is incomplete or while a
+    stop string might be beginning; ``token_ids`` are all tokens drawn since the last event."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True)
+class FinishEvent:
+    """The one final event of a request.
+
+    ``stop_reason`` is the stop string or the stop token id that ended it, ``None`` for end-of-sequence and for length
+    (vLLM's convention). ``error`` is set, and fit for a client, if ``reason == "error"``.
+    """
+
+    reason: FinishReason
+    stop_reason: str | int | None
+    prompt_tokens: int
+    completion_tokens: int
+    error: str | None = None
+
+
+Event = TokenEvent | FinishEvent
+
+
+class RequestState(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """A request as the scheduler and the step loop see it; owned by the step-loop thread once submitted.
+
+    The tokens to compute are ``prompt_token_ids + output_token_ids``; ``num_computed`` of them have their keys and
+    values in ``pages``. Preemption sets ``num_computed`` to 0 and frees the pages; everything is then computed again.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    adapter: AdapterRef | None = None
+    """The adapter version resolved at admission; ``None`` is the base."""
+    adapter_scale: float = 1.0
+    priority: int = 0
+    arrival_time: float = 0.0
+    """``time.monotonic()`` seconds."""
+
+    state: RequestState = RequestState.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    slot: int | None = None
+    """Device slot of the adapter while the request holds it; ``None`` for the base or while waiting."""
+    num_preemptions: int = 0
+    sampling_seed: int = -1
+    """64-bit seed of this request's random draws: ``params.seed``, or a random one drawn here. Fixed for the request's
+    whole life, so that computing it again after a preemption gives the same tokens."""
+
+    def __post_init__(self) -> None:
+        if self.sampling_seed < 0:
+            seed = self.params.seed
+            self.sampling_seed = secrets.randbits(64) if seed is None else seed % 2**64
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def token_at(self, position: int) -> int:
+        n_prompt = len(self.prompt_token_ids)
+        return self.prompt_token_ids[position] if position < n_prompt else self.output_token_ids[position - n_prompt]
+
+
+@dataclass(frozen=True)
+class ScheduledRow:
+    """One request's share of a step: compute tokens ``start .. start + count - 1``.
+
+    ``sample`` is true if they are its last known tokens, so that the step's logits give its next one.
+    """
+
+    request: Request
+    start: int
+    count: int
+
+    @property
+    def sample(self) -> bool:
+        return self.start + self.count == self.request.num_tokens
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one step computes. Rows are sorted by adapter slot (base rows first), so that each adapter's tokens are
+    one contiguous run."""
+
+    rows: tuple[ScheduledRow, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.count for row in self.rows)

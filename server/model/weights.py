@@ -1,0 +1,56 @@
+"""The base model's tensors in memory: NF4 projections, and what stays in 16 or 32 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from manylora.kernels.nf4_tensor import Nf4Tensor
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """Everything the decoder reads. Frozen like the model: no code path writes into these tensors.
+
+    ``projections`` maps ``(projection, layer)`` (`kernels.sites.LAYER_PROJECTIONS`; every pair is present) to the NF4
+    weight ``[N, K]``. ``biases`` maps the pairs that have one (Qwen2: q, k, v) to ``[N]``. The norms are one
+    ``[hidden]`` per layer, ``q_norms`` and ``k_norms`` one ``[head_dim]`` per layer (Qwen3) or empty. Biases and
+    norms keep the dtype of the source. ``embed`` and ``lm_head`` are bf16 ``[vocab, hidden]``; ``lm_head`` is None
+    when tied to ``embed``.
+    """
+
+    projections: Mapping[tuple[str, int], Nf4Tensor]
+    biases: Mapping[tuple[str, int], torch.Tensor]
+    input_norms: tuple[torch.Tensor, ...]
+    post_attention_norms: tuple[torch.Tensor, ...]
+    q_norms: tuple[torch.Tensor, ...]
+    k_norms: tuple[torch.Tensor, ...]
+    final_norm: torch.Tensor
+    embed: torch.Tensor
+    lm_head: torch.Tensor | None
+
+    @property
+    def output_embedding(self) -> torch.Tensor:
+        """The matrix ``[vocab, hidden]`` that makes logits: ``lm_head``, or ``embed`` when they are tied."""
+        return self.embed if self.lm_head is None else self.lm_head
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        plain = (
+            *self.biases.values(),
+            *self.input_norms,
+            *self.post_attention_norms,
+            *self.q_norms,
+            *self.k_norms,
+            self.final_norm,
+            self.embed,
+            *(() if self.lm_head is None else (self.lm_head,)),
+        )
+        return sum(weight.nbytes for weight in self.projections.values()) + sum(int(tensor.nbytes) for tensor in plain)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.device
