@@ -209,7 +209,9 @@ class _Reader:
             if refusal is not None:
                 self.refuse(name, f"{name} = {_show(value)}: {refusal}")
             elif not (known_only or name in known or value is None or value is False or value in ("", [], {})):
-                self.refuse(name, f"{name} = {_show(value)}: a field this server does not know, so it cannot be ignored")
+                self.refuse(
+                    name, f"{name} = {_show(value)}: a field this server does not know, so it cannot be ignored"
+                )
 
     def _check_modes(self) -> None:
         bias = self.document.get("bias", "none")

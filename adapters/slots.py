@@ -3,21 +3,20 @@
 Everything here runs on the step-loop thread except ``pool.write``, which runs on the executor so that copying an
 adapter never holds up a step. Two rules keep that free of races:
 
-- At most one upload is under way. ``has_room`` is asked before an upload starts, and from then until its pages are
-  taken nothing else takes pages; ``clear``, on the loop's thread, can only give some back. With two uploads, both could
-  be told that there is room for one.
+- Slots and pages are accounted here, before an upload starts. Asking the pool whether it has room and letting the
+  upload take the pages later would let two uploads both be told that there is room for one.
 - A slot is published (``acquire`` returns it) only by the loop's thread, after it has seen the upload finish; no step
   can be planned on a half-written slot.
 
 The pool must therefore guard its own tables against ``write`` on one thread and ``clear`` of *another* slot on the
-loop's, and nothing more.
+loop's, and nothing more. It must be empty at first, and nobody else may write to it.
 """
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import CancelledError, Executor, Future
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -37,7 +36,8 @@ class Pool(Protocol):
     @property
     def max_slots(self) -> int: ...
     def fits(self, pairs: Pairs, /) -> str | None: ...
-    def has_room(self, pairs: Pairs, /) -> bool: ...
+    def pages_needed(self, pairs: Pairs, /) -> Mapping[str, int]: ...
+    def free_pages(self) -> Mapping[str, int]: ...
     def write(self, slot: int, pairs: Pairs, /) -> None: ...
     def clear(self, slot: int, /) -> None: ...
 
@@ -61,6 +61,7 @@ class SlotCounters:
 class _Slot:
     index: int
     ref: AdapterRef
+    pages: Mapping[str, int]
     upload: Future[float] | None
     references: int = 0
     doomed: bool = False
@@ -110,8 +111,9 @@ class SlotManager:
         # weights: after an unload and a reload of equal content, an old key would keep the old copy alive.
         self._slots: OrderedDict[tuple[str, str], _Slot] = OrderedDict()
         self._free = list(range(pool.max_slots - 1, -1, -1))
+        self._free_pages = dict(pool.free_pages())
+        self._uploading: list[_Slot] = []
         self._failures: dict[tuple[str, str], _Failure] = {}
-        self._uploading: _Slot | None = None
         self.counters = SlotCounters()
 
     def acquire(self, ref: AdapterRef) -> int | None:
@@ -139,8 +141,9 @@ class SlotManager:
         pairs: Pairs = ref.weights.pairs
         if (reason := self._pool.fits(pairs)) is not None:
             raise AdapterRefused(f"`{ref.name}` (version {ref.version[:12]})", [reason])
-        if self._uploading is None and self._make_room(pairs):
-            self._start_upload(key, ref, pairs)
+        pages = self._pool.pages_needed(pairs)
+        if self._make_room(pages):
+            self._start_upload(key, ref, pairs, pages)
         return None
 
     def release(self, ref: AdapterRef) -> None:
@@ -151,7 +154,6 @@ class SlotManager:
             raise RuntimeError(f"the slot of adapter {ref.name} version {ref.version[:12]} was released, not acquired")
         slot.references -= 1
         self._slots.move_to_end(key)
-        self._settle()
         self._clear_if_doomed(slot)
 
     def drop(self, ref: AdapterRef) -> None:
@@ -181,8 +183,10 @@ class SlotManager:
                 f"slots: used {used} + free {sorted(self._free)} are not the {self._pool.max_slots} slots"
             )
         uploading = [slot.index for slot in self._slots.values() if slot.upload is not None]
-        if uploading != ([] if self._uploading is None else [self._uploading.index]):
-            raise RuntimeError(f"slots: uploading {uploading}, but the upload under way is {self._uploading}")
+        if sorted(uploading) != sorted(slot.index for slot in self._uploading):
+            raise RuntimeError(f"slots: uploading {uploading}, but the uploads under way are {self._uploading}")
+        if not uploading and self._free_pages != (of_pool := dict(self._pool.free_pages())):
+            raise RuntimeError(f"slots: {self._free_pages} pages should be free, the pool has {of_pool}")
         for slot in self._slots.values():
             if slot.references < 0 or (slot.references and slot.upload is not None):
                 raise RuntimeError(f"slots: slot {slot.index} has {slot.references} references, {slot}")
@@ -194,32 +198,48 @@ class SlotManager:
 
     # --- inside --------------------------------------------------------------------------------------------------
 
-    def _make_room(self, pairs: Pairs) -> bool:
-        """Evict until there is a slot and the pages for ``pairs``; false if too much is in use for now.
-
-        What was evicted in vain stays evicted: it is room kept for the request that has waited longest.
-        """
-        victims = self._victims()
-        while not self._free or not self._pool.has_room(pairs):
-            victim = next(victims, None)
-            if victim is None:
-                return False
-            self._clear(victim)
+    def _make_room(self, pages: Mapping[str, int]) -> bool:
+        """Evict until there is a slot and ``pages``. If too much is in use for now, evict nothing and return false."""
+        victims: list[_Slot] = []
+        for slot in self._evictable():
+            if self._is_room(pages, victims):
+                break
+            victims.append(slot)
+        if not self._is_room(pages, victims):
+            return False
+        # Some of them may hold nothing of what is scarce: spare those, the most recently used first.
+        for slot in reversed(tuple(victims)):
+            others = [victim for victim in victims if victim is not slot]
+            if self._is_room(pages, others):
+                victims = others
+        for slot in victims:
+            self._clear(slot)
             self.counters.evictions += 1
         return True
 
-    def _victims(self) -> Iterator[_Slot]:
+    def _is_room(self, pages: Mapping[str, int], victims: Collection[_Slot]) -> bool:
+        """Whether there would be a slot and ``pages`` if ``victims`` were evicted."""
+        if not self._free and not victims:
+            return False
+        return all(
+            self._free_pages[kind] + sum(victim.pages.get(kind, 0) for victim in victims) >= count
+            for kind, count in pages.items()
+        )
+
+    def _evictable(self) -> list[_Slot]:
         idle = [slot for slot in self._slots.values() if slot.references == 0 and slot.upload is None]
         # Stable: least recently used first among the unpinned, then among the pinned.
-        return iter(sorted(idle, key=lambda slot: self._pinned(slot.ref)))
+        return sorted(idle, key=lambda slot: self._pinned(slot.ref))
 
-    def _start_upload(self, key: tuple[str, str], ref: AdapterRef, pairs: Pairs) -> None:
+    def _start_upload(self, key: tuple[str, str], ref: AdapterRef, pairs: Pairs, pages: Mapping[str, int]) -> None:
         index = self._free[-1]
         upload = self._executor.submit(self._write, index, pairs)  # first, as it raises if the executor is shut down
         self._free.pop()
-        slot = _Slot(index, ref, upload)
+        for kind, count in pages.items():
+            self._free_pages[kind] -= count
+        slot = _Slot(index, ref, pages, upload)
         self._slots[key] = slot
-        self._uploading = slot
+        self._uploading.append(slot)
         self.counters.misses += 1
         upload.add_done_callback(lambda _future: self._on_ready())
 
@@ -230,25 +250,26 @@ class SlotManager:
         return time.perf_counter() - start
 
     def _settle(self) -> None:
-        """Take note of an upload that has ended."""
-        slot = self._uploading
-        if slot is None or slot.upload is None or not slot.upload.done():
-            return
-        self._uploading = None
+        """Take note of the uploads that have ended."""
+        for slot in tuple(self._uploading):
+            if slot.upload is not None and slot.upload.done():
+                self._uploading.remove(slot)
+                self._finish_upload(slot, slot.upload)
+
+    def _finish_upload(self, slot: _Slot, upload: Future[float]) -> None:
+        slot.upload = None
         try:
-            cause = slot.upload.exception()
+            cause = upload.exception()
         except CancelledError as cancelled:
             cause = cancelled
         if cause is None:
-            self.counters.upload_seconds += slot.upload.result()
-            slot.upload = None
+            self.counters.upload_seconds += upload.result()
             self._clear_if_doomed(slot)
-        else:
-            self.counters.failures += 1
-            slot.upload = None
-            if not slot.doomed:
-                self._failures[_key(slot.ref)] = _Failure(cause, self._clock() + self._retry_after_s)
-            self._clear(slot)  # gives back the pages that a write that failed half-way had taken
+            return
+        self.counters.failures += 1
+        if not slot.doomed:
+            self._failures[_key(slot.ref)] = _Failure(cause, self._clock() + self._retry_after_s)
+        self._clear(slot)  # gives back the pages that a write that failed half-way had taken
 
     def _raise_if_failed(self, key: tuple[str, str]) -> None:
         failure = self._failures.get(key)
@@ -266,6 +287,8 @@ class SlotManager:
         self._pool.clear(slot.index)
         del self._slots[_key(slot.ref)]
         self._free.append(slot.index)
+        for kind, count in slot.pages.items():
+            self._free_pages[kind] += count
 
 
 def _key(ref: AdapterRef) -> tuple[str, str]:

@@ -9,12 +9,15 @@ compiler makes for ``#pragma omp parallel``. ``GOMP_parallel`` is libgomp's stab
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -22,6 +25,23 @@ from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
 logger = logging.getLogger(__name__)
+
+
+def _cache_dir() -> Path:
+    """Where compiled kernels are kept: a folder named after their sources.
+
+    numba looks only at the file a kernel stands in, not at the files it takes inner loops from; a change in one of
+    those would otherwise be served a stale kernel.
+    """
+    digest = hashlib.sha256(numba.__version__.encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "manylora" / "kernels" / digest.hexdigest()[:16]
+
+
+if not os.environ.get("NUMBA_CACHE_DIR"):
+    numba.config.CACHE_DIR = str(_cache_dir())
 
 KERNEL = types.void(types.CPointer(types.int64), types.int64, types.int64)
 """A kernel: ``(arguments, part, parts)``; arguments are int64 values or addresses, ``part`` says which share to do."""

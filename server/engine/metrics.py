@@ -153,17 +153,22 @@ class Metrics(Collector):
 
     # --- recording -----------------------------------------------------------------------------------------------
 
-    def step(self, seconds: float, *, rows: int, prefill_rows: int, tokens: int, adapters: int) -> None:
-        """One step was executed: its rows, those of them that prefilled, its tokens, its distinct adapters."""
+    def step(
+        self, seconds: float, *, rows: int, prefill_rows: int, tokens: int, adapters: int, generated: int
+    ) -> None:
+        """One step was executed: its rows, those of them that prefilled, the tokens it computed, its distinct
+        adapters, the tokens it generated."""
+        self._generation_tokens += generated
         phase = "decode" if prefill_rows == 0 else "prefill" if prefill_rows == rows else "mixed"
         self._steps[phase].observe(seconds)
         self._batch_rows.observe(rows)
         self._batch_tokens.observe(tokens)
         self._batch_adapters.observe(adapters)
 
-    def first_token(self, seconds: float) -> None:
-        """The first token of a request came ``seconds`` after its arrival."""
+    def first_token(self, seconds: float, prompt_tokens: int) -> None:
+        """The first token of a request, which had so long a prompt, came ``seconds`` after its arrival."""
         self._ttft.observe(seconds)
+        self._prompt_tokens += prompt_tokens
 
     def inter_token(self, seconds: float) -> None:
         """A later token of a request came ``seconds`` after the one before."""
@@ -178,12 +183,8 @@ class Metrics(Collector):
         prompt_tokens: int,
         generation_tokens: int,
     ) -> None:
-        """A request has ended. Its tokens are counted now, its prompt's only if it was ever scheduled."""
-        if times.scheduled is None:
-            prompt_tokens = 0
+        """A request has ended; its adapter's tokens are counted now."""
         self._finished[reason] += 1
-        self._prompt_tokens += prompt_tokens
-        self._generation_tokens += generation_tokens
         self._e2e.observe(times.ended - times.arrived)
         queued = (times.ended if times.scheduled is None else times.scheduled) - times.arrived
         self._queue.observe(queued)
@@ -193,7 +194,7 @@ class Metrics(Collector):
         if adapter is not None:
             series = self._series(adapter)
             series.requests[reason] += 1
-            series.prompt_tokens += prompt_tokens
+            series.prompt_tokens += 0 if times.first_token is None else prompt_tokens
             series.generation_tokens += generation_tokens
             series.queue_seconds += queued
             series.queued += 1
@@ -231,8 +232,8 @@ class Metrics(Collector):
     def _collect_vllm(self) -> Iterator[Metric]:
         model = (self.model_name,)
         for name, text, count in (
-            ("vllm:prompt_tokens", "Prompt tokens of the requests that ended.", self._prompt_tokens),
-            ("vllm:generation_tokens", "Tokens generated for the requests that ended.", self._generation_tokens),
+            ("vllm:prompt_tokens", "Prompt tokens whose first output token came.", self._prompt_tokens),
+            ("vllm:generation_tokens", "Tokens generated.", self._generation_tokens),
         ):
             family = CounterMetricFamily(name, text, labels=("model_name",))
             family.add_metric(model, count)

@@ -1,0 +1,160 @@
+"""The decoder's operations as numba kernels: fp32 activations, exact NF4 weights, rows independent of each other."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from manylora.kernels.cpu import attention, elementwise, linear
+from manylora.kernels.cpu.emit import TILE
+from manylora.kernels.nf4_code import NF4_CODE
+from manylora.kernels.nf4_tensor import Nf4Tensor
+from manylora.kernels.ops import PAGE_SIZE, AttentionShape, PagedSequences
+
+
+@lru_cache(maxsize=64)
+def _bits(value: float) -> int:
+    """Bit pattern of an fp32 value: kernel arguments are integers."""
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """NF4 in tiles of 16 outputs; see ``linear.pack_nf4``."""
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    blocksize: int
+    bias: torch.Tensor | None
+    out_features: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.absmax.nbytes
+
+
+@dataclass(frozen=True)
+class PackedTable:
+    """bf16 in tiles of 16 vocabulary entries if it makes logits, else plain rows."""
+
+    vocab: int
+    tiles: torch.Tensor | None
+    rows: torch.Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.tiles, self.rows) if t is not None)
+
+
+def unsupported(weight: Nf4Tensor) -> str | None:
+    """Why a weight cannot be packed for these kernels, or None."""
+    n, k = weight.shape
+    if n % TILE:
+        return f"its {n} outputs are no multiple of {TILE}"
+    if weight.blocksize % 4 or k % weight.blocksize:
+        return f"its {k} inputs are no multiple of the quantisation block of {weight.blocksize}"
+    if tuple(weight.quant_map.tolist()) != tuple(np.float32(NF4_CODE).tolist()):
+        return "its code is not the standard NF4 code"
+    return None
+
+
+class NumbaOps:
+    """See ``kernels.ops.Ops``. A row's result is bit-identical whatever rows are beside it and however it is cut."""
+
+    name = "numba"
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+
+    def prepare_linear(self, weights: Sequence[Nf4Tensor], bias: torch.Tensor | None) -> PackedLinear:
+        packed, absmax = [], []
+        for weight in weights:
+            reason = unsupported(weight)
+            if reason is not None:
+                raise ValueError(f"an NF4 weight {list(weight.shape)} cannot be packed: {reason}")
+            n, k = weight.shape
+            byte = weight.packed.reshape(n, k // 2)
+            codes = torch.stack((byte >> 4, byte & 15), dim=2).reshape(n, k)
+            packed.append(linear.pack_nf4(codes))
+            absmax.append(linear.pack_absmax(weight.absmax_fp32(), n))
+        return PackedLinear(
+            torch.cat(packed) if len(packed) > 1 else packed[0],
+            torch.cat(absmax) if len(absmax) > 1 else absmax[0],
+            weights[0].blocksize,
+            None if bias is None else bias.float().contiguous(),
+            sum(weight.shape[0] for weight in weights),
+        )
+
+    def linear(self, x: torch.Tensor, weight: PackedLinear, *, add_to: torch.Tensor | None = None) -> torch.Tensor:
+        if add_to is not None:
+            if weight.bias is not None:
+                add_to += weight.bias
+            linear.nf4_linear(x, weight.packed, weight.absmax, weight.blocksize, add_to, accumulate=True)
+            return add_to
+        out = torch.empty(x.shape[0], weight.out_features)
+        if weight.bias is not None:
+            out[:] = weight.bias
+        linear.nf4_linear(x, weight.packed, weight.absmax, weight.blocksize, out, accumulate=weight.bias is not None)
+        return out
+
+    def prepare_embedding(self, weight: torch.Tensor, *, head: bool) -> PackedTable:
+        if head:
+            return PackedTable(weight.shape[0], linear.pack_bf16(weight), None)
+        return PackedTable(weight.shape[0], None, weight)
+
+    def embed(self, token_ids: torch.Tensor, weight: PackedTable) -> torch.Tensor:
+        if weight.rows is not None:
+            return weight.rows[token_ids].float()
+        assert weight.tiles is not None
+        within = token_ids % TILE
+        # Output i of a tile is element 2i, output 8 + i is 2i + 1 (``linear.pack_bf16``).
+        return weight.tiles[token_ids // TILE, :, 2 * (within % 8) + within // 8].float()
+
+    def logits(self, x: torch.Tensor, weight: PackedTable) -> torch.Tensor:
+        if weight.tiles is None:
+            raise ValueError("this table was not prepared to make logits")
+        out = torch.empty(x.shape[0], weight.tiles.shape[0] * TILE)
+        linear.bf16_linear(x, weight.tiles, out)
+        return out[:, : weight.vocab]
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        out = torch.empty_like(x)
+        elementwise.rms_norm(x, weight, _bits(epsilon), out)
+        return out
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2)
+        elementwise.silu_mul(gate_up, out)
+        return out
+
+    def new_kv_cache(self, n_layers: int, n_pages: int, shape: AttentionShape) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        if shape.head_dim % TILE:
+            raise ValueError(f"head_dim {shape.head_dim} is no multiple of {TILE}")
+        keys = (n_pages, shape.n_kv_heads, shape.head_dim, PAGE_SIZE)
+        values = (n_pages, shape.n_kv_heads, PAGE_SIZE, shape.head_dim)
+        # numpy's zeros are committed by the system page by page, as they are first used.
+        return [
+            (torch.from_numpy(np.zeros(keys, np.float32)), torch.from_numpy(np.zeros(values, np.float32)))
+            for _ in range(n_layers)
+        ]
+
+    def attention(
+        self,
+        qkv: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        cache: tuple[torch.Tensor, torch.Tensor],
+        sequences: PagedSequences,
+        shape: AttentionShape,
+    ) -> torch.Tensor:
+        out = torch.empty(qkv.shape[0], shape.q_size)
+        attention.paged_attention(
+            qkv, out, *rope, *cache, sequences.starts, sequences.contexts, sequences.tables, sequences.positions,
+            shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.window, _bits(shape.head_dim**-0.5),
+        )  # fmt: skip
+        return out

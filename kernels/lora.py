@@ -1,0 +1,198 @@
+"""Batched multi-adapter LoRA, the public op: each row of a batch gets the deltas of its own adapters.
+
+Semantics, for a site of projections p with outputs side by side, over pairs (row, slot, scale)::
+
+    y[row, p] += scale * scaling[p][slot, layer] * (x[row] @ A_p[slot, layer]) @ B_p[slot, layer]
+
+in place, accumulated in fp32. A row without a pair (a base row) is not touched; a row may have several pairs; ranks may
+differ between slots and projections, each costing its own pages. Pairs come sorted by slot, as segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from manylora.kernels.cpu import available as cpu_kernels_available
+from manylora.kernels.lora_pool import LoraPool
+from manylora.kernels.reference import pool_matrices
+from manylora.kernels.sites import GLOBAL_PROJECTIONS, SITES
+
+Implementation = Literal["auto", "cpu", "triton", "torch"]
+
+
+@dataclass(frozen=True)
+class LoraSegments:
+    """Pairs (row, slot, scale) sorted by slot: pairs ``offsets[s] .. offsets[s + 1] - 1`` belong to slot ``slots[s]``.
+
+    ``rows`` int32 ``[P]`` (ascending within a segment), ``scales`` fp32 ``[P]``, ``slots`` int32 ``[S]`` (ascending,
+    distinct), ``offsets`` int32 ``[S + 1]``; all on the pool's device. ``slot_list`` is ``slots`` on the host.
+    """
+
+    rows: torch.Tensor
+    scales: torch.Tensor
+    slots: torch.Tensor
+    offsets: torch.Tensor
+    slot_list: tuple[int, ...]
+
+    @classmethod
+    def from_pairs(
+        cls, pairs: Iterable[tuple[int, int, float]], device: torch.device | str = "cpu"
+    ) -> LoraSegments | None:
+        """Sort pairs, in any order, into segments; None if there are none. Slot -1 (a base row) is left out."""
+        ordered = sorted((slot, row, scale) for row, slot, scale in pairs if slot >= 0)
+        if not ordered:
+            return None
+        slots: list[int] = []
+        offsets: list[int] = []
+        for i, (slot, _, _) in enumerate(ordered):
+            if not slots or slots[-1] != slot:
+                slots.append(slot)
+                offsets.append(i)
+        offsets.append(len(ordered))
+        return cls(
+            rows=torch.tensor([row for _, row, _ in ordered], dtype=torch.int32, device=device),
+            scales=torch.tensor([scale for _, _, scale in ordered], dtype=torch.float32, device=device),
+            slots=torch.tensor(slots, dtype=torch.int32, device=device),
+            offsets=torch.tensor(offsets, dtype=torch.int32, device=device),
+            slot_list=tuple(slots),
+        )
+
+
+    def select(self, kept: torch.Tensor) -> LoraSegments | None:
+        """The segments over the rows ``x[kept]`` (int64, ascending): pairs of other rows dropped, rows renumbered."""
+        renumbered = {row: i for i, row in enumerate(kept.tolist())}
+        bounds, rows, scales = self.offsets.tolist(), self.rows.tolist(), self.scales.tolist()
+        pairs = [
+            (renumbered[rows[i]], slot, scales[i])
+            for s, slot in enumerate(self.slot_list)
+            for i in range(bounds[s], bounds[s + 1])
+            if rows[i] in renumbered
+        ]
+        return LoraSegments.from_pairs(pairs, self.rows.device)
+
+
+class _Kernel(Protocol):
+    def add_(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        site: str,
+        layer: int,
+        rows: torch.Tensor,
+        scales: torch.Tensor,
+        slots: torch.Tensor,
+        offsets: torch.Tensor,
+    ) -> None: ...
+
+
+class TorchLora:
+    """Segment by segment in torch: any shape, dtype and device; slow with many adapters."""
+
+    def __init__(self, pool: LoraPool) -> None:
+        self._pool = pool
+
+    def add_(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        site: str,
+        layer: int,
+        rows: torch.Tensor,
+        scales: torch.Tensor,
+        slots: torch.Tensor,
+        offsets: torch.Tensor,
+    ) -> None:
+        bounds = offsets.tolist()
+        columns = self._pool.shapes.site_offsets(site)
+        for s, slot in enumerate(slots.tolist()):
+            members = rows[bounds[s] : bounds[s + 1]].long()
+            inputs = x[members].float()
+            factors = scales[bounds[s] : bounds[s + 1], None]
+            for j, projection in enumerate(SITES[site]):
+                matrices = pool_matrices(self._pool, projection, slot, layer)
+                if matrices is None:
+                    continue
+                a, b, scaling = matrices
+                delta = ((inputs @ a.float()) * (factors * scaling)) @ b.float()
+                y[members, columns[j] : columns[j + 1]] += delta.to(y.dtype)
+
+
+class BatchedLora:
+    """The op bound to one pool. ``implementation="auto"`` takes the fastest that fits the device and the shapes."""
+
+    def __init__(self, pool: LoraPool, implementation: Implementation = "auto") -> None:
+        self.pool = pool
+        self.implementation = _choose(pool) if implementation == "auto" else implementation
+        self._kernel = _make(pool, self.implementation)
+        self._with_global: dict[str, frozenset[int]] = {}
+        self._seen_version = -1
+
+    def add_(self, y: torch.Tensor, x: torch.Tensor, segments: LoraSegments, site: str, layer: int) -> None:
+        """Add the segments' deltas of ``site`` in ``layer`` to ``y`` ``[T, N]``, given its input ``x`` ``[T, K]``.
+
+        Raises ValueError if a shape or dtype is not the site's; the message has both.
+        """
+        shapes = self.pool.shapes
+        k, n = shapes.in_features[SITES[site][0]], shapes.site_offsets(site)[-1]
+        if x.dim() != 2 or y.dim() != 2 or x.shape != (y.shape[0], k) or y.shape[1] != n:
+            raise ValueError(f"site `{site}` maps x [T, {k}] to y [T, {n}], got x {list(x.shape)} and y {list(y.shape)}")
+        if x.stride(1) != 1 or y.stride(1) != 1:
+            raise ValueError("x and y need contiguous rows")
+        if self.implementation == "cpu" and (x.dtype != torch.float32 or y.dtype != torch.float32):
+            raise ValueError(f"the CPU op computes in float32, got x {x.dtype} and y {y.dtype}")
+        self._kernel.add_(y, x, site, layer, segments.rows, segments.scales, segments.slots, segments.offsets)
+
+    def add_embedding_(self, y: torch.Tensor, token_ids: torch.Tensor, segments: LoraSegments) -> None:
+        """Add the deltas of the token embedding: ``y[row] += scale * A[token] B``; int64 ids ``[T]``, y ``[T, hidden]``.
+
+        A one-hot input makes the shrink a gather, so this is torch on every device.
+        """
+        if not self.touches("embed", segments):
+            return
+        bounds = segments.offsets.tolist()
+        for s, slot in enumerate(segments.slot_list):
+            matrices = pool_matrices(self.pool, "embed", slot, 0)
+            if matrices is None:
+                continue
+            a, b, scaling = matrices
+            members = segments.rows[bounds[s] : bounds[s + 1]].long()
+            factors = segments.scales[bounds[s] : bounds[s + 1], None] * scaling
+            # One product per row: a row's result must not depend on how many rows its segment has.
+            hidden = a[token_ids[members]].float() * factors
+            y[members] += (hidden[:, :, None] * b.float()[None]).sum(1).to(y.dtype)
+
+    def touches(self, projection: str, segments: LoraSegments) -> bool:
+        """Whether any of the segments' adapters has a delta on ``projection``, one of the global ones."""
+        if self._seen_version != self.pool.version:
+            # Read before the tables: a write that ends in between is seen at the next step, before its slot is used.
+            self._seen_version = self.pool.version
+            self._with_global = {
+                p: frozenset(self.pool.ranks[p].any(dim=1).nonzero().flatten().tolist()) for p in GLOBAL_PROJECTIONS
+            }
+        return not self._with_global[projection].isdisjoint(segments.slot_list)
+
+
+def _choose(pool: LoraPool) -> Implementation:
+    if pool.device.type == "cuda":
+        return "triton"
+    aligned = all(n % 16 == 0 for p, n in pool.shapes.out_features.items() if p != "embed")
+    if cpu_kernels_available() and pool.dtype == torch.float32 and aligned:
+        return "cpu"
+    return "torch"
+
+
+def _make(pool: LoraPool, implementation: Implementation) -> _Kernel:
+    # Imported here: numba and triton are there on some machines only.
+    if implementation == "cpu":
+        from manylora.kernels.cpu.lora import CpuLora
+
+        return CpuLora(pool)
+    if implementation == "triton":
+        from manylora.kernels.lora_triton import TritonLora
+
+        return TritonLora(pool)
+    return TorchLora(pool)

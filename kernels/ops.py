@@ -1,0 +1,95 @@
+"""What the decoder asks of a device: a small set of operations, implemented by ``torch_ops`` and ``cpu.ops``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from manylora.kernels.nf4_tensor import Nf4Tensor
+
+PAGE_SIZE = 16
+"""Token positions of a KV page."""
+
+
+@dataclass(frozen=True)
+class PagedSequences:
+    """The sequences of a step: their new tokens lie one behind the other, their keys and values in pages.
+
+    int32 tensors: ``starts`` ``[S + 1]``, first new token of each sequence; ``contexts`` ``[S]``, length of each with
+    its new tokens; ``tables`` ``[S, pages]``, page numbers; ``positions`` ``[T]``, position of each new token.
+    """
+
+    starts: torch.Tensor
+    contexts: torch.Tensor
+    tables: torch.Tensor
+    positions: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Heads and head size of one layer's attention; ``window`` 0 when every earlier position is seen."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    window: int = 0
+
+    @property
+    def q_size(self) -> int:
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.n_kv_heads * self.head_dim
+
+
+class Ops(Protocol):
+    """Operations on activations ``[rows, width]`` of ``dtype`` on ``device``. Weights are opaque: what ``prepare_*``
+    returns is handed back to the operation of the same name, and holds the only copy of the bytes."""
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+
+    def prepare_linear(self, weights: Sequence[Nf4Tensor], bias: torch.Tensor | None) -> Any:
+        """Fuse NF4 weights of equal K into one linear layer; its output is theirs, one behind the other."""
+
+    def linear(self, x: torch.Tensor, weight: Any, *, add_to: torch.Tensor | None = None) -> torch.Tensor:
+        """``x @ W.T + bias``; with ``add_to`` (residual stream) the result is added to it in place and it is returned."""
+
+    def prepare_embedding(self, weight: torch.Tensor, *, head: bool) -> Any:
+        """A bf16 ``[vocab, hidden]`` table; ``head`` if ``logits`` is asked of it too (tied embeddings)."""
+
+    def embed(self, token_ids: torch.Tensor, weight: Any) -> torch.Tensor:
+        """Rows of the table for int64 ids ``[T]``."""
+
+    def logits(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        """``x @ W.T``, fp32 ``[rows, vocab]``."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """``x / sqrt(mean(x^2) + epsilon) * weight`` (Zhang and Sennrich 2019); ``weight`` is fp32."""
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """``silu(gate) * up`` of ``[rows, 2 * width]``, gate first (SwiGLU, Shazeer 2020)."""
+
+    def new_kv_cache(self, n_layers: int, n_pages: int, shape: AttentionShape) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys ``[pages, kv_heads, head_dim, 16]`` and values ``[pages, kv_heads, 16, head_dim]`` of each layer."""
+
+    def attention(
+        self,
+        qkv: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        cache: tuple[torch.Tensor, torch.Tensor],
+        sequences: PagedSequences,
+        shape: AttentionShape,
+    ) -> torch.Tensor:
+        """Rotate queries and keys (``rope``: fp32 cos and sin ``[positions, head_dim / 2]``; halves convention), store
+        the new keys and values in their pages, attend causally. ``[T, n_heads * head_dim]``; overwrites ``qkv``."""
+
+
+def page_bytes(shape: AttentionShape, n_layers: int, dtype: torch.dtype) -> int:
+    """Bytes of one KV page over all layers."""
+    return 2 * n_layers * shape.kv_size * PAGE_SIZE * dtype.itemsize

@@ -1,0 +1,128 @@
+"""The decoder's operations in plain torch: any device, any shape. The CUDA path until its own kernels take over, the
+CPU path where the numba kernels cannot run, and an independent check of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from manylora.kernels.nf4_tensor import Nf4Tensor
+from manylora.kernels.ops import PAGE_SIZE, AttentionShape, PagedSequences
+
+
+@dataclass(frozen=True)
+class TorchLinear:
+    """NF4 weights side by side, or their dequantised copy where ``TorchOps`` keeps one."""
+
+    weights: tuple[Nf4Tensor, ...]
+    resident: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(w.nbytes for w in self.weights) if self.resident is None else self.resident.nbytes
+
+
+class TorchOps:
+    """See ``kernels.ops.Ops``.
+
+    ``resident`` keeps the dequantised weights (4 or 2 bytes a weight instead of about half a byte) rather than
+    dequantising them at every step; on a CPU that is the only bearable choice.
+    """
+
+    name = "torch"
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype, *, resident: bool) -> None:
+        self.device, self.dtype, self._resident = torch.device(device), dtype, resident
+
+    def prepare_linear(self, weights: Sequence[Nf4Tensor], bias: torch.Tensor | None) -> TorchLinear:
+        here = tuple(weight.to(self.device) for weight in weights)
+        moved = None if bias is None else bias.to(self.device, self.dtype)
+        if self._resident:
+            return TorchLinear((), torch.cat([w.dequantize(self.dtype) for w in here]), moved)
+        return TorchLinear(here, None, moved)
+
+    def linear(self, x: torch.Tensor, weight: TorchLinear, *, add_to: torch.Tensor | None = None) -> torch.Tensor:
+        if weight.resident is not None:
+            matrix = weight.resident
+        else:
+            matrix = torch.cat([w.dequantize(self.dtype) for w in weight.weights])
+        y = F.linear(x, matrix, weight.bias)
+        return y if add_to is None else add_to.add_(y)
+
+    def prepare_embedding(self, weight: torch.Tensor, *, head: bool) -> torch.Tensor:
+        return weight.to(self.device)
+
+    def embed(self, token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return weight[token_ids].to(self.dtype)
+
+    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight.to(x.dtype)).float()
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * weight).to(self.dtype)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def new_kv_cache(self, n_layers: int, n_pages: int, shape: AttentionShape) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        keys = (n_pages, shape.n_kv_heads, shape.head_dim, PAGE_SIZE)
+        values = (n_pages, shape.n_kv_heads, PAGE_SIZE, shape.head_dim)
+        return [
+            tuple(torch.zeros(size, dtype=self.dtype, device=self.device) for size in (keys, values))  # type: ignore[misc]
+            for _ in range(n_layers)
+        ]
+
+    def attention(
+        self,
+        qkv: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        cache: tuple[torch.Tensor, torch.Tensor],
+        sequences: PagedSequences,
+        shape: AttentionShape,
+    ) -> torch.Tensor:
+        tokens, d = qkv.shape[0], shape.head_dim
+        q, k, v = qkv.split([shape.q_size, shape.kv_size, shape.kv_size], dim=-1)
+        positions = sequences.positions.long()
+        q = _rotate(q.view(tokens, shape.n_heads, d), rope, positions)
+        k = _rotate(k.view(tokens, shape.n_kv_heads, d), rope, positions)
+        keys, values = cache
+        lengths = (sequences.starts[1:] - sequences.starts[:-1]).long()
+        owner = torch.repeat_interleave(torch.arange(len(lengths), device=self.device), lengths)
+        pages = sequences.tables[owner, positions // PAGE_SIZE].long()
+        keys[pages, :, :, positions % PAGE_SIZE] = k.to(keys.dtype)
+        values[pages, :, positions % PAGE_SIZE, :] = v.reshape(tokens, shape.n_kv_heads, d).to(values.dtype)
+
+        group = shape.n_heads // shape.n_kv_heads
+        out = torch.empty(tokens, shape.q_size, dtype=qkv.dtype, device=self.device)
+        starts, contexts = sequences.starts.tolist(), sequences.contexts.tolist()
+        for s, context in enumerate(contexts):
+            first, last = starts[s], starts[s + 1]
+            table = sequences.tables[s, : -(-context // PAGE_SIZE)].long()
+            own_k = keys[table].permute(1, 0, 3, 2).reshape(shape.n_kv_heads, -1, d)[:, :context]
+            own_v = values[table].permute(1, 0, 2, 3).reshape(shape.n_kv_heads, -1, d)[:, :context]
+            # The query heads of a group as further queries of their KV head: several times faster than enable_gqa.
+            queries = q[first:last].view(-1, shape.n_kv_heads, group, d).permute(1, 2, 0, 3)
+            count = last - first
+            at = positions[first:last, None]
+            seen = torch.arange(context, device=self.device)[None, :]
+            mask = seen <= at
+            if shape.window:
+                mask &= seen > at - shape.window
+            y = F.scaled_dot_product_attention(
+                queries.reshape(shape.n_kv_heads, group * count, d), own_k, own_v, attn_mask=mask.repeat(group, 1)
+            )
+            out[first:last] = y.view(shape.n_kv_heads, group, count, d).permute(2, 0, 1, 3).reshape(count, -1)
+        return out
+
+
+def _rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of ``[T, heads, head_dim]`` in the halves convention of transformers."""
+    cos, sin = (table[positions][:, None, :] for table in rope)
+    left, right = x.float().chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,236 @@
+"""What ``manylora serve`` was asked to do: frozen dataclasses, every check in ``__post_init__``.
+
+Each error names the flag that is wrong, what it got and what it takes, so that nothing is discovered later, half way
+through a load. Values that depend on the device or the model (``None`` here) are chosen where those are known.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal, get_args
+
+Device = Literal["auto", "cpu", "cuda"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+_MIB: Final = 1 << 20
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+_DECIMAL: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+class ConfigError(ValueError):
+    """A flag is wrong; the message begins with its name. The command line turns it into exit code 2."""
+
+    def __init__(self, flag: str, problem: str) -> None:
+        super().__init__(f"{flag}: {problem}")
+        self.flag = flag
+
+
+def parse_size(text: str, flag: str = "size") -> int:
+    """Bytes of ``"512MiB"``, ``"2GB"``, ``"1.5g"`` or ``"1048576"``. ``k m g t`` are decimal, ``ki mi gi ti`` binary."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ConfigError(flag, f"expected a size such as 512MiB, 2GB or 1048576 (bytes), got {text!r}")
+    number, unit, binary = match.groups()
+    return int(float(number) * (_BINARY if binary else _DECIMAL)[unit.lower()])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server bound to ``host`` can be reached from this machine only."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False  # another host name: it may resolve to anything, so it is taken to be public
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """An adapter to load at the start: ``--adapter name=path``."""
+
+    name: str
+    source: str
+
+    @classmethod
+    def parse(cls, text: str) -> AdapterSpec:
+        name, separator, source = text.partition("=")
+        if not separator or not name or not source:
+            raise ConfigError("--adapter", f"expected NAME=PATH, got {text!r}")
+        return cls(name, source)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of the engine. ``None``: chosen for the device and the model at the start, and logged."""
+
+    device: Device = "auto"
+    max_rows: int | None = None
+    """Requests computed together in one step."""
+    max_device_adapters: int | None = None
+    """Adapter slots on the device; more adapters than this take turns."""
+    max_rank: int = 256
+    max_context: int | None = None
+    """Tokens of prompt and completion together; at most the model's own."""
+    max_batch_tokens: int | None = None
+    """Tokens computed in one step; longer prompts are prefilled in chunks."""
+    max_queue: int = 1024
+    """Requests that may wait; one more is answered 429."""
+    kv_memory: int | None = None
+    """Bytes for keys and values."""
+    threads: int | None = None
+    """CPU threads of the forward pass."""
+
+    def __post_init__(self) -> None:
+        _one_of("--device", self.device, get_args(Device))
+        for flag, value, low, high in (
+            ("--max-rows", self.max_rows, 1, 4096),
+            ("--max-device-adapters", self.max_device_adapters, 1, 65536),
+            ("--max-rank", self.max_rank, 1, 1024),
+            ("--max-context", self.max_context, 2, 1 << 24),
+            ("--max-batch-tokens", self.max_batch_tokens, 1, 1 << 20),
+            ("--max-queue", self.max_queue, 0, 1 << 20),
+            ("--kv-memory", self.kv_memory, _MIB, 1 << 50),
+            ("--threads", self.threads, 1, 4096),
+        ):
+            _between(flag, value, low, high)
+        if self.max_rows is not None and self.max_batch_tokens is not None and self.max_batch_tokens < self.max_rows:
+            # Every decoding row costs one token of a step's budget.
+            raise ConfigError(
+                "--max-batch-tokens", f"{self.max_batch_tokens} is below --max-rows {self.max_rows}: each row needs one"
+            )
+
+
+@dataclass(frozen=True)
+class ApiConfig:
+    """The HTTP surface: where it listens, who may use it, and its limits."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    admin_key: str | None = field(default=None, repr=False)
+    upload_dir: Path | None = None
+    """Where uploaded adapters are kept; ``None``: uploads are off."""
+    allow_request_chat_template: bool = False
+    """A template is code that runs here, so requests may not bring their own unless the operator says so."""
+    max_body_bytes: int = 16 * _MIB
+    max_upload_bytes: int = 1024 * _MIB
+    max_choices: int = 128
+    """Choices of one request: ``n`` times its prompts."""
+    shutdown_grace: float = 30.0
+    """Seconds that running requests get to finish after SIGTERM."""
+
+    def __post_init__(self) -> None:
+        if not self.host:
+            raise ConfigError("--host", "expected a host name or address, got an empty string")
+        _between("--port", self.port, 0, 65535)
+        for flag, keys in (("--api-key", self.api_keys), ("--admin-key", (self.admin_key,))):
+            for key in keys:
+                if key is not None and (not key or not key.isascii() or not key.isprintable() or " " in key):
+                    raise ConfigError(flag, "a key must be one or more printable ASCII characters without spaces")
+        if self.admin_key is not None and self.admin_key in self.api_keys:
+            raise ConfigError("--admin-key", "it must differ from every --api-key, or clients could manage adapters")
+        _between("--max-body", self.max_body_bytes, 1024, 1 << 40)
+        _between("--max-upload", self.max_upload_bytes, 1024, 1 << 40)
+        _between("--max-choices", self.max_choices, 1, 4096)
+        if not 0 <= self.shutdown_grace <= 86400:
+            raise ConfigError("--shutdown-grace", f"expected 0 to 86400 seconds, got {self.shutdown_grace}")
+
+    @property
+    def is_public(self) -> bool:
+        """Whether other machines may be able to reach the server."""
+        return not is_loopback(self.host)
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Everything ``manylora serve`` needs."""
+
+    model: str
+    """A directory, a GGUF file or a hub id."""
+    served_model_name: str | None = None
+    adapters: tuple[AdapterSpec, ...] = ()
+    adapter_dir: Path | None = None
+    """Every adapter directory in it is loaded, named by its folder."""
+    extra_adapter_roots: tuple[Path, ...] = ()
+    state_dir: Path | None = None
+    """Remembers the adapters' names and sources across restarts, and keeps uploads; ``None``: nothing is kept."""
+    cache_dir: Path | None = None
+    """Where the quantised base is cached; ``None``: the loader's default."""
+    log_level: LogLevel = "info"
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    api: ApiConfig = field(default_factory=ApiConfig)
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("--model", "expected a directory, a GGUF file or a hub id, got an empty string")
+        if self.served_model_name is not None and not self.served_model_name.strip():
+            raise ConfigError("--served-model-name", "expected a name, got an empty string")
+        _one_of("--log-level", self.log_level, get_args(LogLevel))
+        seen: set[str] = set()
+        for spec in self.adapters:
+            if spec.name in seen:
+                raise ConfigError("--adapter", f"the name {spec.name!r} is given twice")
+            if spec.name == self.served_model_name:
+                raise ConfigError("--adapter", f"the name {spec.name!r} is the base model's (--served-model-name)")
+            seen.add(spec.name)
+        if self.adapter_dir is not None and not self.adapter_dir.is_dir():
+            raise ConfigError("--adapter-dir", f"{self.adapter_dir} is not a directory")
+        for root in self.extra_adapter_roots:
+            if not root.is_dir():
+                raise ConfigError("--adapter-root", f"{root} is not a directory")
+
+    @property
+    def adapter_roots(self) -> tuple[Path, ...]:
+        """The directories that an admin request may load adapters from: the roots given, ``--adapter-dir``, uploads."""
+        roots = [*self.extra_adapter_roots]
+        roots += [path for path in (self.adapter_dir, self.api.upload_dir) if path is not None]
+        return tuple(roots)
+
+    @property
+    def registry_state(self) -> Path | None:
+        """The file that remembers the adapters."""
+        return None if self.state_dir is None else self.state_dir / "adapters.json"
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """``manylora quantize SRC DST``."""
+
+    source: str
+    destination: Path
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ConfigError("SRC", "expected a directory or a hub id, got an empty string")
+        if self.destination.exists() and not self.destination.is_dir():
+            raise ConfigError("DST", f"{self.destination} exists and is not a directory")
+        if self.destination.is_dir() and any(self.destination.iterdir()):
+            raise ConfigError("DST", f"{self.destination} is not empty; nothing is ever overwritten")
+
+
+def default_state_dir(model: str, port: int, environ: Callable[[str], str | None] = os.environ.get) -> Path:
+    """``$XDG_STATE_HOME/manylora/<model>-<port>``: a restart with the same flags finds what it left.
+
+    Keyed by both, so that two servers on one machine do not overwrite each other's list, and so that another model on
+    the same port does not try adapters that cannot fit it.
+    """
+    home = environ("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    name = model.rstrip("/").rsplit("/", 1)[-1]
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+    return Path(home) / "manylora" / f"{slug}-{port}"
+
+
+def _between(flag: str, value: int | None, low: int, high: int) -> None:
+    if value is not None and not low <= value <= high:
+        raise ConfigError(flag, f"expected {low} to {high}, got {value}")
+
+
+def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(flag, f"expected one of {', '.join(allowed)}, got {value!r}")

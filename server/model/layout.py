@@ -1,0 +1,123 @@
+"""Which tensors a checkpoint of each family holds, by transformers' names, and the check that it holds exactly those."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from manylora.kernels.sites import LAYER_PROJECTIONS
+from manylora.server.model.errors import BadCheckpoint, UnsupportedModel
+from manylora.server.model.families import ModelSpec
+
+EMBED: Final = "model.embed_tokens.weight"
+LM_HEAD: Final = "lm_head.weight"
+FINAL_NORM: Final = "model.norm.weight"
+
+_MODULES: Final[Mapping[str, str]] = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+_IGNORED: Final = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+"""Buffers of older transformers that are computed from the config."""
+
+REQUIRED_PARTS: Final = ("absmax", "quant_map", "quant_state.bitsandbytes__nf4")
+NESTED_PARTS: Final = ("nested_absmax", "nested_quant_map")
+"""What bitsandbytes stores beside an NF4 ``….weight``: always, and when its scales are quantised too."""
+
+
+def projection_weight(projection: str, layer: int) -> str:
+    """``model.layers.3.self_attn.q_proj.weight`` for ``("q", 3)``."""
+    return f"model.layers.{layer}.{_MODULES[projection]}.weight"
+
+
+def projection_bias(projection: str, layer: int) -> str:
+    return f"model.layers.{layer}.{_MODULES[projection]}.bias"
+
+
+def norm_name(norm: str, layer: int) -> str:
+    """``norm``: ``input_layernorm``, ``post_attention_layernorm``, ``self_attn.q_norm`` or ``self_attn.k_norm``."""
+    return f"model.layers.{layer}.{norm}.weight"
+
+
+def projection_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
+    """Weight name -> ``(N, K)`` of every projection that is quantised, in layer order."""
+    shapes = spec.lora_shapes()
+    return {
+        projection_weight(projection, layer): (shapes.out_features[projection], shapes.in_features[projection])
+        for layer in range(spec.n_layers)
+        for projection in LAYER_PROJECTIONS
+    }
+
+
+def plain_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that stays in 16 or 32 bits. A tied ``lm_head`` is not among them."""
+    hidden = spec.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {EMBED: (spec.vocab_size, hidden)}
+    out = spec.lora_shapes().out_features
+    for layer in range(spec.n_layers):
+        shapes[norm_name("input_layernorm", layer)] = (hidden,)
+        shapes[norm_name("post_attention_layernorm", layer)] = (hidden,)
+        if spec.qk_norm:
+            shapes[norm_name("self_attn.q_norm", layer)] = (spec.head_dim,)
+            shapes[norm_name("self_attn.k_norm", layer)] = (spec.head_dim,)
+        for projection in LAYER_PROJECTIONS:
+            if spec.has_bias(projection):
+                shapes[projection_bias(projection, layer)] = (out[projection],)
+    shapes[FINAL_NORM] = (hidden,)
+    if not spec.tie_embeddings:
+        shapes[LM_HEAD] = (spec.vocab_size, hidden)
+    return shapes
+
+
+def check_plain(what: str, spec: ModelSpec, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Check an unquantised checkpoint's tensor names and shapes; raises BadCheckpoint with everything wrong."""
+    _check(what, {**plain_shapes(spec), **projection_shapes(spec)}, dict(found))
+
+
+def check_quantized(what: str, spec: ModelSpec, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Check an NF4 checkpoint's tensor names, and the shapes of what is not packed; raises BadCheckpoint."""
+    names = dict(found)
+    if f"{LM_HEAD}.absmax" in names:
+        raise UnsupportedModel(what, "its lm_head is quantised too; quantise the 16-bit model with `manylora quantize`")
+    expected: dict[str, tuple[int, ...] | None] = dict(plain_shapes(spec))
+    kept: list[str] = []
+    for weight, shape in projection_shapes(spec).items():
+        parts = [f"{weight}.{part}" for part in (*REQUIRED_PARTS, *NESTED_PARTS)]
+        if names.get(weight) == shape and not any(part in names for part in parts):
+            kept.append(weight)
+        nested = any(f"{weight}.{part}" in names for part in NESTED_PARTS)
+        expected |= dict.fromkeys((weight, *(parts if nested else parts[: len(REQUIRED_PARTS)])))
+    if kept:
+        raise UnsupportedModel(
+            what,
+            f"{len(kept)} projections are not quantised ({', '.join(kept)}); quantise the 16-bit model with "
+            "`manylora quantize`",
+        )
+    _check(what, expected, names)
+
+
+def _check(what: str, expected: Mapping[str, tuple[int, ...] | None], found: Mapping[str, tuple[int, ...]]) -> None:
+    missing = [name for name in expected if name not in found]
+    # A tied head may be stored all the same; the loader compares it with the embedding.
+    unexpected = [
+        name for name in found if name not in expected and name != LM_HEAD and not _IGNORED.fullmatch(name)
+    ]
+    reasons = []
+    if missing:
+        reasons.append(f"{len(missing)} tensors are missing: {', '.join(missing)}")
+    if unexpected:
+        reasons.append(f"{len(unexpected)} tensors are not part of this architecture: {', '.join(sorted(unexpected))}")
+    reasons += [
+        f"{name} has shape {list(found[name])}, the config says {list(shape)}"
+        for name, shape in expected.items()
+        if shape is not None and name in found and found[name] != shape
+    ]
+    if reasons:
+        raise BadCheckpoint(what, reasons)

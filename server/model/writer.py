@@ -1,0 +1,96 @@
+"""Writing an NF4 checkpoint that transformers and bitsandbytes read: config.json, sharded safetensors, index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import save_file
+
+from manylora.server.model.checkpoint import INDEX_FILE, SINGLE_FILE
+
+MAX_SHARD: Final = 4_000_000_000
+"""Bytes per safetensors file."""
+
+
+class ShardWriter:
+    """Collects tensors and writes them out whenever a shard is full, so that only one shard is in memory."""
+
+    def __init__(self, directory: Path, *, max_shard: int = MAX_SHARD) -> None:
+        self._directory = directory
+        self._max_shard = max_shard
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[tuple[Path, list[str]]] = []
+        self._total = 0
+
+    def add(self, group: Mapping[str, torch.Tensor]) -> None:
+        """Add tensors that belong in one file (a weight and its scales: bitsandbytes' readers expect them together)."""
+        size = sum(int(tensor.nbytes) for tensor in group.values())
+        if self._pending and self._pending_bytes + size > self._max_shard:
+            self._flush()
+        self._pending |= {name: tensor.contiguous().cpu() for name, tensor in group.items()}
+        self._pending_bytes += size
+        self._total += size
+
+    def finish(self) -> list[Path]:
+        """Write what is pending, name the shards and write the index; returns the weight files."""
+        if self._pending or not self._shards:
+            self._flush()
+        if len(self._shards) == 1:
+            single = self._directory / SINGLE_FILE
+            self._shards[0][0].rename(single)
+            return [single]
+        weight_map, files = {}, []
+        for number, (path, names) in enumerate(self._shards, start=1):
+            file = path.rename(self._directory / f"model-{number:05d}-of-{len(self._shards):05d}.safetensors")
+            files.append(file)
+            weight_map |= dict.fromkeys(names, file.name)
+        write_json(
+            self._directory / INDEX_FILE,
+            {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))},
+        )
+        return files
+
+    def _flush(self) -> None:
+        path = self._directory / f"part-{len(self._shards):05d}.safetensors"
+        save_file(self._pending, path, metadata={"format": "pt"})
+        self._shards.append((path, list(self._pending)))
+        self._pending, self._pending_bytes = {}, 0
+
+
+def write_groups(groups: Iterable[Mapping[str, torch.Tensor]], directory: Path, *, max_shard: int = MAX_SHARD) -> None:
+    """Write all tensors into ``directory``; OSError when the disk refuses."""
+    writer = ShardWriter(directory, max_shard=max_shard)
+    for group in groups:
+        writer.add(group)
+    writer.finish()
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def quantization_config(*, nested: bool, dtype: str) -> dict[str, Any]:
+    """What transformers' ``BitsAndBytesConfig`` writes into config.json for NF4 with a 16-bit head.
+
+    Storage is what counts here; the compute type is advice to transformers (bf16, unless the source is fp16).
+    """
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "llm_int8_threshold": 6.0,
+        "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": nested,
+        "bnb_4bit_compute_dtype": "float16" if dtype == "float16" else "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+    }
