@@ -46,7 +46,6 @@ HARMLESS: Final[Mapping[str, str]] = {
     "eva_config": "initialisation only",
     "corda_config": "initialisation only; the mode itself is init_lora_weights",
     "lora_ga_config": "initialisation only; the mode itself is init_lora_weights",
-    "velora_config": "compresses activations for the backward pass; the forward pass is plain LoRA's",
     "qalora_group_size": "used only with use_qalora",
     "runtime_config": "ignored by PEFT in a file",
     "merge_weights": "of PEFT before 0.3: whether to merge at run time",
@@ -71,6 +70,7 @@ REFUSED_UNLESS_NONE: Final[Mapping[str, str]] = {
     "use_bdlora": "BD-LoRA: block-diagonal factors, which are not served",
     "arrow_config": "Arrow: a router over several adapters, which is not served",
     "kasa_config": "KaSA: training truncated the base weights, so that the adapter is wrong on the plain base",
+    "velora_config": "VeLoRA: saves the state of its training beside the factors, which is not served",
     "monteclora_config": "MonteCLoRA: trained with sampled perturbations, which is not served",
 }
 
@@ -114,6 +114,15 @@ class PeftLoraConfig:
         """alpha / r (LoRA, Hu et al. 2021, section 4.1) or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023, eq. 8)."""
         rank = self.rank(module)
         return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def ambiguous_alphas(self, module: str) -> list[str]:
+        """The alpha patterns that match ``module`` if they disagree, the one that counts first; else none.
+
+        PEFT sorts the patterns when it saves them and takes the first match when it loads them, so that training may
+        have used another one than everybody who loads the file.
+        """
+        matching = [pattern for pattern in self.alpha_pattern if re.match(_path_or_suffix(pattern), module)]
+        return matching if len({self.alpha_pattern[pattern] for pattern in matching}) > 1 else []
 
     def targets(self, module: str) -> bool:
         """Whether PEFT would put LoRA on ``module``, a linear layer or the embedding."""

@@ -186,12 +186,22 @@ class _Check:
 
     def _check_targets(self) -> None:
         problem = self.tensors.problem
+        ambiguous: list[str] = []
         for module in sorted(self.paths, key=self._order):
             targeted, present = self.lora.targets(module), module in self.tensors.factors
+            if present and (clash := self.lora.ambiguous_alphas(module)):
+                ambiguous.append(
+                    f"{module}: {clash[0]!r} counts, as in PEFT, and not {', '.join(map(repr, clash[1:]))}"
+                )
             if targeted and not present:
                 problem("modules that the config targets and that have no tensors", module)
             if present and not targeted:
                 problem("modules that have tensors and that the config does not target (PEFT would skip them)", module)
+        if ambiguous:
+            self.warnings.append(
+                "alpha_pattern has patterns that overlap and disagree; PEFT sorts them when it saves, so training may "
+                f"have used another one: {_listed(ambiguous)}"
+            )
         if isinstance(self.lora.target_modules, tuple):
             paths = tuple(self.paths)
             idle = [n for n in self.lora.target_modules if not any(p == n or p.endswith(f".{n}") for p in paths)]

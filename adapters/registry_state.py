@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from manylora.adapters.durable import sync_directory
 from manylora.adapters.errors import RegistryStateError
 
 _FORMAT: Final = 1
@@ -73,22 +74,12 @@ def write_state(path: Path, entries: Iterable[StateEntry]) -> None:
         except BaseException:
             os.unlink(temporary)
             raise
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         raise RegistryStateError(
             f"The list of adapters could not be written to {path}: {error}. Nothing was changed; make room or fix the "
             "permissions, or start without a state file."
         ) from error
-
-
-def _sync_directory(path: Path) -> None:
-    # The rename itself is only durable once the directory is synced; not every platform can open one.
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _entry(path: Path, index: int, value: Any) -> StateEntry:

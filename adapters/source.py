@@ -15,6 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from manylora.adapters.durable import sync_directory
 from manylora.adapters.errors import AdapterSourceForbidden, AdapterSourceNotFound, AdapterUploadInvalid
 
 REQUIRED_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
@@ -95,13 +96,13 @@ def store_upload(name: str, files: Mapping[str, bytes | BinaryIO], root: Path, l
             digest.update(f"{file_name} {file_digest}\n".encode())
         target = root / digest.hexdigest()
         if not target.is_dir():
-            _sync_directory(temporary)
+            sync_directory(temporary)
             try:
                 os.rename(temporary, target)
             except OSError:
                 if not target.is_dir():  # else another upload of equal content was first, which is as good
                     raise
-        _sync_directory(root)
+        sync_directory(root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
@@ -138,16 +139,6 @@ def _write_file(path: Path, stream: BinaryIO, limit: int) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
-def _sync_directory(path: Path) -> None:
-    # A rename is only durable once its directory is synced; not every platform can open one.
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _confine(path: Path, roots: Sequence[Path]) -> None:
     real = Path(os.path.realpath(path))
     if not any(real.is_relative_to(os.path.realpath(root)) for root in roots):
@@ -157,9 +148,9 @@ def _confine(path: Path, roots: Sequence[Path]) -> None:
 
 def _download(hub_id: str) -> str:
     """Fetch an adapter's files into the hub's cache, or find them there; AdapterSourceNotFound if neither works."""
-    import httpx  # here, not above: neither is needed, nor their import's second, for an adapter on the disk
+    # Here, not above: an adapter on the disk does not need the hub, nor the second that its import takes.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
 
     try:
         return snapshot_download(hub_id, allow_patterns=list(HUB_PATTERNS))
@@ -171,7 +162,7 @@ def _download(hub_id: str) -> str:
         raise AdapterSourceNotFound(
             f"{hub_id} is neither a directory here nor a repository on the hub (if it is private, set HF_TOKEN)."
         ) from error
-    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         raise AdapterSourceNotFound(
             f"{hub_id} is not a directory here, and it could not be fetched from the hub: {error} Check the connection "
             "and HF_HUB_OFFLINE, or download the adapter and give its directory."

@@ -14,7 +14,7 @@ The IR uses AVX2 and FMA (x86-64-v3). ``kernels.cpu.available()`` says whether t
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from llvmlite import ir
@@ -35,8 +35,6 @@ V8F, V8I, V16S, V32B = (
 )
 TILE: Final = 16
 """Columns of a panel tile: two 8-lane vectors."""
-MAX_ROWS: Final = 6
-"""Rows of the largest micro-kernel: 6 x 2 accumulators leave room for the panel and a broadcast in 16 registers."""
 
 
 def _i64(value: int) -> Value:
@@ -60,6 +58,53 @@ def _offset(b: Builder, address: Value, n_bytes: int) -> Value:
     return b.add(address, _i64(n_bytes)) if n_bytes else address
 
 
+def _function(b: Builder, name: str, result: Any, *arguments: Any) -> Value:
+    return cgutils.get_or_insert_function(b.module, ir.FunctionType(result, list(arguments)), name)
+
+
+def _constant(value: float) -> Value:
+    return ir.Constant(V8F, [value] * 8)
+
+
+class _Rows:
+    """The accumulators of a fused kernel: ``rows`` x ``tiles`` x two vectors, and the rows' addresses."""
+
+    def __init__(self, b: Builder, rows: int, tiles: int, x: Value, x_offsets: Value, c: Value, c_offsets: Value) -> None:
+        self._b = b
+        self._fma = _function(b, "llvm.fma.v8f32", V8F, V8F, V8F, V8F)
+        self._x = [b.add(x, _load(b, _offset(b, x_offsets, 8 * r), I64, 8)) for r in range(rows)]
+        self._c = [b.add(c, _load(b, _offset(b, c_offsets, 8 * r), I64, 8)) for r in range(rows)]
+        self._acc = [[cgutils.alloca_once(b, V8F) for _ in range(2 * tiles)] for _ in range(rows)]
+
+    def _each(self) -> Iterator[tuple[Value, Value]]:
+        for row, accumulators in zip(self._c, self._acc, strict=True):
+            for v, accumulator in enumerate(accumulators):
+                yield _offset(self._b, row, 32 * v), accumulator
+
+    def start(self, accumulate: Value) -> None:
+        """From the values in memory if ``accumulate`` is not 0, else from zero."""
+        b = self._b
+        with b.if_else(b.icmp_signed("!=", accumulate, _i64(0))) as (then, otherwise):
+            with then:
+                for place, accumulator in self._each():
+                    b.store(_load(b, place, V8F, 4), accumulator)
+            with otherwise:
+                for _, accumulator in self._each():
+                    b.store(_constant(0.0), accumulator)
+
+    def multiply(self, position: Value, vectors: Sequence[Value]) -> None:
+        """Add x[position] times the weights of that position (two vectors a tile)."""
+        b = self._b
+        for row, accumulators in zip(self._x, self._acc, strict=True):
+            factor = _splat(b, _load(b, b.add(row, b.mul(position, _i64(4))), F32, 4))
+            for accumulator, weights in zip(accumulators, vectors, strict=True):
+                b.store(b.call(self._fma, [factor, weights, b.load(accumulator)]), accumulator)
+
+    def finish(self) -> None:
+        for place, accumulator in self._each():
+            _store(self._b, self._b.load(accumulator), place, 4)
+
+
 def _gemm_tile(rows: int, tiles: int) -> Callable[..., Any]:
     """A micro-kernel for ``rows`` rows and ``16 * tiles`` columns; see ``gemm_tile`` for what it computes."""
 
@@ -69,31 +114,12 @@ def _gemm_tile(rows: int, tiles: int) -> Callable[..., Any]:
 
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             x, x_offsets, panel, panel_stride, depth, c, c_offsets, accumulate = args
-            fma = _function(b, "llvm.fma.v8f32", V8F, V8F, V8F, V8F)
-            vectors = 2 * tiles
-            x_rows = [b.add(x, _load(b, _offset(b, x_offsets, 8 * r), I64, 8)) for r in range(rows)]
-            c_rows = [b.add(c, _load(b, _offset(b, c_offsets, 8 * r), I64, 8)) for r in range(rows)]
-            acc = [[cgutils.alloca_once(b, V8F) for _ in range(vectors)] for _ in range(rows)]
-            with b.if_else(b.icmp_signed("!=", accumulate, _i64(0))) as (then, otherwise):
-                with then:
-                    for r in range(rows):
-                        for v in range(vectors):
-                            b.store(_load(b, _offset(b, c_rows[r], 32 * v), V8F, 4), acc[r][v])
-                with otherwise:
-                    for r in range(rows):
-                        for v in range(vectors):
-                            b.store(ir.Constant(V8F, [0.0] * 8), acc[r][v])
+            state = _Rows(b, rows, tiles, x, x_offsets, c, c_offsets)
+            state.start(accumulate)
             with cgutils.for_range(b, depth, intp=I64) as loop:
                 row = b.add(panel, b.mul(loop.index, panel_stride))
-                weights = [_load(b, _offset(b, row, 32 * v), V8F, 4) for v in range(vectors)]
-                step = b.mul(loop.index, _i64(4))
-                for r in range(rows):
-                    factor = _splat(b, _load(b, b.add(x_rows[r], step), F32, 4))
-                    for v in range(vectors):
-                        b.store(b.call(fma, [factor, weights[v], b.load(acc[r][v])]), acc[r][v])
-            for r in range(rows):
-                for v in range(vectors):
-                    _store(b, b.load(acc[r][v]), _offset(b, c_rows[r], 32 * v), 4)
+                state.multiply(loop.index, [_load(b, _offset(b, row, 32 * v), V8F, 4) for v in range(2 * tiles)])
+            state.finish()
             return context.get_dummy_value()
 
         return signature, codegen
@@ -123,39 +149,116 @@ def _shuffle(b: Builder, left: Value, right: Value, mask: list[int]) -> Value:
     return b.shuffle_vector(left, right, ir.Constant(ir.VectorType(I32, len(mask)), mask))
 
 
+def _nf4_quad(b: Builder, address: Value, tables: list[Value]) -> list[tuple[Value, Value]]:
+    """The codes of the four positions and 16 outputs whose 32 bytes lie at ``address``: fp32, two vectors a position.
+
+    Four byte look-ups and two levels of interleaving give 32 exact codes: about three shuffles for eight weights.
+    """
+    pshufb = _function(b, "llvm.x86.avx2.pshuf.b", V32B, V32B, V32B)
+    low_nibble = ir.Constant(V32B, [15] * 32)
+    codes = _load(b, address, V32B, 1)
+    shifted = b.bitcast(b.lshr(b.bitcast(codes, V16S), ir.Constant(V16S, [4] * 16)), V32B)
+    positions = []
+    for nibbles in (b.and_(codes, low_nibble), b.and_(shifted, low_nibble)):
+        planes = [b.call(pshufb, [table, nibbles]) for table in tables]
+        for high_bytes in (False, True):
+            mask = _unpack(32, high_bytes)
+            low16 = b.bitcast(_shuffle(b, planes[0], planes[1], mask), V16S)
+            high16 = b.bitcast(_shuffle(b, planes[2], planes[3], mask), V16S)
+            left, right = (b.bitcast(_shuffle(b, low16, high16, _unpack(16, high)), V8F) for high in (False, True))
+            positions.append((left, right))
+    return positions
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def decode_nf4(typingctx, packed, absmax, out, out_stride, quads):  # type: ignore[no-untyped-def]
     """Decode ``4 * quads`` rows of a 16-column tile to fp32, times ``absmax[16]``: ``out[k, n] = code * absmax[n]``.
 
-    ``packed`` holds 32 bytes a quad, in the order of ``kernels.cpu.linear.pack_nf4``. Four byte look-ups and two
-    levels of interleaving give 32 exact fp32 codes: about three shuffles for eight weights.
+    ``packed`` holds 32 bytes a quad, in the order of ``kernels.cpu.linear.pack_nf4``.
     """
     signature = types.void(*[types.int64] * 5)
 
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
         packed, absmax, out, out_stride, quads = args
-        pshufb = _function(b, "llvm.x86.avx2.pshuf.b", V32B, V32B, V32B)
         tables = _byte_tables()
-        low_nibble = ir.Constant(V32B, [15] * 32)
-        four = ir.Constant(V16S, [4] * 16)
         scales = [_load(b, _offset(b, absmax, 32 * v), V8F, 4) for v in range(2)]
         with cgutils.for_range(b, quads, intp=I64) as loop:
-            codes = _load(b, b.add(packed, b.mul(loop.index, _i64(32))), V32B, 1)
-            shifted = b.bitcast(b.lshr(b.bitcast(codes, V16S), four), V32B)
-            base = b.add(out, b.mul(loop.index, b.mul(out_stride, _i64(4))))
-            for pair, nibbles in enumerate((b.and_(codes, low_nibble), b.and_(shifted, low_nibble))):
-                planes = [b.call(pshufb, [table, nibbles]) for table in tables]
-                for within, high_bytes in enumerate((False, True)):
-                    mask8 = _unpack(32, high_bytes)
-                    low16 = b.bitcast(_shuffle(b, planes[0], planes[1], mask8), V16S)
-                    high16 = b.bitcast(_shuffle(b, planes[2], planes[3], mask8), V16S)
-                    row = b.add(base, b.mul(out_stride, _i64(2 * pair + within)))
-                    for half, high_words in enumerate((False, True)):
-                        value = b.bitcast(_shuffle(b, low16, high16, _unpack(16, high_words)), V8F)
-                        _store(b, b.fmul(value, scales[half]), _offset(b, row, 32 * half), 4)
+            row = b.add(out, b.mul(loop.index, b.mul(out_stride, _i64(4))))
+            for vectors in _nf4_quad(b, b.add(packed, b.mul(loop.index, _i64(32))), tables):
+                for half, codes in enumerate(vectors):
+                    _store(b, b.fmul(codes, scales[half]), _offset(b, row, 32 * half), 4)
+                row = b.add(row, out_stride)
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+def _fused_nf4(rows: int, tiles: int) -> Callable[..., Any]:
+    """Few rows: the weights go from the decode straight into the multiply, never through memory."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def fused(typingctx, x, x_offsets, packed, tile_bytes, absmax, absmax_bytes, blocks, quads, c, c_offsets, accumulate):  # type: ignore[no-untyped-def]
+        def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+            x, x_offsets, packed, tile_bytes, absmax, absmax_bytes, blocks, quads, c, c_offsets, accumulate = args
+            tables = _byte_tables()
+            state = _Rows(b, rows, tiles, x, x_offsets, c, c_offsets)
+            state.start(accumulate)
+            weights = [b.add(packed, b.mul(tile_bytes, _i64(t))) for t in range(tiles)]
+            scales = [b.add(absmax, b.mul(absmax_bytes, _i64(t))) for t in range(tiles)]
+            with cgutils.for_range(b, blocks, intp=I64) as block:
+                at = b.mul(block.index, _i64(64))
+                factors = [_load(b, _offset(b, b.add(s, at), 32 * v), V8F, 4) for s in scales for v in range(2)]
+                first = b.mul(block.index, quads)
+                with cgutils.for_range(b, quads, intp=I64) as loop:
+                    quad = b.add(first, loop.index)
+                    decoded = [_nf4_quad(b, b.add(w, b.mul(quad, _i64(32))), tables) for w in weights]
+                    for i in range(4):
+                        codes = [vector for tile in decoded for vector in tile[i]]
+                        scaled = [b.fmul(code, factor) for code, factor in zip(codes, factors, strict=True)]
+                        state.multiply(b.add(b.mul(quad, _i64(4)), _i64(i)), scaled)
+            state.finish()
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 11), codegen
+
+    return fused  # type: ignore[no-any-return]
+
+
+fused_nf4_1x2, fused_nf4_2x2, fused_nf4_3x2 = _fused_nf4(1, 2), _fused_nf4(2, 2), _fused_nf4(3, 2)
+fused_nf4_1x1, fused_nf4_2x1, fused_nf4_3x1 = _fused_nf4(1, 1), _fused_nf4(2, 1), _fused_nf4(3, 1)
+fused_nf4_4x1 = _fused_nf4(4, 1)
+
+
+def _bf16_row(b: Builder, address: Value) -> tuple[Value, Value]:
+    """The 16 bf16 values at ``address`` (order of ``pack_bf16``) as two fp32 vectors; exact."""
+    words = _load(b, address, V8I, 4)
+    low = b.shl(words, ir.Constant(V8I, [16] * 8))
+    high = b.and_(words, ir.Constant(V8I, [0xFFFF0000] * 8))
+    return b.bitcast(low, V8F), b.bitcast(high, V8F)
+
+
+def _fused_bf16(rows: int, tiles: int) -> Callable[..., Any]:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def fused(typingctx, x, x_offsets, packed, tile_bytes, depth, c, c_offsets):  # type: ignore[no-untyped-def]
+        def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+            x, x_offsets, packed, tile_bytes, depth, c, c_offsets = args
+            state = _Rows(b, rows, tiles, x, x_offsets, c, c_offsets)
+            state.start(_i64(0))
+            weights = [b.add(packed, b.mul(tile_bytes, _i64(t))) for t in range(tiles)]
+            with cgutils.for_range(b, depth, intp=I64) as loop:
+                at = b.mul(loop.index, _i64(32))
+                state.multiply(loop.index, [v for w in weights for v in _bf16_row(b, b.add(w, at))])
+            state.finish()
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), codegen
+
+    return fused  # type: ignore[no-any-return]
+
+
+fused_bf16_1x1, fused_bf16_2x1, fused_bf16_3x1 = _fused_bf16(1, 1), _fused_bf16(2, 1), _fused_bf16(3, 1)
+fused_bf16_1x4, fused_bf16_2x2, fused_bf16_3x2 = _fused_bf16(1, 4), _fused_bf16(2, 2), _fused_bf16(3, 2)
+fused_bf16_4x1 = _fused_bf16(4, 1)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -166,12 +269,9 @@ def decode_bf16(typingctx, packed, out, out_stride, depth):  # type: ignore[no-u
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
         packed, out, out_stride, depth = args
         with cgutils.for_range(b, depth, intp=I64) as loop:
-            words = _load(b, b.add(packed, b.mul(loop.index, _i64(32))), V8I, 4)
             row = b.add(out, b.mul(loop.index, out_stride))
-            low = b.shl(words, ir.Constant(V8I, [16] * 8))
-            high = b.and_(words, ir.Constant(V8I, [0xFFFF0000] * 8))
-            _store(b, b.bitcast(low, V8F), row, 4)
-            _store(b, b.bitcast(high, V8F), _offset(b, row, 32), 4)
+            for half, values in enumerate(_bf16_row(b, b.add(packed, b.mul(loop.index, _i64(32))))):
+                _store(b, values, _offset(b, row, 32 * half), 4)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -206,14 +306,6 @@ def scale_16(typingctx, address, factor):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32), codegen
-
-
-def _function(b: Builder, name: str, result: Any, *arguments: Any) -> Value:
-    return cgutils.get_or_insert_function(b.module, ir.FunctionType(result, list(arguments)), name)
-
-
-def _constant(value: float) -> Value:
-    return ir.Constant(V8F, [value] * 8)
 
 
 def _exp(b: Builder, x: Value) -> Value:

@@ -10,28 +10,58 @@ import numpy as np
 import torch
 from numba import carray, cfunc, njit
 
-from manylora.kernels.cpu.emit import TILE, decode_bf16, decode_nf4
+from manylora.kernels.cpu.emit import (
+    TILE,
+    decode_bf16,
+    decode_nf4,
+    fused_bf16_1x1,
+    fused_bf16_1x4,
+    fused_bf16_2x1,
+    fused_bf16_2x2,
+    fused_bf16_3x1,
+    fused_bf16_3x2,
+    fused_bf16_4x1,
+    fused_nf4_1x1,
+    fused_nf4_1x2,
+    fused_nf4_2x1,
+    fused_nf4_2x2,
+    fused_nf4_3x1,
+    fused_nf4_3x2,
+    fused_nf4_4x1,
+)
 from manylora.kernels.cpu.threads import KERNEL, launch
-from manylora.kernels.cpu.tiles import address_of, gemm_few_rows, gemm_rows, keep_alive, share
+from manylora.kernels.cpu.tiles import address_of, gemm_rows, keep_alive, share
 
 DEPTH = 256
-"""Rows of a decoded panel: 256 x 16 fp32 = 16 KiB, half of a 32 KiB L1; with four tiles 64 rows."""
+"""Rows of a decoded panel: 256 x 16 fp32 = 16 KiB, half of a 32 KiB L1."""
 ROW_BLOCK = 96
 """Rows of x per pass over the weights: their 96 x 256 fp32 stay in L2 while the panels stream by."""
 
 
-def pack_nf4(codes: torch.Tensor) -> torch.Tensor:
-    """Re-lay NF4 codes ``[N, K]`` uint8 (0..15; N % 16 == 0, K % 4 == 0) as ``[N / 16, K / 4, 32]`` uint8.
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _pack_nf4(source, n, k, out):  # type: ignore[no-untyped-def]
+    for tile in range(n // 16):
+        for quad in range(k // 4):
+            for lane in range(2):
+                for pair in range(2):
+                    for half in range(2):
+                        for e in range(4):
+                            row = 16 * tile + 8 * half + 4 * lane + e
+                            # bitsandbytes keeps the even position in the high nibble.
+                            low = source[(row * k + 4 * quad) // 2] >> (4 - 4 * pair) & 15
+                            high = source[(row * k + 4 * quad) // 2 + 1] >> (4 - 4 * pair) & 15
+                            out[tile, quad, 16 * lane + 8 * pair + 4 * half + e] = low | high << 4
+
+
+def pack_nf4(packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    """Re-lay bitsandbytes' NF4 bytes ``[N * K / 2]`` (N % 16 == 0, K % 4 == 0) as ``[N / 16, K / 4, 32]`` uint8.
 
     Byte ``16 l + 8 kk + 4 h + e`` of a quad holds, for output ``n = 8 h + 4 l + e``, position ``k = kk`` in its low
     nibble and ``k = 2 + kk`` in its high one: just where ``vpunpck`` puts them back in order.
     """
-    n, k = codes.shape
-    # [tile, h, l, e, quad, pair, kk]
-    v = codes.reshape(n // TILE, 2, 2, 4, k // 4, 2, 2)
-    low, high = v[..., 0, :], v[..., 1, :]
-    merged = low | (high << 4)  # [tile, h, l, e, quad, kk]
-    return merged.permute(0, 4, 2, 5, 1, 3).reshape(n // TILE, k // 4, 32).contiguous()
+    out = torch.empty(n // TILE, k // 4, 32, dtype=torch.uint8)
+    _pack_nf4(packed.contiguous().numpy(), n, k, out.numpy())
+    return out
 
 
 def pack_absmax(absmax: torch.Tensor, n: int) -> torch.Tensor:
@@ -49,44 +79,93 @@ def pack_bf16(weight: torch.Tensor) -> torch.Tensor:
     return padded.reshape(tiles, 2, 8, k).permute(0, 3, 2, 1).reshape(tiles, k, TILE).contiguous()
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
-def _multiply(rows, tiles, x, offsets, first_row, panel, stride, depth, c, c_offsets, accumulate):  # type: ignore[no-untyped-def]
-    xo, co = offsets + 8 * first_row, c_offsets + 8 * first_row
-    if tiles > 1 or rows <= 3:
-        gemm_few_rows(rows, tiles, x, xo, panel, stride, depth, c, co, accumulate)
-    else:
-        gemm_rows(rows, x, xo, panel, stride, depth, c, co, accumulate)
+FUSED_ROWS = 4
+"""Up to here the weights are multiplied as they are decoded; above, they are decoded once for all rows."""
+
+
+@njit(nogil=True, inline="never")  # type: ignore[untyped-decorator]
+def _nf4_few_rows(rows, first, last, x, xo, packed, absmax, depth, block, y, co, accumulate):  # type: ignore[no-untyped-def]
+    weight_bytes, scale_bytes = 8 * depth, 64 * (depth // block)
+    blocks, quads = depth // block, block // 4
+    tile = first
+    while tile < last:
+        w, s, c = packed + tile * weight_bytes, absmax + tile * scale_bytes, y + 64 * tile
+        if rows <= 3 and tile + 2 <= last:
+            # Two tiles at once: the chains of one hide the latency of the other's.
+            if rows == 1:
+                fused_nf4_1x2(x, xo, w, weight_bytes, s, scale_bytes, blocks, quads, c, co, accumulate)
+            elif rows == 2:
+                fused_nf4_2x2(x, xo, w, weight_bytes, s, scale_bytes, blocks, quads, c, co, accumulate)
+            else:
+                fused_nf4_3x2(x, xo, w, weight_bytes, s, scale_bytes, blocks, quads, c, co, accumulate)
+            tile += 2
+        else:
+            if rows == 1:
+                fused_nf4_1x1(x, xo, w, weight_bytes, s, scale_bytes, blocks, quads, c, co, accumulate)
+            elif rows == 2:
+                fused_nf4_2x1(x, xo, w, weight_bytes, s, scale_bytes, blocks, quads, c, co, accumulate)
+            elif rows == 3:
+                fused_nf4_3x1(x, xo, w, weight_bytes, s, scale_bytes, blocks, quads, c, co, accumulate)
+            else:
+                fused_nf4_4x1(x, xo, w, weight_bytes, s, scale_bytes, blocks, quads, c, co, accumulate)
+            tile += 1
 
 
 @cfunc(KERNEL, cache=True)  # type: ignore[untyped-decorator]
 def _nf4_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
-    a = carray(arguments, 12)
+    a = carray(arguments, 11)
     x, x_stride, rows, depth, packed, absmax, n_tiles = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
     y, y_stride, block, accumulate = a[7], a[8], a[9], a[10]
     x_offsets, c_offsets = np.arange(rows) * x_stride, np.arange(rows) * y_stride
     xo, co = address_of(x_offsets), address_of(c_offsets)
-    tiles_at_once = 4 if rows <= 3 else 1
-    step = max(block, DEPTH // tiles_at_once // block * block)
-    panel_memory = np.empty(step * TILE * tiles_at_once, np.float32)
-    panel = address_of(panel_memory)
-    first, last = share(n_tiles, part, parts, tiles_at_once)
-    for row in range(0, rows, ROW_BLOCK):
-        count = min(ROW_BLOCK, rows - row)
-        for tile in range(first, last, tiles_at_once):
-            tiles = min(tiles_at_once, last - tile)
-            stride = 64 * tiles
-            for k in range(0, depth, step):
-                length = min(step, depth - k)
-                for t in range(tiles):
+    first, last = share(n_tiles, part, parts, 2)
+    if rows <= FUSED_ROWS:
+        _nf4_few_rows(rows, first, last, x, xo, packed, absmax, depth, block, y, co, accumulate)
+    else:
+        step = max(block, DEPTH // block * block)
+        panel_memory = np.empty(step * TILE, np.float32)
+        panel = address_of(panel_memory)
+        for row in range(0, rows, ROW_BLOCK):
+            count = min(ROW_BLOCK, rows - row)
+            for tile in range(first, last):
+                for k in range(0, depth, step):
+                    length = min(step, depth - k)
                     for b in range(0, length, block):
-                        source = (tile + t) * (depth // 4) + (k + b) // 4
-                        scale = (tile + t) * (depth // block) + (k + b) // block
-                        decode_nf4(packed + 32 * source, absmax + 64 * scale, panel + b * stride + 64 * t, stride, block // 4)
-                keep = 1 if accumulate != 0 or k > 0 else 0
-                _multiply(count, tiles, x + 4 * k, xo, row, panel, stride, length, y + 64 * tile, co, keep)
+                        source = packed + 32 * (tile * (depth // 4) + (k + b) // 4)
+                        scale = absmax + 64 * (tile * (depth // block) + (k + b) // block)
+                        decode_nf4(source, scale, panel + 64 * b, 64, block // 4)
+                    keep = 1 if accumulate != 0 or k > 0 else 0
+                    gemm_rows(count, x + 4 * k, xo + 8 * row, panel, 64, length, y + 64 * tile, co + 8 * row, keep)
+        keep_alive(panel_memory)
     keep_alive(x_offsets)
     keep_alive(c_offsets)
-    keep_alive(panel_memory)
+
+
+@njit(nogil=True, inline="never")  # type: ignore[untyped-decorator]
+def _bf16_few_rows(rows, first, last, x, xo, packed, depth, y, co):  # type: ignore[no-untyped-def]
+    weight_bytes = 32 * depth
+    tile = first
+    while tile < last:
+        w, c = packed + tile * weight_bytes, y + 64 * tile
+        if rows == 1 and tile + 4 <= last:
+            fused_bf16_1x4(x, xo, w, weight_bytes, depth, c, co)
+            tile += 4
+        elif rows == 2 and tile + 2 <= last:
+            fused_bf16_2x2(x, xo, w, weight_bytes, depth, c, co)
+            tile += 2
+        elif rows == 3 and tile + 2 <= last:
+            fused_bf16_3x2(x, xo, w, weight_bytes, depth, c, co)
+            tile += 2
+        else:
+            if rows == 1:
+                fused_bf16_1x1(x, xo, w, weight_bytes, depth, c, co)
+            elif rows == 2:
+                fused_bf16_2x1(x, xo, w, weight_bytes, depth, c, co)
+            elif rows == 3:
+                fused_bf16_3x1(x, xo, w, weight_bytes, depth, c, co)
+            else:
+                fused_bf16_4x1(x, xo, w, weight_bytes, depth, c, co)
+            tile += 1
 
 
 @cfunc(KERNEL, cache=True)  # type: ignore[untyped-decorator]
@@ -95,24 +174,23 @@ def _bf16_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
     x, x_stride, rows, depth, packed, n_tiles, y, y_stride = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
     x_offsets, c_offsets = np.arange(rows) * x_stride, np.arange(rows) * y_stride
     xo, co = address_of(x_offsets), address_of(c_offsets)
-    tiles_at_once = 4 if rows <= 3 else 1
-    step = DEPTH // tiles_at_once
-    panel_memory = np.empty(step * TILE * tiles_at_once, np.float32)
-    panel = address_of(panel_memory)
-    first, last = share(n_tiles, part, parts, tiles_at_once)
-    for row in range(0, rows, ROW_BLOCK):
-        count = min(ROW_BLOCK, rows - row)
-        for tile in range(first, last, tiles_at_once):
-            tiles = min(tiles_at_once, last - tile)
-            stride = 64 * tiles
-            for k in range(0, depth, step):
-                length = min(step, depth - k)
-                for t in range(tiles):
-                    decode_bf16(packed + 32 * ((tile + t) * depth + k), panel + 64 * t, stride, length)
-                _multiply(count, tiles, x + 4 * k, xo, row, panel, stride, length, y + 64 * tile, co, 1 if k > 0 else 0)
+    first, last = share(n_tiles, part, parts, 4)
+    if rows <= FUSED_ROWS:
+        _bf16_few_rows(rows, first, last, x, xo, packed, depth, y, co)
+    else:
+        panel_memory = np.empty(DEPTH * TILE, np.float32)
+        panel = address_of(panel_memory)
+        for row in range(0, rows, ROW_BLOCK):
+            count = min(ROW_BLOCK, rows - row)
+            for tile in range(first, last):
+                for k in range(0, depth, DEPTH):
+                    length = min(DEPTH, depth - k)
+                    decode_bf16(packed + 32 * (tile * depth + k), panel, 64, length)
+                    keep = 1 if k > 0 else 0
+                    gemm_rows(count, x + 4 * k, xo + 8 * row, panel, 64, length, y + 64 * tile, co + 8 * row, keep)
+        keep_alive(panel_memory)
     keep_alive(x_offsets)
     keep_alive(c_offsets)
-    keep_alive(panel_memory)
 
 
 def nf4_linear(
@@ -128,7 +206,7 @@ def nf4_linear(
     m, k = x.shape
     launch(
         _nf4_kernel, x.data_ptr(), x.stride(0) * 4, m, k, packed.data_ptr(), absmax.data_ptr(), packed.shape[0],
-        out.data_ptr(), out.stride(0) * 4, blocksize, int(accumulate), 0,
+        out.data_ptr(), out.stride(0) * 4, blocksize, int(accumulate),
     )  # fmt: skip
 
 

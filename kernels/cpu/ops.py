@@ -79,9 +79,7 @@ class NumbaOps:
             if reason is not None:
                 raise ValueError(f"an NF4 weight {list(weight.shape)} cannot be packed: {reason}")
             n, k = weight.shape
-            byte = weight.packed.reshape(n, k // 2)
-            codes = torch.stack((byte >> 4, byte & 15), dim=2).reshape(n, k)
-            packed.append(linear.pack_nf4(codes))
+            packed.append(linear.pack_nf4(weight.packed, n, k))
             absmax.append(linear.pack_absmax(weight.absmax_fp32(), n))
         return PackedLinear(
             torch.cat(packed) if len(packed) > 1 else packed[0],

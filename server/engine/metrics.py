@@ -30,18 +30,12 @@ from prometheus_client.registry import Collector
 from manylora.adapters.registry import AdapterRef
 from manylora.server.engine.request import FinishReason
 
-# Seconds. The first, second and last are vLLM's own, so that panels made for it keep their axes.
-_TTFT_BUCKETS: Final = (
-    (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
-    + (160.0, 640.0, 2560.0)
-)  # fmt: skip
-_INTER_TOKEN_BUCKETS: Final = (
-    (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
-)  # fmt: skip
-_REQUEST_BUCKETS: Final = (
-    (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0)
-    + (1920.0, 7680.0)
-)  # fmt: skip
+# Seconds. Those of the vllm:* histograms are vLLM's own, so that panels made for it keep their axes.
+_SECONDS: Final = (0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+_TTFT_BUCKETS: Final = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, *_SECONDS, 160.0, 640.0, 2560.0)
+_INTER_TOKEN_BUCKETS: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, *_SECONDS[2:])
+_MINUTES: Final = (15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)
+_REQUEST_BUCKETS: Final = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, *_MINUTES)
 _STEP_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _LOAD_BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _COUNT_BUCKETS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0)
@@ -153,9 +147,7 @@ class Metrics(Collector):
 
     # --- recording -----------------------------------------------------------------------------------------------
 
-    def step(
-        self, seconds: float, *, rows: int, prefill_rows: int, tokens: int, adapters: int, generated: int
-    ) -> None:
+    def step(self, seconds: float, *, rows: int, prefill_rows: int, tokens: int, adapters: int, generated: int) -> None:
         """One step was executed: its rows, those of them that prefilled, the tokens it computed, its distinct
         adapters, the tokens it generated."""
         self._generation_tokens += generated
@@ -252,9 +244,9 @@ class Metrics(Collector):
             ("request_prefill_time", "From the first step to the first token.", self._prefill),
             ("request_decode_time", "From the first token to the end.", self._decode),
         ):
-            family = HistogramMetricFamily(f"vllm:{name}_seconds", text, labels=("model_name",))
-            histogram.add_to(family, model)
-            yield family
+            times = HistogramMetricFamily(f"vllm:{name}_seconds", text, labels=("model_name",))
+            histogram.add_to(times, model)
+            yield times
 
     def _collect_adapters(self) -> Iterator[Metric]:
         series = sorted(self._adapters.copy().items())
@@ -263,7 +255,9 @@ class Metrics(Collector):
         requests = CounterMetricFamily(
             "manylora_adapter_requests", "Requests that ended.", labels=("adapter", "finished_reason")
         )
-        queue = SummaryMetricFamily("manylora_adapter_queue_seconds", "From arrival to first step.", labels=("adapter",))
+        queue = SummaryMetricFamily(
+            "manylora_adapter_queue_seconds", "From arrival to first step.", labels=("adapter",)
+        )
         for name, one in series:
             for reason, count in one.requests.copy().items():
                 requests.add_metric((name, reason), count)
@@ -325,9 +319,7 @@ def _gauge(name: str, text: str, labels: dict[str, str], value: float) -> GaugeM
     return family
 
 
-def _counter(
-    name: str, text: str, series: Iterable[tuple[str, _AdapterSeries]], attribute: str
-) -> CounterMetricFamily:
+def _counter(name: str, text: str, series: Iterable[tuple[str, _AdapterSeries]], attribute: str) -> CounterMetricFamily:
     family = CounterMetricFamily(name, text, labels=("adapter",))
     for adapter, one in series:
         family.add_metric((adapter,), getattr(one, attribute))

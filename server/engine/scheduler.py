@@ -38,10 +38,12 @@ class Slots(Protocol):
     """What the scheduler needs of ``adapters.slots.SlotManager``."""
 
     def acquire(self, ref: AdapterRef) -> int | None:
-        """A reference to the slot, or ``None`` for now. AdapterError: never (it ends the request)."""
+        """The slot, with a reference to it, or ``None`` for now. AdapterError ends the request."""
 
     def release(self, ref: AdapterRef) -> None: ...
-    def check_integrity(self) -> None: ...
+    def drop(self, ref: AdapterRef) -> None: ...
+    def resident(self) -> list[AdapterRef]: ...
+    def check_integrity(self, *, idle: bool = False) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class SchedulerConfig:
 
     ``max_rows``: requests in one step. ``max_batch_tokens``: tokens computed in one step, prefill and decode together.
     ``num_pages`` x ``page_size``: tokens that the KV cache holds. ``max_context``: prompt and output of one request.
-    ``max_waiting``: requests queued before new ones are refused. ``max_overtake``: see rule 5 in the module's text.
+    ``max_waiting``: requests, besides ``max_rows``, that the engine holds before it refuses new ones.
+    ``max_overtake``: see rule 5 in the module's text.
     """
 
     max_rows: int = 32
@@ -160,6 +163,11 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def has_slots(self) -> bool:
+        """Whether requests may name an adapter at all."""
+        return self._slots is not None
+
     def waiting(self) -> list[Request]:
         """The waiting requests, in the order in which they will be tried."""
         return [entry.request for entry in self._waiting.copy()]
@@ -219,6 +227,15 @@ class Scheduler:
             self._forget_tag(entry)
         request.state = RequestState.FINISHED
 
+    def drop_adapter(self, ref: AdapterRef) -> None:
+        """A version was freed: its slot is cleared once nobody holds it."""
+        if self._slots is not None:
+            self._slots.drop(ref)
+
+    def resident_adapters(self) -> list[AdapterRef]:
+        """Versions on the device."""
+        return self._slots.resident() if self._slots is not None else []
+
     def check_integrity(self) -> None:
         """Raise RuntimeError, with the numbers, if pages, slots or queues disagree."""
         self.pool.check_integrity(expected_used=sum(len(entry.request.pages) for entry in self._running))
@@ -233,7 +250,7 @@ class Scheduler:
                     f"{entry.request.slot}"
                 )
         if self._slots is not None:
-            self._slots.check_integrity()
+            self._slots.check_integrity(idle=not self._running)
 
     # --- running requests (rules 1 and 2) ------------------------------------------------------------------------
 

@@ -1,13 +1,12 @@
 """NF4 weights as bitsandbytes stores them in safetensors: quantising, encoding and decoding one weight.
 
-The keys beside ``….weight`` and the JSON in ``quant_state`` are those of ``bitsandbytes.functional.QuantState.as_dict``,
-which transformers writes and reads.
+The keys beside ``….weight`` and the JSON in ``quant_state`` are those of bitsandbytes' ``QuantState.as_dict``, which
+transformers writes and reads.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -40,7 +39,8 @@ def quantize(weight: torch.Tensor, *, nested: bool = True) -> Nf4Tensor:
     n, k = weight.shape
     flat = weight.contiguous().view(-1)
     packed, absmax = [], []
-    for chunk in flat.split(_CHUNK):
+    for start in range(0, flat.numel(), _CHUNK):
+        chunk = flat[start : start + _CHUNK]
         codes, state = bnb.quantize_4bit(chunk, blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=False)
         packed.append(codes.view(-1))
         absmax.append(state.absmax)
@@ -107,32 +107,32 @@ def decode(
     quant_map = get(f"{name}.quant_map")
     if quant_map.shape != (16,) or not torch.allclose(quant_map.float(), torch.tensor(NF4_CODE), rtol=0, atol=1e-6):
         raise ValueError("its quant_map is not that of NF4")
-    absmax: torch.Tensor | NestedAbsmax = get(f"{name}.absmax").view(-1)
+    scales = get(f"{name}.absmax").view(-1)
     if any(f"{name}.{part}" in names for part in NESTED_PARTS):
         if "nested_offset" not in state:
             raise ValueError("its scales are nested, but its quant_state has no nested_offset")
-        absmax = NestedAbsmax(
-            codes=absmax,
+        absmax: torch.Tensor | NestedAbsmax = NestedAbsmax(
+            codes=scales,
             code=get(f"{name}.nested_quant_map"),
             absmax=get(f"{name}.nested_absmax").view(-1),
             offset=float(state["nested_offset"]),
             blocksize=state["nested_blocksize"],
         )
-        finite = torch.isfinite(absmax.absmax).all() and math.isfinite(absmax.offset)
     else:
-        finite = torch.isfinite(absmax).all()
-    if not bool(finite):
-        raise ValueError("its scales are not finite")
-    # bnb_4bit_quant_storage only changes the type through which the same bytes are seen.
-    packed = get(name).contiguous().view(-1).view(torch.uint8)
-    return Nf4Tensor(
-        packed=packed,
+        absmax = scales
+    packed = get(name).contiguous().view(-1)
+    weight = Nf4Tensor(
+        # bnb_4bit_quant_storage only changes the type through which the same bytes are seen.
+        packed=packed.view(torch.uint8),
         absmax=absmax,
         quant_map=quant_map,
         shape=shape,
         blocksize=blocksize,
         dtype=_DTYPES[state["dtype"]],
     )
+    if not bool(torch.isfinite(weight.absmax_fp32()).all()):
+        raise ValueError("its scales are not finite")
+    return weight
 
 
 def _state(tensor: torch.Tensor) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class TensorSource(Protocol):
     def infos(self) -> Mapping[str, TensorInfo]: ...
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, in memory of its own; each name is asked for at most once."""
+        """The tensor on the CPU, in memory of its own."""
         ...
 
 
@@ -80,7 +80,7 @@ class SafetensorsSource:
 
 
 class MemorySource:
-    """Tensors that were just made, handed over one by one so that each is in memory once."""
+    """Tensors that were just made; each is handed over once and then forgotten, so that none is in memory twice."""
 
     def __init__(self, what: str, tensors: dict[str, torch.Tensor]) -> None:
         self.what = what
@@ -132,7 +132,11 @@ def weight_files(directory: Path) -> list[Path]:
     index, single = directory / INDEX_FILE, directory / SINGLE_FILE
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(v, str) for v in weight_map.values())
+        ):
             raise BadCheckpoint(str(index), "it has no `weight_map`; fetch the file again")
         names = sorted(set(weight_map.values()))
         outside = [name for name in names if Path(name).name != name]

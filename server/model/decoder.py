@@ -24,9 +24,7 @@ def rope_tables(spec: ModelSpec, n_positions: int, device: torch.device) -> tupl
 class _Layer:
     """One block; holds its prepared weights."""
 
-    def __init__(
-        self, spec: ModelSpec, weights: BaseWeights, layer: int, ops: Ops, lora: BatchedLora | None
-    ) -> None:
+    def __init__(self, spec: ModelSpec, weights: BaseWeights, layer: int, ops: Ops, lora: BatchedLora | None) -> None:
         def norm(weight: torch.Tensor) -> torch.Tensor:
             return weight.to(ops.device, torch.float32).contiguous()
 

@@ -1,4 +1,4 @@
-"""Which tensors a checkpoint of each family holds, by transformers' names, and the check that it holds exactly those."""
+"""Which tensors a checkpoint of each family holds, by transformers' names; the check that it holds exactly those."""
 
 from __future__ import annotations
 
@@ -106,9 +106,7 @@ def check_quantized(what: str, spec: ModelSpec, found: Mapping[str, tuple[int, .
 def _check(what: str, expected: Mapping[str, tuple[int, ...] | None], found: Mapping[str, tuple[int, ...]]) -> None:
     missing = [name for name in expected if name not in found]
     # A tied head may be stored all the same; the loader compares it with the embedding.
-    unexpected = [
-        name for name in found if name not in expected and name != LM_HEAD and not _IGNORED.fullmatch(name)
-    ]
+    unexpected = [name for name in found if name not in expected and name != LM_HEAD and not _IGNORED.fullmatch(name)]
     reasons = []
     if missing:
         reasons.append(f"{len(missing)} tensors are missing: {', '.join(missing)}")

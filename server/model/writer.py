@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from manylora.server.model.checkpoint import INDEX_FILE, SINGLE_FILE
 
-MAX_SHARD: Final = 4_000_000_000
-"""Bytes per safetensors file."""
+MAX_SHARD: Final = 2_000_000_000
+"""Bytes per safetensors file; twice as much is in memory while one is written (safetensors serialises a copy)."""
 
 
 class ShardWriter:
@@ -44,7 +44,8 @@ class ShardWriter:
             single = self._directory / SINGLE_FILE
             self._shards[0][0].rename(single)
             return [single]
-        weight_map, files = {}, []
+        weight_map: dict[str, str] = {}
+        files = []
         for number, (path, names) in enumerate(self._shards, start=1):
             file = path.rename(self._directory / f"model-{number:05d}-of-{len(self._shards):05d}.safetensors")
             files.append(file)

@@ -1,0 +1,188 @@
+"""A request's body: read within a limit, parsed as strict JSON, checked by a schema; each failure names what is wrong.
+
+What is accepted is honoured. So a field is either in the schema, or it is listed here with the values that change
+nothing, or it is refused by name: with "not served yet" if other servers know it, as unknown if not. ``null`` means
+"not given" everywhere, as OpenAI's clients use it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NoReturn, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from manylora.server.api.errors import ApiError, bad_request
+
+Model = TypeVar("Model", bound=BaseModel)
+
+Harmless = Callable[[Any], bool]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is(*allowed: Any) -> Harmless:
+    def check(value: Any) -> bool:
+        # 1 == True in Python, and neither may pass for the other here.
+        return any(type(value) is type(one) and value == one for one in allowed)
+
+    return check
+
+
+def _never(_value: Any) -> bool:
+    return False
+
+
+_NO_EFFECT: Final[Mapping[str, Harmless]] = {
+    # Labels for a provider's own books: nothing in the response depends on them.
+    "user": _is_text,
+    "safety_identifier": _is_text,
+    "metadata": _is_mapping,
+    "prompt_cache_key": _is_text,
+    # Asking for what happens anyway.
+    "store": _is(False),
+    "service_tier": _is("auto", "default"),
+    "modalities": lambda value: value == ["text"],
+    "response_format": lambda value: value == {"type": "text"},
+    "parallel_tool_calls": _is_bool,  # no tool is ever called, one at a time or not
+    "functions": lambda value: value == [],
+    "function_call": _is("none"),
+    "suffix": _is(""),
+    "spaces_between_special_tokens": _is(True),
+    "use_beam_search": _is(False),
+    "length_penalty": _is(1, 1.0),
+    "allowed_token_ids": _never,
+    "bad_words": lambda value: value == [],
+    "logits_processors": lambda value: value == [],
+    "return_tokens_as_token_ids": _is(False),
+    "return_token_ids": _is(False),
+    "return_hidden_states": _is(False),
+    "no_stop_trim": _is(False),
+    "documents": lambda value: value == [],
+    # Known elsewhere, served nowhere here yet.
+    "prompt_logprobs": _never,
+    "cache_salt": _never,
+    "guided_json": _never,
+    "guided_regex": _never,
+    "guided_choice": _never,
+    "guided_grammar": _never,
+    "structured_outputs": _never,
+    "json_schema": _never,
+    "regex": _never,
+    "ebnf": _never,
+    "audio": _never,
+    "prediction": _never,
+    "reasoning_effort": _never,
+    "verbosity": _never,
+    "web_search_options": _never,
+}
+"""Fields outside the schemas, with the values under which they change nothing; any other value is "not served yet"."""
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body; 413 as soon as it is known to exceed ``limit`` bytes."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > limit:
+        _too_large(limit)
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            _too_large(limit)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _too_large(limit: int) -> NoReturn:
+    # The rest of the body is not read, so the connection cannot be used again.
+    raise ApiError(413, f"The body is larger than the {limit} bytes accepted here.", headers={"Connection": "close"})
+
+
+async def read_json(request: Request, limit: int) -> dict[str, Any]:
+    """The body as a JSON object.
+
+    The content type must say JSON: a web page may post anything else to this machine without asking its user.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise ApiError(415, f"The content type must be application/json, not {kind or 'absent'}.")
+    raw = await read_body(request, limit)
+    try:
+        value = json.loads(raw, parse_constant=_no_constant)
+        if b"\\u" in raw:
+            # An escaped half of a surrogate pair is a str that no tokeniser can take.
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise bad_request("The body holds an unpaired surrogate (\\ud800 to \\udfff), which is no character.") from None
+    except RecursionError:
+        raise bad_request("The body is nested too deeply.") from None
+    except ValueError as error:  # malformed JSON, not UTF-8, a number of thousands of digits
+        raise bad_request(f"The body is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise bad_request(f"The body must be a JSON object, not {_json_kind(value)}.")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _json_kind(value: Any) -> str:
+    kinds = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def validate(model: type[Model], value: Mapping[str, Any]) -> Model:
+    """Check a JSON object against a schema; ApiError 400 naming the first field that is wrong."""
+    given = {}
+    for name, one in value.items():
+        if one is None:
+            continue
+        if name not in model.model_fields and name in _NO_EFFECT:
+            if not _NO_EFFECT[name](one):
+                raise bad_request(f"`{name}` = {_shown(one)} is not served yet; leave the field out.", name)
+            continue
+        given[name] = one
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        raise _from_pydantic(error.errors(include_url=False)[0]) from None
+
+
+async def parse(request: Request, model: type[Model], limit: int) -> Model:
+    """Read and check a request's JSON body."""
+    return validate(model, await read_json(request, limit))
+
+
+def _from_pydantic(detail: ErrorDetails) -> ApiError:
+    param = ".".join(str(part) for part in detail["loc"]) or None
+    match detail["type"]:
+        case "extra_forbidden":
+            return bad_request(f"`{param}` is not a field of this request; nothing is accepted and ignored here.", param)
+        case "missing":
+            return bad_request(f"`{param}` is required.", param)
+        case "value_error":
+            # Our own validators write whole sentences; pydantic puts a prefix before them.
+            message = str(detail["ctx"]["error"]) if "ctx" in detail else detail["msg"]
+            return bad_request(f"`{param}`: {message}" if param else message, param)
+        case _:
+            return bad_request(f"`{param}`: {detail['msg']}, got {_shown(detail['input'])}.", param)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 80 else text[:77] + "..."

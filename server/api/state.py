@@ -1,0 +1,112 @@
+"""What the HTTP layer needs from the rest of the server, as protocols, so that its tests run over scripted fakes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fastapi import Request
+
+from manylora.adapters.registry import AdapterInfo, AdapterRef
+from manylora.server.config import ApiConfig
+from manylora.server.engine.metrics import EngineStats
+from manylora.server.engine.request import Event, FinishEvent, TokenEvent
+from manylora.server.engine.request import Request as EngineRequest
+
+
+class EventStream(Protocol):
+    """``engine.stream.RequestStream``: the events of one request."""
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+    async def result(self) -> tuple[TokenEvent, FinishEvent]: ...
+    def abort(self) -> None: ...
+
+
+class EngineLike(Protocol):
+    """``engine.engine.Engine``. ``submit`` takes over the request's adapter reference only when it returns."""
+
+    def submit(self, request: EngineRequest) -> EventStream: ...
+    async def drain(self, timeout: float) -> None: ...
+    def stats(self) -> EngineStats: ...
+    @property
+    def is_draining(self) -> bool: ...
+    @property
+    def is_alive(self) -> bool: ...
+
+
+class RegistryLike(Protocol):
+    """``adapters.registry.AdapterRegistry``; ``load``, ``unload`` and ``pin`` block on the disk."""
+
+    def load(self, name: str, source: str, *, replace: bool = False, pinned: bool = False) -> AdapterInfo: ...
+    def unload(self, name: str) -> None: ...
+    def acquire(self, name: str) -> AdapterRef: ...
+    def release(self, ref: AdapterRef) -> None: ...
+    def pin(self, name: str, pinned: bool) -> AdapterInfo: ...
+    def info(self, name: str) -> AdapterInfo: ...
+    def list(self, *, draining: bool = False) -> list[AdapterInfo]: ...
+
+
+class TokenizerLike(Protocol):
+    """``model.tokenizer.Tokenizer``."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def special_ids(self) -> frozenset[int]: ...
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> list[int]: ...
+    def token_text(self, token_id: int) -> str: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class MetricsLike(Protocol):
+    """``engine.metrics.Metrics``."""
+
+    def render(self) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A loaded base with its engine, as ``create_app`` takes it."""
+
+    engine: EngineLike
+    registry: RegistryLike
+    tokenizer: TokenizerLike
+    metrics: MetricsLike
+    base_name: str
+    """The name that requests use; may itself contain ``:``."""
+    base_digest: str
+    """Hexadecimal digest of the base's content."""
+    max_context: int
+    """Tokens of prompt and completion together."""
+    base_root: str = ""
+    """Where the base came from (``root`` in /v1/models); the base's name if empty."""
+    created: int = field(default_factory=lambda: int(time.time()))
+    """Unix seconds."""
+
+
+@dataclass(frozen=True)
+class AppState:
+    """What every endpoint reaches through ``state_of(request)``."""
+
+    serving: Serving
+    config: ApiConfig
+    admin_executor: Executor
+    """Threads of their own for loads, which may take minutes, so that they never use up those of the tokeniser."""
+
+
+def state_of(request: Request) -> AppState:
+    state: AppState = request.app.state.manylora
+    return state

@@ -1,0 +1,341 @@
+"""The engine: one step-loop thread beside any number of asyncio callers.
+
+A request enters by ``submit`` (any asyncio loop) and its events come out of a ``RequestStream`` on that loop. All else
+happens on the step loop's thread, which alone touches the scheduler, the runner and the slots: take submissions and
+aborts, schedule, execute, append tokens, look for stops, post events. When there is nothing to do it sleeps on a
+condition.
+
+Every request that ``submit`` took ends with exactly one FinishEvent, and its adapter reference is released exactly
+once, whatever happens. If a step fails, its requests end with ``reason="error"`` and the loop goes on. If the
+bookkeeping itself fails while a request is being ended, the loop ends, and every request with it: to go on might mean
+to compute with another request's pages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+from manylora.adapters.registry import AdapterRef
+from manylora.server.engine.detokenizer import Detokenizer, Vocabulary
+from manylora.server.engine.errors import EngineDraining, EngineRefusal, InvalidRequest, PromptTooLong, QueueFull
+from manylora.server.engine.metrics import EngineStats, Metrics
+from manylora.server.engine.request import Request
+from manylora.server.engine.scheduler import Scheduler
+from manylora.server.engine.step_loop import LiveRequest, Releaser, Runner, StepLoop
+from manylora.server.engine.stream import Mailbox, RequestStream
+
+__all__ = [
+    "Engine",
+    "EngineDraining",
+    "EngineRefusal",
+    "EngineStats",
+    "InvalidRequest",
+    "PromptTooLong",
+    "QueueFull",
+    "RequestStream",
+    "Runner",
+]
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+_POLL_S: Final = 0.05
+"""How often requests that wait for an adapter, with nothing else to do, are tried again. ``wake`` makes it sooner."""
+
+
+@dataclass
+class _Inbox:
+    """What other threads ask of the step loop."""
+
+    submitted: list[LiveRequest] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    calls: list[Callable[[], None]] = field(default_factory=list)
+    woken: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.woken or self.submitted or self.aborted or self.calls)
+
+
+class Engine:
+    """See the module's text. ``start`` it, and ``close`` it at the end.
+
+    Args:
+        runner, scheduler: used on the step loop's thread only.
+        registry: gets back, by ``release``, the adapter reference of every request that ended. None without adapters.
+        vocabulary: see ``detokenizer.vocabulary_for``.
+        metrics: the engine binds itself as the source of its gauges.
+        eos_token_ids: end a request with stop_reason None, unless it has ``ignore_eos``.
+        max_slots: the device's adapter slots, for the metrics.
+        strict: for tests: a failed integrity check is raised by ``close``, not only logged.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        *,
+        vocabulary: Vocabulary,
+        metrics: Metrics,
+        registry: Releaser | None = None,
+        eos_token_ids: Collection[int] = (),
+        max_slots: int = 0,
+        strict: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.metrics = metrics
+        self._scheduler = scheduler
+        self._vocabulary = vocabulary
+        self._max_slots = max_slots
+        self._strict = strict
+        self._clock = clock
+        self._loop = StepLoop(
+            runner,
+            scheduler,
+            metrics=metrics,
+            registry=registry,
+            eos_token_ids=eos_token_ids,
+            clock=clock,
+            on_ended=self._ended,
+        )
+        self._thread = threading.Thread(target=self._run, name="manylora-step-loop", daemon=True)
+
+        # Shared between threads, under the condition's lock.
+        self._condition = threading.Condition()
+        self._inbox = _Inbox()
+        self._unfinished: set[str] = set()
+        self._idle_futures: list[Future[None]] = []
+        self._is_draining = False
+        self._is_closing = False
+        self._is_over = False
+        self._mailbox: Mailbox | None = None
+        self._ended_at: deque[float] = deque(maxlen=256)
+        metrics.bind(self.stats)
+
+    # --- callers -------------------------------------------------------------------------------------------------
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Prompt and output tokens of the largest request that is accepted."""
+        return self._scheduler.config.max_request_tokens
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the step loop runs."""
+        return self._thread.is_alive()
+
+    @property
+    def is_draining(self) -> bool:
+        return self._is_draining
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: Request) -> RequestStream:
+        """Queue a request; its events come on the running asyncio loop.
+
+        From here on the request belongs to the engine. So does the reference that the caller took on its adapter, *if
+        this returns*; if it raises, the caller releases it. ``arrival_time`` 0 means now.
+
+        Raises QueueFull, EngineDraining, PromptTooLong, InvalidRequest; RuntimeError outside an asyncio loop.
+        """
+        loop = asyncio.get_running_loop()
+        self._check(request)
+        detokenizer = Detokenizer(
+            self._vocabulary.stream(skip_special_tokens=request.params.skip_special_tokens),
+            request.params.stop,
+            include_stop=request.params.include_stop_str_in_output,
+        )
+        request.arrival_time = request.arrival_time or self._clock()
+        config = self._scheduler.config
+        with self._condition:
+            if self._is_draining or self._is_closing:
+                raise EngineDraining
+            if request.request_id in self._unfinished:
+                raise InvalidRequest(f"A request with id {request.request_id} is already running.")
+            if len(self._unfinished) >= config.max_rows + config.max_waiting:
+                raise QueueFull(len(self._unfinished) - config.max_rows, config.max_waiting, self._retry_after())
+            if self._mailbox is None or self._mailbox.loop is not loop:
+                self._mailbox = Mailbox(loop)
+            stream = RequestStream(request.request_id, self._mailbox, self.abort)
+            self._unfinished.add(request.request_id)
+            self._inbox.submitted.append(LiveRequest(request, stream, detokenizer))
+            self._condition.notify()
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """End a request with reason "abort"; any thread. Nothing happens if it has ended already."""
+        with self._condition:
+            if request_id in self._unfinished:
+                self._inbox.aborted.append(request_id)
+                self._condition.notify()
+
+    def wake(self) -> None:
+        """Try again what could not run; any thread. To be given to SlotManager as ``on_ready``."""
+        with self._condition:
+            self._inbox.woken = True
+            self._condition.notify()
+
+    def call(self, function: Callable[[], _T]) -> Future[_T]:
+        """Run ``function`` on the step loop's thread, between two steps; any thread. Its result or exception comes by
+        the future, which is cancelled if the engine is closed."""
+        future: Future[_T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = function()
+            except Exception as error:  # noqa: BLE001 - not ours: it belongs to whoever waits for the future
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        with self._condition:
+            if self._is_closing:
+                future.cancel()
+            else:
+                self._inbox.calls.append(run)
+                self._condition.notify()
+        return future
+
+    def drop_adapter(self, ref: AdapterRef) -> None:
+        """A version was freed (AdapterRegistry's ``on_freed``): clear its slot and its metrics; any thread."""
+
+        def log_failure(dropped: Future[None]) -> None:
+            if not dropped.cancelled() and (error := dropped.exception()) is not None:
+                _log.error("the slot of adapter %s could not be dropped", ref.name, exc_info=error)
+
+        self.call(lambda: self._loop.drop_adapter(ref)).add_done_callback(log_failure)
+
+    def stats(self) -> EngineStats:
+        """A moment's view, from any thread. The names of adapters in it may be 0.1 s old."""
+        scheduler, (resident, waiting) = self._scheduler, self._loop.adapter_names
+        return EngineStats(
+            running=scheduler.num_running,
+            waiting=max(len(self._unfinished) - scheduler.num_running, 0),
+            kv_pages_used=scheduler.pool.num_used,
+            kv_pages_total=scheduler.pool.num_pages,
+            preemptions=scheduler.counts.preemptions,
+            slot_hits=scheduler.counts.slot_hits,
+            slot_misses=scheduler.counts.slot_misses,
+            max_slots=self._max_slots,
+            resident_adapters=resident,
+            waiting_adapters=waiting,
+        )
+
+    async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - what remains is aborted, not abandoned
+        """Take nothing new and return when everything has ended. After ``timeout`` seconds the rest is aborted."""
+        with self._condition:
+            self._is_draining = True
+            idle: Future[None] = Future()
+            if self._is_over or not self._thread.is_alive():
+                return
+            self._idle_futures.append(idle)
+            self._inbox.woken = True
+            self._condition.notify()
+        waiting = asyncio.wrap_future(idle)
+        done, _ = await asyncio.wait([waiting], timeout=timeout)
+        if not done:
+            with self._condition:
+                _log.warning("draining took over %g s: %d requests are aborted", timeout, len(self._unfinished))
+                self._inbox.aborted.extend(self._unfinished)
+                self._condition.notify()
+            await waiting
+
+    async def close(self) -> None:
+        """End every request (reason "abort") and the thread, after the step that it is in. Raises RuntimeError if
+        ``strict`` and an integrity check failed."""
+        with self._condition:
+            self._is_draining = self._is_closing = True
+            self._condition.notify()
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+        if self._strict and self._loop.integrity_error is not None:
+            raise self._loop.integrity_error
+
+    def _check(self, request: Request) -> None:
+        prompt, params = request.prompt_token_ids, request.params
+        if not prompt:
+            raise InvalidRequest("The prompt has no tokens.")
+        if params.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens must be at least 1, got {params.max_tokens}.")
+        if len(prompt) + params.max_tokens > self.max_request_tokens:
+            raise PromptTooLong(len(prompt), params.max_tokens, self.max_request_tokens)
+        if request.adapter is not None and not self._scheduler.has_slots:
+            raise InvalidRequest("This server runs without adapters.")
+
+    def _retry_after(self) -> int:
+        """Seconds until those who wait now have probably had their turn, at the rate of the last half minute."""
+        since = self._clock() - 30.0
+        ended = [at for at in self._ended_at if at > since]
+        rate = len(ended) / (self._clock() - ended[0] + 1e-3) if ended else 0.0
+        n_waiting = len(self._unfinished) - self._scheduler.config.max_rows
+        return 1 if rate == 0.0 else max(1, min(60, round(n_waiting / rate)))
+
+    # --- the step loop's thread ----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._is_closing:
+                self._take_in()
+                ran = self._loop.step() if self._loop.live else False
+                self._loop.refresh_names()
+                self._loop.post()
+                if not self._loop.live:
+                    self._when_idle()
+                if not ran:
+                    with self._condition:
+                        self._condition.wait_for(self._has_work, timeout=_POLL_S if self._loop.live else None)
+        finally:
+            self._stop()
+
+    def _has_work(self) -> bool:
+        return bool(self._inbox) or self._is_closing
+
+    def _take_in(self) -> None:
+        with self._condition:
+            if not self._inbox:
+                return
+            inbox, self._inbox = self._inbox, _Inbox()
+        for live in inbox.submitted:
+            self._loop.add(live)
+        for request_id in inbox.aborted:
+            self._loop.abort(request_id)
+        for call in inbox.calls:
+            call()
+
+    def _ended(self, request_id: str) -> None:
+        with self._condition:
+            self._unfinished.discard(request_id)
+            self._ended_at.append(self._clock())
+
+    def _when_idle(self) -> None:
+        self._loop.check_idle()
+        with self._condition:
+            if self._inbox.submitted:
+                return
+            futures, self._idle_futures = self._idle_futures, []
+        for future in futures:
+            future.set_result(None)
+
+    def _stop(self) -> None:
+        """The loop is over, as asked or by an error: end what lives, so that nobody waits for ever."""
+        with self._condition:
+            self._is_draining = self._is_closing = True
+        try:
+            self._take_in()
+            self._loop.end_all()
+        finally:
+            self._loop.post()
+            with self._condition:
+                self._is_over = True
+            self._when_idle()

@@ -1,0 +1,43 @@
+"""Why the engine does not take a request.
+
+EngineRefusal
+├── QueueFull        too many requests are waiting; ``retry_after`` seconds is a guess at when not    -> HTTP 429
+├── EngineDraining   the engine is shutting down and takes nothing new                                -> HTTP 503
+├── PromptTooLong    prompt and output together could never fit; both numbers are in the message      -> HTTP 400
+└── InvalidRequest   the request makes no sense to the engine (no prompt, an id in use, ...)           -> HTTP 400
+"""
+
+from __future__ import annotations
+
+
+class EngineRefusal(Exception):
+    """Base of every refusal by ``Engine.submit``; ``str(e)`` is fit to be shown to a client."""
+
+
+class QueueFull(EngineRefusal):
+    def __init__(self, waiting: int, limit: int, retry_after: int) -> None:
+        super().__init__(f"The queue is full: {waiting} requests wait, {limit} may. Try again in {retry_after} s.")
+        self.waiting = waiting
+        self.limit = limit
+        self.retry_after = retry_after
+        """Whole seconds, at least 1: the value of the ``Retry-After`` header."""
+
+
+class EngineDraining(EngineRefusal):
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down and takes no new requests.")
+
+
+class PromptTooLong(EngineRefusal):
+    def __init__(self, n_prompt: int, max_tokens: int, limit: int) -> None:
+        super().__init__(
+            f"The prompt has {n_prompt} tokens and max_tokens is {max_tokens}: {n_prompt + max_tokens} together, "
+            f"but this server's limit is {limit}."
+        )
+        self.n_prompt = n_prompt
+        self.max_tokens = max_tokens
+        self.limit = limit
+
+
+class InvalidRequest(EngineRefusal):
+    """The message names what is wrong."""

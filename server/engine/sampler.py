@@ -1,0 +1,287 @@
+"""Drawing the next token of each row.
+
+Property: a row's token depends on its own logits, parameters, tokens so far and ``(sampling_seed, position)`` alone.
+Not on the rows beside it, nor on what was preempted. Therefore
+
+- randomness is counter-based: ``uniform(seed, position)`` is a hash, there is no generator whose state could be shared;
+- each row that is not plainly greedy is computed by itself, from buffers at a fixed place, so that every
+  floating-point sum has the same order whichever rows are in the batch;
+- equal logits are told apart by token id, never by the order in which an algorithm happened to meet them.
+
+The order of operations is vLLM's: min_tokens and logit_bias, penalties, temperature, min_p, top_k, top_p. The draw is
+the inverse of the cumulative distribution over the tokens from the most to the least likely, of which only as long a
+beginning is sorted as the draw needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Final
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from manylora.server.engine.request import (
+    Request,
+    SampledToken,
+    SampleFailed,
+    SamplingParams,
+    TokenLogprob,
+    TokenLogprobs,
+)
+
+_Floats = npt.NDArray[np.float32]
+_Doubles = npt.NDArray[np.float64]
+_Ints = npt.NDArray[np.int64]
+
+GREEDY_BELOW: Final = 1e-5
+"""Temperatures under this are greedy, as in vLLM: dividing by them would overflow."""
+
+_DEPTHS: Final = (8.0, 20.0, math.inf)
+"""How far below the maximum, in units of the temperature, tokens are looked at: at first, then, then all."""
+
+_MASK: Final = 2**64 - 1
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1), determined by a 64-bit seed and a position, with 53 random bits.
+
+    It is SplitMix64 (Steele, Lea and Flood 2014, figure 17), whose n-th output is a hash of ``state + n * gamma``; the
+    state is the seed hashed once, so that the streams of neighbouring seeds have nothing in common.
+    """
+    gamma = 0x9E3779B97F4A7C15
+    return (_mix(_mix(seed + gamma) + (position + 1) * gamma) >> 11) / 2**53
+
+
+def _mix(z: int) -> int:
+    z &= _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+class Sampler:
+    """Draws tokens for batches of rows. For one thread (the step loop's).
+
+    Args:
+        vocab_size: columns of the logits.
+        device: where the logits are. Those of rows that need more than an argmax are copied to the host.
+        eos_token_ids: with the request's ``stop_token_ids``, what ``min_tokens`` bans until then.
+    """
+
+    def __init__(
+        self, vocab_size: int, device: torch.device | str = "cpu", *, eos_token_ids: Collection[int] = ()
+    ) -> None:
+        self.vocab_size = vocab_size
+        self._device = torch.device(device)
+        self._eos = frozenset(eos_token_ids)
+        self._edits: WeakKeyDictionary[Request, _Edits] = WeakKeyDictionary()
+        self._edited: _Floats = np.empty(vocab_size, np.float32)
+        self._scratch: _Floats = np.empty(vocab_size, np.float32)
+
+    def sample(self, logits: torch.Tensor, rows: Sequence[Request]) -> list[SampledToken | SampleFailed]:
+        """The next token of each row, or why there is none. ``logits``: fp32 ``[len(rows), vocab_size]``, unchanged.
+
+        ValueError if the shape or the dtype is another.
+        """
+        if logits.shape != (len(rows), self.vocab_size) or logits.dtype != torch.float32:
+            raise ValueError(
+                f"logits must be float32 [{len(rows)}, {self.vocab_size}], got {logits.dtype} {list(logits.shape)}"
+            )
+        if not rows:
+            return []
+        if self._device.type == "cpu":
+            host: _Floats = logits.detach().numpy()
+            best = host.argmax(axis=1)  # the first of equals; a NaN if there is one
+            highest = host[np.arange(len(rows)), best]
+            return [self._row(host[i], int(best[i]), float(highest[i]), row) for i, row in enumerate(rows)]
+        return self._sample_on_device(logits, rows)
+
+    def _sample_on_device(self, logits: torch.Tensor, rows: Sequence[Request]) -> list[SampledToken | SampleFailed]:
+        """One maximum over the batch on the device; the logits of the rows that need more come to the host."""
+        highest, best = (t.tolist() for t in logits.max(dim=-1))
+        needed = [i for i, row in enumerate(rows) if not _is_plain(row.params)]
+        host: _Floats = logits[needed].cpu().numpy() if needed else np.empty((0, self.vocab_size), np.float32)
+        copies = dict(zip(needed, host, strict=True))
+        nothing: _Floats = np.empty(0, np.float32)
+        return [self._row(copies.get(i, nothing), best[i], highest[i], row) for i, row in enumerate(rows)]
+
+    def _row(self, logits: _Floats, best: int, highest: float, request: Request) -> SampledToken | SampleFailed:
+        """One row, given its first maximum; ``logits`` is looked at only if the row is not plainly greedy."""
+        params = request.params
+        if not math.isfinite(highest):
+            return SampleFailed(f"The model's output for this request is not finite (largest logit: {highest}).")
+        if _is_plain(params):
+            return SampledToken(best)
+        edited = logits
+        if _has_edits(params):
+            edited = self._edit(logits, request)
+            best = int(edited.argmax())
+            if not math.isfinite(edited[best]):
+                return SampleFailed("logit_bias, the penalties and min_tokens together leave no token to choose.")
+        token = best if params.temperature < GREEDY_BELOW else self._draw(edited, float(edited[best]), request)
+        return SampledToken(token, None if params.logprobs is None else self._logprobs(logits, highest, token, params))
+
+    def _edit(self, logits: _Floats, request: Request) -> _Floats:
+        """A copy with bans, biases and penalties applied."""
+        edits = self._edits.get(request)
+        if edits is None:
+            edits = self._edits[request] = _Edits(request, self._eos, self.vocab_size)
+        np.copyto(self._edited, logits)
+        edits.apply(self._edited, request)
+        return self._edited
+
+    def _draw(self, logits: _Floats, highest: float, request: Request) -> int:
+        """Inverse of the cumulative distribution at ``uniform(seed, position)``."""
+        params = request.params
+        point = uniform(request.sampling_seed, len(request.output_token_ids))
+        temperature = params.temperature
+        if 0 < params.top_k < self.vocab_size:
+            tokens = self._most_likely(logits, highest, params.top_k, temperature, ties=True)
+            return _pick(tokens, _weights(logits[tokens], highest, temperature), params, point)
+        if params.min_p > 0:
+            # A little deeper than min_p, because the depth is rounded to fp32; _pick applies it exactly.
+            tokens = _descending(logits, highest, temperature * (0.001 - math.log(min(params.min_p, 1.0))))
+            return _pick(tokens, _weights(logits[tokens], highest, temperature), params, point)
+        total = self._total_weight(logits, highest, temperature)
+        for depth in _DEPTHS:
+            tokens = _descending(logits, highest, depth * temperature)
+            weights = _weights(logits[tokens], highest, temperature)
+            if depth == math.inf:
+                break
+            # Enough of them if they hold the nucleus, or, without one, the point itself.
+            if weights.sum() >= (params.top_p if params.top_p < 1 else point) * total * (1 + 1e-5):
+                return _pick(tokens, weights, params, point, total)
+        return _pick(tokens, weights, params, point)
+
+    def _total_weight(self, logits: _Floats, highest: float, temperature: float) -> float:
+        """Sum over all tokens of ``exp((logit - highest) / temperature)``."""
+        np.subtract(logits, np.float32(highest), out=self._scratch)
+        if temperature != 1.0:
+            np.multiply(self._scratch, np.float32(1.0 / temperature), out=self._scratch)
+        np.exp(self._scratch, out=self._scratch)
+        return float(self._scratch.sum())
+
+    def _most_likely(self, logits: _Floats, highest: float, count: int, scale: float, *, ties: bool) -> _Ints:
+        """The ``count`` most likely tokens, the most likely first; with ``ties`` also those that equal the last."""
+        for depth in _DEPTHS:
+            tokens = np.flatnonzero(logits >= highest - depth * scale)
+            if len(tokens) >= count:
+                break
+        values = logits[tokens]
+        if len(tokens) > count:
+            last = np.partition(values, len(values) - count)[len(values) - count]
+            tokens = tokens[values >= last]
+            values = logits[tokens]
+        tokens = tokens[np.argsort(-values, kind="stable")]
+        return tokens if ties else tokens[:count]
+
+    def _logprobs(self, logits: _Floats, highest: float, token: int, params: SamplingParams) -> TokenLogprobs:
+        """Of the model's own distribution: log_softmax of the logits as they came."""
+        normaliser = highest + math.log(self._total_weight(logits, highest, 1.0))
+        count = min(params.logprobs or 0, self.vocab_size)
+        top = self._most_likely(logits, highest, count, 1.0, ties=False) if count else np.empty(0, np.int64)
+        value = logits[token]
+        rank = int(np.count_nonzero(logits > value) + np.count_nonzero(logits[:token] == value))
+        return TokenLogprobs(
+            TokenLogprob(token, float(value) - normaliser, rank),
+            tuple(TokenLogprob(int(t), float(logits[t]) - normaliser, rank) for rank, t in enumerate(top)),
+        )
+
+
+class _Edits:
+    """What a request's parameters change in its logits, kept up to date rather than counted anew at each step."""
+
+    def __init__(self, request: Request, eos: Collection[int], vocab_size: int) -> None:
+        params = request.params
+        bias = [(token, value) for token, value in params.logit_bias.items() if 0 <= token < vocab_size]
+        self._bias_tokens = np.array([token for token, _ in bias], np.int64)
+        self._bias_values = np.array([value for _, value in bias], np.float32)
+        banned = sorted(token for token in {*eos, *params.stop_token_ids} if 0 <= token < vocab_size)
+        self._banned = np.array(banned, np.int64)
+        self._penalises = _has_penalties(params)
+        # The distinct tokens that penalties act on: those of the output with their counts, and, for the repetition
+        # penalty, those of the prompt, with count 0 until the output has them.
+        prompt = dict.fromkeys(request.prompt_token_ids) if params.repetition_penalty != 1.0 else {}
+        self._index = {token: index for index, token in enumerate(prompt)}
+        capacity = max(256, 2 * len(self._index))
+        self._tokens: _Ints = np.zeros(capacity, np.int64)
+        self._counts: _Floats = np.zeros(capacity, np.float32)
+        self._tokens[: len(prompt)] = list(prompt)
+        self._n_counted = 0
+
+    def apply(self, logits: _Floats, request: Request) -> None:
+        """Change ``logits`` in place: bans, biases, then penalties (vLLM's order)."""
+        if len(request.output_token_ids) < request.params.min_tokens:
+            logits[self._banned] = -np.inf
+        logits[self._bias_tokens] += self._bias_values
+        if self._penalises:
+            self._count(request.output_token_ids)
+            self._penalise(logits, request.params)
+
+    def _count(self, output: Sequence[int]) -> None:
+        for token in output[self._n_counted :]:
+            index = self._index.setdefault(token, len(self._index))
+            if index == len(self._tokens):
+                self._tokens = np.concatenate((self._tokens, np.zeros_like(self._tokens)))
+                self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
+            self._tokens[index] = token
+            self._counts[index] += 1
+        self._n_counted = len(output)
+
+    def _penalise(self, logits: _Floats, params: SamplingParams) -> None:
+        """Repetition (Keskar et al. 2019, section 4.1) over prompt and output; OpenAI's two over the output."""
+        tokens, counts = self._tokens[: len(self._index)], self._counts[: len(self._index)]
+        values = logits[tokens]
+        if params.repetition_penalty != 1.0:
+            penalty = np.float32(params.repetition_penalty)
+            values = np.where(values > 0, values / penalty, values * penalty)
+        values -= np.float32(params.frequency_penalty) * counts
+        values -= np.float32(params.presence_penalty) * (counts > 0)
+        logits[tokens] = values
+
+
+def _is_plain(params: SamplingParams) -> bool:
+    """Whether the token is the argmax of the logits as they are, and nothing else is asked."""
+    return params.temperature < GREEDY_BELOW and params.logprobs is None and not _has_edits(params)
+
+
+def _has_edits(params: SamplingParams) -> bool:
+    return bool(params.logit_bias) or params.min_tokens > 0 or _has_penalties(params)
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
+
+
+def _descending(logits: _Floats, highest: float, depth: float) -> _Ints:
+    """Tokens at most ``depth`` below the highest, the most likely first, equal ones by id."""
+    tokens = np.flatnonzero(logits >= highest - depth)
+    return tokens[np.argsort(-logits[tokens], kind="stable")]
+
+
+def _weights(values: _Floats, highest: float, temperature: float) -> _Doubles:
+    return np.exp((values.astype(np.float64) - highest) / temperature)
+
+
+def _pick(tokens: _Ints, weights: _Doubles, params: SamplingParams, point: float, total: float | None = None) -> int:
+    """The token at ``point`` of the distribution that min_p and top_p leave of ``weights``, which descend from 1.
+
+    ``total`` is the weight of all tokens if there are more than these (then top_p refers to it).
+    """
+    if params.min_p > 0:
+        weights = weights[: max(1, int(np.count_nonzero(weights >= params.min_p)))]
+    cumulated = np.cumsum(weights)
+    total = float(cumulated[-1]) if total is None else total
+    if params.top_p < 1:
+        # The smallest beginning with at least this share; it never has fewer than one token.
+        n_kept = int(np.searchsorted(cumulated, params.top_p * total, side="left")) + 1
+        cumulated = cumulated[:n_kept]
+        total = float(cumulated[-1])
+    # The first whose cumulated weight exceeds the point. Rounding may put the point on the very end: then the last one
+    # that weighs anything.
+    index = np.searchsorted(cumulated, point * total, side="right")
+    return int(tokens[min(index, np.searchsorted(cumulated, cumulated[-1], side="left"))])

@@ -1,0 +1,252 @@
+"""The step loop's own half of the engine: the requests that live, and what a step does to them.
+
+Only the step loop's thread comes here; ``engine.Engine`` is the half that other threads see.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from manylora.adapters.registry import AdapterRef
+from manylora.server.engine.detokenizer import Detokenizer
+from manylora.server.engine.metrics import Metrics, RequestTimes
+from manylora.server.engine.request import (
+    FinishEvent,
+    FinishReason,
+    Request,
+    RequestState,
+    SampledToken,
+    SampleFailed,
+    StepPlan,
+    TokenEvent,
+)
+from manylora.server.engine.scheduler import Scheduler
+from manylora.server.engine.stream import Delivery, Mailbox, RequestStream
+
+_log = logging.getLogger(__name__)
+
+_NAMES_EVERY_S: Final = 0.1
+"""How old ``StepLoop.adapter_names`` may be."""
+_STEP_FAILED: Final = "The engine failed while computing this request; the server's log has the cause."
+
+
+class Runner(Protocol):
+    """Computes steps. ``server.engine.runner`` is the real one, ``tests/fakes.py`` has a scripted one."""
+
+    def execute(self, plan: StepPlan) -> Mapping[str, SampledToken | SampleFailed]:
+        """Run the step; by request id, the next token of each row that has ``sample``. May raise anything."""
+
+
+class Releaser(Protocol):
+    """What the engine needs of ``adapters.registry.AdapterRegistry``."""
+
+    def release(self, ref: AdapterRef) -> None: ...
+
+
+@dataclass(eq=False)
+class LiveRequest:
+    """A request on its way, and what only the engine knows about it. Times are the clock's seconds."""
+
+    request: Request
+    stream: RequestStream
+    detokenizer: Detokenizer
+    scheduled: float | None = None
+    first_token: float | None = None
+    last_token: float = 0.0
+
+    def append(self, token: int, eos: Collection[int]) -> tuple[str, FinishReason | None, str | int | None]:
+        """One more token: the text it gives and, if it is the last, why and because of what (FinishEvent)."""
+        params, output, detokenizer = self.request.params, self.request.output_token_ids, self.detokenizer
+        output.append(token)
+        reason: FinishReason | None = None
+        stop: str | int | None = None
+        if len(output) >= params.min_tokens:
+            if token in eos and not params.ignore_eos:
+                reason = "stop"
+            elif token in params.stop_token_ids:
+                reason, stop = "stop", token
+        # The token that ends a request is not part of its text, unless that was asked for.
+        text = ""
+        if reason is None or params.include_stop_str_in_output:
+            # As in vLLM, a stop string is looked for in the text after the first min_tokens tokens only.
+            text = detokenizer.feed(token, check_stop=reason is None and len(output) > params.min_tokens)
+        if reason is None and len(output) >= params.max_tokens:
+            reason = "length"
+        if reason is not None:
+            text += detokenizer.finish()
+        if detokenizer.stop is not None:
+            reason, stop = "stop", detokenizer.stop
+        return text, reason, stop
+
+
+class StepLoop:
+    """``on_ended`` is told the id of each request that ends."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        *,
+        metrics: Metrics,
+        registry: Releaser | None,
+        eos_token_ids: Collection[int],
+        clock: Callable[[], float],
+        on_ended: Callable[[str], None],
+    ) -> None:
+        self.live: dict[str, LiveRequest] = {}
+        self.adapter_names: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+        """Names of the adapters on the device, and of those that waiting requests ask for."""
+        self.integrity_error: RuntimeError | None = None
+        """What the last failed check said."""
+        self._runner = runner
+        self._scheduler = scheduler
+        self._metrics = metrics
+        self._registry = registry
+        self._eos = frozenset(eos_token_ids)
+        self._clock = clock
+        self._on_ended = on_ended
+        self._deliveries: dict[Mailbox, list[Delivery]] = {}
+        self._names_at = float("-inf")
+        self._is_checked = True
+
+    def add(self, live: LiveRequest) -> None:
+        self.live[live.request.request_id] = live
+        self._is_checked = False
+        self._scheduler.add(live.request)
+
+    def abort(self, request_id: str) -> None:
+        live = self.live.get(request_id)
+        if live is not None:
+            self._end(live, "abort")
+
+    def drop_adapter(self, ref: AdapterRef) -> None:
+        self._scheduler.drop_adapter(ref)
+        self._metrics.adapter_freed(ref)
+
+    def step(self) -> bool:
+        """Plan and compute one step; whether there was anything to compute."""
+        plan: StepPlan | None = None
+        try:
+            plan = self._scheduler.schedule()
+            for request, message in self._scheduler.take_failed():
+                self._end(self.live[request.request_id], "error", error=message)
+            if plan.rows:
+                self._compute(plan)
+        except Exception:  # noqa: BLE001 - the one boundary: what a step ran into must not end the other requests
+            _log.exception("a step failed; its requests end with an error")
+            hit = [row.request.request_id for row in plan.rows] if plan is not None else list(self.live)
+            for request_id in hit:
+                if request_id in self.live:
+                    self._end(self.live[request_id], "error", error=_STEP_FAILED)
+            return True
+        return bool(plan.rows)
+
+    def post(self) -> None:
+        """Send the events that have gathered, to each asyncio loop at once."""
+        if not self._deliveries:
+            return
+        posted, self._deliveries = self._deliveries, {}
+        for mailbox, deliveries in posted.items():
+            if not mailbox.post(deliveries):
+                for stream in {stream for stream, _ in deliveries}:
+                    stream.abort()  # nobody is left to read it
+
+    def check_idle(self) -> None:
+        """With nothing alive, and once after each time something was: check that nothing leaked."""
+        if self._is_checked:
+            return
+        self._is_checked = True
+        try:
+            self._scheduler.check_integrity()
+        except RuntimeError as error:
+            _log.exception("integrity check failed")
+            self.integrity_error = error
+
+    def refresh_names(self) -> None:
+        """Bring ``adapter_names`` up to date, if they are old."""
+        now = self._clock()
+        if self.live and now - self._names_at < _NAMES_EVERY_S:
+            return
+        self._names_at = now
+        waiting = {request.adapter.name for request in self._scheduler.waiting() if request.adapter is not None}
+        resident = {ref.name for ref in self._scheduler.resident_adapters()}
+        self.adapter_names = tuple(sorted(resident)), tuple(sorted(waiting))
+
+    def end_all(self) -> None:
+        """Abort what lives. Every request gets its FinishEvent even if freeing what another holds fails."""
+        for live in list(self.live.values()):
+            try:
+                self._end(live, "abort")
+            except RuntimeError:
+                _log.exception("request %s was ended, but not everything it held was freed", live.request.request_id)
+
+    def _compute(self, plan: StepPlan) -> None:
+        start = self._clock()
+        sampling = []
+        n_prefill = 0
+        for row in plan.rows:
+            live = self.live[row.request.request_id]
+            if live.scheduled is None:
+                live.scheduled = start
+            if row.sample:
+                sampling.append(live)
+            n_prefill += row.count > 1 or row.start < len(row.request.prompt_token_ids)
+        tokens = self._runner.execute(plan)
+        self._scheduler.commit(plan)
+        now = self._clock()
+        self._metrics.step(
+            now - start,
+            rows=len(plan.rows),
+            prefill_rows=n_prefill,
+            tokens=plan.num_tokens,
+            adapters=len({row.request.slot for row in plan.rows if row.request.slot is not None}),
+            generated=len(sampling),
+        )
+        for live in sampling:
+            sampled = tokens.get(live.request.request_id)
+            if isinstance(sampled, SampledToken):
+                self._append(live, sampled, now)
+            else:
+                self._end(live, "error", error=sampled.message if sampled is not None else _STEP_FAILED)
+
+    def _append(self, live: LiveRequest, sampled: SampledToken, now: float) -> None:
+        if live.first_token is None:
+            live.first_token = now
+            self._metrics.first_token(now - live.request.arrival_time, len(live.request.prompt_token_ids))
+        else:
+            self._metrics.inter_token(now - live.last_token)
+        live.last_token = now
+        text, reason, stop = live.append(sampled.token_id, self._eos)
+        logprobs = (sampled.logprobs,) if sampled.logprobs is not None else ()
+        self._deliver(live, TokenEvent(text, (sampled.token_id,), logprobs))
+        if reason is not None:
+            self._end(live, reason, stop=stop)
+
+    def _end(
+        self, live: LiveRequest, reason: FinishReason, *, stop: str | int | None = None, error: str | None = None
+    ) -> None:
+        """The one place where a request ends. What its client is waiting for comes first."""
+        request = live.request
+        del self.live[request.request_id]
+        n_prompt, n_output = len(request.prompt_token_ids), len(request.output_token_ids)
+        self._deliver(live, FinishEvent(reason, stop, n_prompt, n_output, error))
+        self._on_ended(request.request_id)
+        self._metrics.request_ended(
+            request.adapter,
+            reason,
+            RequestTimes(request.arrival_time, live.scheduled, live.first_token, self._clock()),
+            prompt_tokens=n_prompt,
+            generation_tokens=n_output,
+        )
+        try:
+            if request.state is not RequestState.FINISHED:  # the scheduler may have given it up itself
+                self._scheduler.finish(request)
+        finally:
+            if request.adapter is not None and self._registry is not None:
+                self._registry.release(request.adapter)
+
+    def _deliver(self, live: LiveRequest, event: TokenEvent | FinishEvent) -> None:
+        self._deliveries.setdefault(live.stream.mailbox, []).append((live.stream, event))

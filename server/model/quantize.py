@@ -1,0 +1,169 @@
+"""From a 16/32-bit model to NF4: tensor by tensor, into memory or into a checkpoint that transformers reads too."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import SafetensorError
+
+from manylora.server.model.bnb_format import BLOCKSIZE, encode, quantize
+from manylora.server.model.checkpoint import FLOAT_TYPES
+from manylora.server.model.errors import BadCheckpoint, ModelError, NotEnoughDisk, UnsupportedModel
+from manylora.server.model.families import ModelSpec
+from manylora.server.model.layout import (
+    EMBED,
+    LM_HEAD,
+    check_plain,
+    plain_shapes,
+    projection_shapes,
+)
+from manylora.server.model.opened import OpenedModel
+from manylora.server.model.progress import Progress
+from manylora.server.model.resolve import open_model, resolve
+from manylora.server.model.writer import MAX_SHARD, quantization_config, write_groups, write_json
+
+_MATRICES: Final = (EMBED, LM_HEAD)
+"""Tensors that stay in 16 bits and are large; norms and biases keep the type they come in."""
+
+_SPARE: Final = 64_000_000
+"""Bytes of free disk asked for beside the weights: tokenizer files, headers, rounding."""
+
+
+def estimated_bytes(spec: ModelSpec) -> int:
+    """Bytes of the quantised checkpoint: 4 bits and an 8-bit scale per 64 for projections, 16 bits for the rest."""
+    packed = sum(n * k for n, k in projection_shapes(spec).values())
+    plain = sum(torch.Size(shape).numel() for shape in plain_shapes(spec).values())
+    return packed // 2 + packed // 64 + packed // 4096 + 2 * plain + 2048 * len(projection_shapes(spec))
+
+
+def quantized_groups(
+    opened: OpenedModel, *, nested: bool = True, device: torch.device | str = "cpu", progress: bool = True
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The model's tensors as an NF4 checkpoint holds them, on the CPU; one weight and its scales at a time.
+
+    The projections are quantised on ``device``; embedding and head become bf16. Raises BadCheckpoint when tensors are
+    missing, unexpected, of the wrong shape or not finite, all of them named before the first is read where possible.
+    """
+    source, spec = opened.source, opened.spec
+    check_plain(opened.what, spec, {name: info.shape for name, info in source.infos.items()})
+    shapes = projection_shapes(spec)
+    names = [*plain_shapes(spec), *shapes]
+    odd = {f"{name} ({source.infos[name].dtype})" for name in names if source.infos[name].dtype not in FLOAT_TYPES}
+    if odd:
+        raise UnsupportedModel(opened.what, f"weights that are not {', '.join(FLOAT_TYPES)}: {', '.join(sorted(odd))}")
+    widths = {name: k for name, (_, k) in shapes.items() if k % BLOCKSIZE}
+    if widths:
+        raise UnsupportedModel(
+            opened.what, f"its rows of {sorted(set(widths.values()))} are not whole NF4 blocks of 64"
+        )
+    _check_tied(opened)
+    sizes = {name: torch.Size(source.infos[name].shape).numel() * 2 for name in names}
+    with Progress("Quantising to NF4", sum(sizes.values()), show=progress) as bar:
+        for name in names:
+            tensor = source.get(name)
+            if name in shapes:
+                try:
+                    weight = quantize(tensor.to(device), nested=nested)
+                except ValueError as error:
+                    raise BadCheckpoint(opened.what, f"{name} cannot be quantised: {error}") from error
+                yield encode(name, weight.to("cpu"))
+            else:
+                if not bool(torch.isfinite(tensor).all()):
+                    raise BadCheckpoint(opened.what, f"{name} holds values that are not finite")
+                yield {name: tensor.to(torch.bfloat16) if name in _MATRICES else tensor}
+            bar.advance(sizes[name])
+
+
+def _check_tied(opened: OpenedModel) -> None:
+    """A head that is stored although the config ties it must be the embedding, or one of the two would be dropped."""
+    source = opened.source
+    if not opened.spec.tie_embeddings or LM_HEAD not in source.infos:
+        return
+    if source.infos[LM_HEAD].shape != source.infos[EMBED].shape or not torch.equal(
+        source.get(LM_HEAD), source.get(EMBED)
+    ):
+        raise BadCheckpoint(
+            opened.what,
+            "its config ties lm_head to the embedding (`tie_word_embeddings`), but it holds another lm_head",
+        )
+
+
+def write_checkpoint(
+    opened: OpenedModel,
+    directory: Path,
+    *,
+    nested: bool = True,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    max_shard: int = MAX_SHARD,
+) -> None:
+    """Write the NF4 checkpoint of ``opened`` into the existing ``directory``: weights, configs and tokenizer.
+
+    Raises OSError when the disk refuses, NotEnoughDisk before anything is quantised when it will.
+    """
+    needed, free = estimated_bytes(opened.spec) + _SPARE, shutil.disk_usage(directory).free
+    if needed > free:
+        raise NotEnoughDisk(
+            f"Writing {opened.what} in NF4 takes {needed / 1e9:.2f} GB, but {directory.parent} has "
+            f"{free / 1e9:.2f} GB free. Make room, or choose another place."
+        )
+    groups = quantized_groups(opened, nested=nested, device=device, progress=progress)
+    try:
+        write_groups(groups, directory, max_shard=max_shard)
+    except SafetensorError as error:  # how safetensors reports a failed write, too
+        raise OSError(f"writing to {directory} failed: {error}") from error
+    opened.save_tokenizer(directory)
+    if opened.generation_config:
+        write_json(directory / "generation_config.json", opened.generation_config)
+    quantization = quantization_config(nested=nested, dtype=opened.spec.dtype)
+    write_json(directory / "config.json", {**opened.config, "quantization_config": quantization})
+
+
+def quantize_checkpoint(
+    src: str,
+    dst: str | os.PathLike[str],
+    *,
+    nested: bool = True,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    max_shard: int = MAX_SHARD,
+) -> Path:
+    """Quantise the model ``src`` (directory, GGUF file or hub id) into the new directory ``dst``; returns it.
+
+    The result appears whole or not at all, and loads with transformers and bitsandbytes as well as here. Raises
+    ModelError when ``src`` cannot be used, ``dst`` exists already, or the disk is full.
+    """
+    target = Path(dst).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ModelError(f"{target} exists already; name a new directory.")
+    opened = open_model(resolve(src))
+    if opened.quantized:
+        raise ModelError(f"{opened.what} is quantised to NF4 already; serve it as it is.")
+    opened.tokenizer()  # a checkpoint that cannot be served is not worth the wait
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    except OSError as error:
+        raise ModelError(f"{target} cannot be written: {error.strerror or error}.") from error
+    try:
+        write_checkpoint(opened, temporary, nested=nested, device=device, progress=progress, max_shard=max_shard)
+        temporary.chmod(0o777 & ~_umask())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise ModelError(f"{target} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _umask() -> int:
+    """The process's file mode mask, which mkdtemp ignores; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

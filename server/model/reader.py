@@ -1,0 +1,87 @@
+"""Reading an NF4 checkpoint into `BaseWeights`: the one reader, of cached, given and just-made checkpoints alike."""
+
+from __future__ import annotations
+
+import torch
+
+from manylora.kernels.nf4_tensor import Nf4Tensor
+from manylora.kernels.sites import LAYER_PROJECTIONS
+from manylora.server.model.bnb_format import decode
+from manylora.server.model.checkpoint import FLOAT_TYPES, TensorSource
+from manylora.server.model.errors import BadCheckpoint
+from manylora.server.model.families import ModelSpec
+from manylora.server.model.layout import (
+    EMBED,
+    FINAL_NORM,
+    LM_HEAD,
+    check_quantized,
+    norm_name,
+    plain_shapes,
+    projection_bias,
+    projection_shapes,
+    projection_weight,
+)
+from manylora.server.model.progress import Progress
+from manylora.server.model.weights import BaseWeights
+
+
+def read_weights(
+    source: TensorSource, spec: ModelSpec, *, device: torch.device | str = "cpu", progress: bool = True
+) -> BaseWeights:
+    """All tensors of ``source`` on ``device``. Raises BadCheckpoint (every fault) or UnsupportedModel."""
+    infos = source.infos
+    check_quantized(source.what, spec, {name: info.shape for name, info in infos.items()})
+    shapes = projection_shapes(spec)
+    faults = [
+        f"{name} is of type {infos[name].dtype}, not one of {', '.join(FLOAT_TYPES)}"
+        for name in plain_shapes(spec)
+        if infos[name].dtype not in FLOAT_TYPES
+    ]
+    projections: dict[tuple[str, int], Nf4Tensor] = {}
+    total = sum(torch.Size(info.shape).numel() * (1 if info.dtype == "U8" else 2) for info in infos.values())
+    with Progress("Reading the NF4 base", total, show=progress) as bar:
+        for layer in range(spec.n_layers):
+            for projection in LAYER_PROJECTIONS:
+                name = projection_weight(projection, layer)
+                try:
+                    weight = decode(name, shapes[name], infos, source.get)
+                except ValueError as error:
+                    faults.append(f"{name}: {error}")
+                    continue
+                projections[projection, layer] = weight.to(device)
+                bar.advance(weight.nbytes)
+        if faults:
+            raise BadCheckpoint(source.what, faults)
+
+        def plain(name: str) -> torch.Tensor:
+            tensor = source.get(name)
+            bar.advance(tensor.nbytes)
+            return tensor.to(device)
+
+        def norms(name: str) -> tuple[torch.Tensor, ...]:
+            return tuple(plain(norm_name(name, layer)) for layer in range(spec.n_layers))
+
+        embed = plain(EMBED).to(torch.bfloat16)
+        lm_head = plain(LM_HEAD).to(torch.bfloat16) if LM_HEAD in infos else None
+        if spec.tie_embeddings and lm_head is not None:
+            if not torch.equal(embed, lm_head):
+                raise BadCheckpoint(
+                    source.what, "its config ties lm_head to the embedding, but it holds another lm_head"
+                )
+            lm_head = None
+        return BaseWeights(
+            projections=projections,
+            biases={
+                (projection, layer): plain(projection_bias(projection, layer))
+                for layer in range(spec.n_layers)
+                for projection in LAYER_PROJECTIONS
+                if spec.has_bias(projection)
+            },
+            input_norms=norms("input_layernorm"),
+            post_attention_norms=norms("post_attention_layernorm"),
+            q_norms=norms("self_attn.q_norm") if spec.qk_norm else (),
+            k_norms=norms("self_attn.k_norm") if spec.qk_norm else (),
+            final_norm=plain(FINAL_NORM),
+            embed=embed,
+            lm_head=lm_head,
+        )
