@@ -31,8 +31,8 @@ _FEATURES: Final = (
     (re.compile(r"\.modules_to_save\."), "modules_to_save", "whole replaced modules, which are not served"),
     (re.compile(r"\.lora_diag"), "kasa_config", "KaSA singular values, which are not served"),
     (re.compile(r"\.lora_E$|\.ranknum$"), "peft_type", "AdaLoRA singular values, which are not served"),
-    (re.compile(r"lora_(embedding_)?[AB]\.[^.]+(\.weight)?$"), "", "names that still hold the adapter's name; save the "
-     "adapter with PEFT's save_pretrained, not with torch"),
+    (re.compile(r"lora_(embedding_)?[AB]\.(?!weight$)[^.]+(\.weight)?$"), "",
+     "names that still hold the adapter's name; save the adapter with PEFT's save_pretrained, not with torch"),
     (re.compile(r"\.bias$"), "bias", "trained biases, which are not served"),
 )  # fmt: skip
 
@@ -105,14 +105,15 @@ def _add_factor(
 
 
 def _explain(result: SortedTensors, entry: TensorEntry, told: frozenset[str]) -> None:
+    if not entry.name.startswith(_PREFIX):
+        result.problem(f"tensors without the prefix {_PREFIX} that PEFT writes", entry.name)
+        return
     for pattern, config_field, what in _FEATURES:
         if pattern.search(entry.name):
             if not config_field or config_field not in told:
-                result.problem(f"tensors of {what}" if config_field else f"tensors with {what}", entry.name)
+                result.problem(f"tensors {'of' if config_field else 'with'} {what}", entry.name)
             return
-    if not entry.name.startswith(_PREFIX):
-        result.problem(f"tensors without the prefix {_PREFIX} that PEFT writes", entry.name)
-    elif "modules_to_save" not in told:
+    if "modules_to_save" not in told:  # PEFT saves those under the module's own name
         result.problem("tensors that match no module of the base", entry.name)
 
 

@@ -27,6 +27,9 @@ from manylora.adapters.registry import AdapterRef
 RETRY_AFTER_S: Final = 10.0
 """After a failed upload, seconds during which the version is refused at once instead of being tried again."""
 
+FRESH_FOR_S: Final = 5.0
+"""Seconds during which a slot that was just filled is kept for the request that waited for it."""
+
 Pairs = Mapping[tuple[str, int], Any]
 
 
@@ -68,6 +71,7 @@ class _Slot:
     """Its version was freed: to be cleared as soon as it is neither uploading nor referenced."""
     fresh: bool = True
     """Not acquired since its upload."""
+    fresh_until: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,15 @@ class SlotManager:
         )
 
     def _evictable(self) -> list[_Slot]:
-        idle = [slot for slot in self._slots.values() if slot.references == 0 and slot.upload is None]
+        """What may make way, in the order in which it should."""
+        slots = self._slots.values()
+        idle = [slot for slot in slots if slot.references == 0 and slot.upload is None]
+        # A slot that was just filled has no reference yet: were it fair game, whoever asks first could throw out what
+        # another request waited for, and be thrown out in turn. But if nothing is in use or on its way, nobody may be
+        # left who waited for it (aborted), and nothing would wake the loop for the one that asks now.
+        if len(idle) < len(slots):
+            now = self._clock()
+            idle = [slot for slot in idle if not slot.fresh or now >= slot.fresh_until]
         # Stable: least recently used first among the unpinned, then among the pinned.
         return sorted(idle, key=lambda slot: self._pinned(slot.ref))
 
@@ -264,6 +276,8 @@ class SlotManager:
             cause = cancelled
         if cause is None:
             self.counters.upload_seconds += upload.result()
+            self._slots.move_to_end(_key(slot.ref))
+            slot.fresh_until = self._clock() + FRESH_FOR_S
             self._clear_if_doomed(slot)
             return
         self.counters.failures += 1

@@ -150,7 +150,12 @@ def _download(hub_id: str) -> str:
     """Fetch an adapter's files into the hub's cache, or find them there; AdapterSourceNotFound if neither works."""
     # Here, not above: an adapter on the disk does not need the hub, nor the second that its import takes.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,  # type: ignore[attr-defined]  # httpx's, or its successor's
+        RepositoryNotFoundError,
+    )
 
     try:
         return snapshot_download(hub_id, allow_patterns=list(HUB_PATTERNS))

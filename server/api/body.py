@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from manylora.server.api.errors import ApiError, bad_request
+from manylora.server.api.schemas import FieldError
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -172,13 +173,16 @@ def _from_pydantic(detail: ErrorDetails) -> ApiError:
     param = ".".join(str(part) for part in detail["loc"]) or None
     match detail["type"]:
         case "extra_forbidden":
-            return bad_request(f"`{param}` is not a field of this request; nothing is accepted and ignored here.", param)
+            return bad_request(
+                f"`{param}` is not a field of this request; nothing is accepted and ignored here.", param
+            )
         case "missing":
             return bad_request(f"`{param}` is required.", param)
         case "value_error":
-            # Our own validators write whole sentences; pydantic puts a prefix before them.
-            message = str(detail["ctx"]["error"]) if "ctx" in detail else detail["msg"]
-            return bad_request(f"`{param}`: {message}" if param else message, param)
+            cause = detail["ctx"]["error"]  # of our own validators, without the prefix that pydantic's message has
+            if isinstance(cause, FieldError):
+                return bad_request(str(cause), cause.param)
+            return bad_request(f"`{param}`: {cause}", param)
         case _:
             return bad_request(f"`{param}`: {detail['msg']}, got {_shown(detail['input'])}.", param)
 

@@ -141,21 +141,20 @@ class Sampler:
         temperature = params.temperature
         if 0 < params.top_k < self.vocab_size:
             tokens = self._most_likely(logits, highest, params.top_k, temperature, ties=True)
-            return _pick(tokens, _weights(logits[tokens], highest, temperature), params, point)
-        if params.min_p > 0:
-            # A little deeper than min_p, because the depth is rounded to fp32; _pick applies it exactly.
-            tokens = _descending(logits, highest, temperature * (0.001 - math.log(min(params.min_p, 1.0))))
-            return _pick(tokens, _weights(logits[tokens], highest, temperature), params, point)
-        total = self._total_weight(logits, highest, temperature)
-        for depth in _DEPTHS:
-            tokens = _descending(logits, highest, depth * temperature)
-            weights = _weights(logits[tokens], highest, temperature)
-            if depth == math.inf:
-                break
-            # Enough of them if they hold the nucleus, or, without one, the point itself.
-            if weights.sum() >= (params.top_p if params.top_p < 1 else point) * total * (1 + 1e-5):
-                return _pick(tokens, weights, params, point, total)
-        return _pick(tokens, weights, params, point)
+        elif params.min_p > 0:
+            # A little deeper than min_p, because this comparison is made in fp32; _cumulated applies it exactly.
+            tokens = _descending(logits, highest, temperature * (0.001 - math.log(params.min_p)))
+        else:
+            total = self._total_weight(logits, highest, temperature)
+            for depth in _DEPTHS[:-1]:
+                tokens = _descending(logits, highest, depth * temperature)
+                cumulated = _cumulated(logits[tokens], highest, params)
+                # Enough of them if they hold the nucleus or, without one, the point itself.
+                if cumulated[-1] > (params.top_p if params.top_p < 1 else point) * total:
+                    return _pick(tokens, cumulated, total, params.top_p, point)
+            tokens = _descending(logits, highest, math.inf)
+        cumulated = _cumulated(logits[tokens], highest, params)
+        return _pick(tokens, cumulated, float(cumulated[-1]), params.top_p, point)
 
     def _total_weight(self, logits: _Floats, highest: float, temperature: float) -> float:
         """Sum over all tokens of ``exp((logit - highest) / temperature)``."""
@@ -205,7 +204,9 @@ class _Edits:
         self._penalises = _has_penalties(params)
         # The distinct tokens that penalties act on: those of the output with their counts, and, for the repetition
         # penalty, those of the prompt, with count 0 until the output has them.
-        prompt = dict.fromkeys(request.prompt_token_ids) if params.repetition_penalty != 1.0 else {}
+        prompt: dict[int, None] = {}
+        if params.repetition_penalty != 1.0:
+            prompt = dict.fromkeys(token for token in request.prompt_token_ids if 0 <= token < vocab_size)
         self._index = {token: index for index, token in enumerate(prompt)}
         capacity = max(256, 2 * len(self._index))
         self._tokens: _Ints = np.zeros(capacity, np.int64)
@@ -263,22 +264,21 @@ def _descending(logits: _Floats, highest: float, depth: float) -> _Ints:
     return tokens[np.argsort(-logits[tokens], kind="stable")]
 
 
-def _weights(values: _Floats, highest: float, temperature: float) -> _Doubles:
-    return np.exp((values.astype(np.float64) - highest) / temperature)
-
-
-def _pick(tokens: _Ints, weights: _Doubles, params: SamplingParams, point: float, total: float | None = None) -> int:
-    """The token at ``point`` of the distribution that min_p and top_p leave of ``weights``, which descend from 1.
-
-    ``total`` is the weight of all tokens if there are more than these (then top_p refers to it).
-    """
+def _cumulated(values: _Floats, highest: float, params: SamplingParams) -> _Doubles:
+    """Cumulated weights, relative to the highest, of the descending logits ``values`` that min_p leaves."""
+    weights = np.exp((values.astype(np.float64) - highest) / params.temperature)
     if params.min_p > 0:
         weights = weights[: max(1, int(np.count_nonzero(weights >= params.min_p)))]
-    cumulated = np.cumsum(weights)
-    total = float(cumulated[-1]) if total is None else total
-    if params.top_p < 1:
+    cumulated: _Doubles = np.cumsum(weights)  # one after the other: ``sum`` would choose an order of its own
+    return cumulated
+
+
+def _pick(tokens: _Ints, cumulated: _Doubles, total: float, top_p: float, point: float) -> int:
+    """The token at ``point`` of what ``top_p`` leaves of a distribution whose weights add up to ``total``; ``tokens``
+    are its most likely ones, at least the nucleus."""
+    if top_p < 1:
         # The smallest beginning with at least this share; it never has fewer than one token.
-        n_kept = int(np.searchsorted(cumulated, params.top_p * total, side="left")) + 1
+        n_kept = int(np.searchsorted(cumulated, top_p * total, side="left")) + 1
         cumulated = cumulated[:n_kept]
         total = float(cumulated[-1])
     # The first whose cumulated weight exceeds the point. Rounding may put the point on the very end: then the last one

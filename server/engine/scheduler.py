@@ -15,10 +15,12 @@ Torch-free. The rules, in the order they are applied by ``Scheduler.schedule``:
    admitted so far. So flows take turns, one request each: the k-th request that a flow has waiting is overtaken by at
    most k requests of each other flow, and a flood fills only its own queue.
 5. **Slots.** A request whose adapter gets no slot now (its upload runs, or running requests pin all of them) is
-   skipped, and those behind it are tried; the base never needs one. But they may overtake only by
-   ``max_overtake`` rounds: a request whose tag exceeds by more than that the smallest tag skipped for want of a slot
-   is skipped too, if it needs a slot itself. So adapters that hold slots stop being fed after that many more requests
-   each, their running ones end, and the slot goes to the one that waits longest.
+   skipped, and those behind it are tried; the base never needs one. But once one was skipped, those behind it may only
+   use adapters that are on the device already: were they to upload theirs, they could take the very slot that was
+   just made ready for it, and it theirs, for ever. And they may overtake it only by ``max_overtake`` rounds: a request
+   whose tag exceeds by more than that the smallest tag skipped for want of a slot is skipped too, if it needs a slot
+   itself. So adapters that hold slots stop being fed after that many more requests each, their running ones end, and
+   the slot goes to the one that waits longest.
 """
 
 from __future__ import annotations
@@ -293,14 +295,15 @@ class Scheduler:
     def _admit(self, step: _Step) -> None:
         pages_owed = sum(self._pages_missing(entry.request) for entry in self._running)
         left: set[_Entry] = set()
-        without_slot: set[AdapterRef | None] = set()
+        resident: set[AdapterRef] | None = None  # asked for when the first request gets no slot
         highest_tag = sys.maxsize
         for entry in self._waiting:
             if len(self._running) >= self.config.max_rows or step.budget < 1:
                 break
             request = entry.request
-            if request.adapter is not None and (request.adapter in without_slot or entry.rank.tag > highest_tag):
-                continue
+            if request.adapter is not None and resident is not None:
+                if request.adapter not in resident or entry.rank.tag > highest_tag:
+                    continue
             # With a page to spare for each running request, or admitting this one would soon preempt another.
             if pages_owed + len(self._running) + self._pages_missing(request) > self.pool.num_free:
                 break
@@ -308,7 +311,9 @@ class Scheduler:
                 self._start(entry, step)
                 pages_owed += self._pages_missing(request)
             if request.state is RequestState.WAITING:
-                without_slot.add(request.adapter)
+                if resident is None:
+                    resident = set(self.resident_adapters())
+                resident.discard(request.adapter)
                 highest_tag = min(highest_tag, entry.rank.tag + self.config.max_overtake)
             else:
                 left.add(entry)

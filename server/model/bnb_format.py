@@ -7,6 +7,7 @@ transformers writes and reads.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -107,19 +108,19 @@ def decode(
     quant_map = get(f"{name}.quant_map")
     if quant_map.shape != (16,) or not torch.allclose(quant_map.float(), torch.tensor(NF4_CODE), rtol=0, atol=1e-6):
         raise ValueError("its quant_map is not that of NF4")
-    scales = get(f"{name}.absmax").view(-1)
+    absmax: torch.Tensor | NestedAbsmax
+    scales = absmax = get(f"{name}.absmax").view(-1)
     if any(f"{name}.{part}" in names for part in NESTED_PARTS):
         if "nested_offset" not in state:
             raise ValueError("its scales are nested, but its quant_state has no nested_offset")
-        absmax: torch.Tensor | NestedAbsmax = NestedAbsmax(
-            codes=scales,
+        codes, scales = scales, get(f"{name}.nested_absmax").view(-1)
+        absmax = NestedAbsmax(
+            codes=codes,
             code=get(f"{name}.nested_quant_map"),
-            absmax=get(f"{name}.nested_absmax").view(-1),
+            absmax=scales,
             offset=float(state["nested_offset"]),
             blocksize=state["nested_blocksize"],
         )
-    else:
-        absmax = scales
     packed = get(name).contiguous().view(-1)
     weight = Nf4Tensor(
         # bnb_4bit_quant_storage only changes the type through which the same bytes are seen.
@@ -130,7 +131,7 @@ def decode(
         blocksize=blocksize,
         dtype=_DTYPES[state["dtype"]],
     )
-    if not bool(torch.isfinite(weight.absmax_fp32()).all()):
+    if not bool(torch.isfinite(scales).all()) or not math.isfinite(state.get("nested_offset", 0.0)):
         raise ValueError("its scales are not finite")
     return weight
 

@@ -80,6 +80,11 @@ class Decoder:
             x = layer.down(ops.silu_mul(gate_up), segments, add_to=x)
         return self._logits(x, batch)
 
+    def table(self, projection: str) -> torch.Tensor:
+        """The base's own ``embed`` or ``lm_head`` matrix, fp32 ``[vocab, hidden]``: a copy, for checks."""
+        weight = {"embed": self._embedding, "lm_head": self._head}[projection]
+        return self.ops.embed(torch.arange(self.spec.vocab_size, device=self.ops.device), weight)
+
     def _norm_heads(self, qkv: torch.Tensor, layer: _Layer) -> None:
         """Qwen3: RMSNorm of every query and key head, before the rotation."""
         d, shape = self.spec.head_dim, layer.attention

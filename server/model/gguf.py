@@ -7,6 +7,7 @@ every tensor is accounted for, or the file is refused. Weights come out as trans
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,10 +108,14 @@ class GgufModel:
         self.source = GgufSource(self.what, tensors, self.spec, permuted=metadata["general.architecture"] == "llama")
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer(load_gguf_tokenizer(self.path, *self._tokenizer_kind), eos_token_ids=self.spec.eos_token_ids)
+        return Tokenizer(self._hf_tokenizer, eos_token_ids=self.spec.eos_token_ids)
 
     def save_tokenizer(self, directory: Path) -> None:
-        load_gguf_tokenizer(self.path, *self._tokenizer_kind).save_pretrained(str(directory))
+        self._hf_tokenizer.save_pretrained(str(directory))
+
+    @functools.cached_property
+    def _hf_tokenizer(self) -> Any:
+        return load_gguf_tokenizer(self.path, *self._tokenizer_kind)
 
 
 class GgufSource:

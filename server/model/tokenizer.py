@@ -58,6 +58,11 @@ class Tokenizer:
         return backend
 
     @property
+    def hf(self) -> Any:
+        """transformers' own tokenizer object."""
+        return self._hf
+
+    @property
     def vocab_size(self) -> int:
         """Number of token ids, added tokens included; the model's embedding may have more rows (padding)."""
         return len(self._hf)

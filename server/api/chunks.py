@@ -1,0 +1,182 @@
+"""The frames of a streamed response, as text.
+
+Every token of every stream passes here, on the interpreter that the step loop shares. So what a chunk repeats is
+rendered once for each response, and what changes is spliced in: no model object and no dictionary for each token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from json.encoder import encode_basestring_ascii as quote
+from typing import Final, Protocol
+
+from manylora.server.api.generation import Envelope, usage
+from manylora.server.engine.request import FinishEvent, TokenEvent, TokenLogprobs
+
+DONE: Final = "data: [DONE]\n\n"
+
+LogprobsPiece = Callable[[Sequence[TokenLogprobs]], dict[str, object]]
+
+
+class Chunks(Protocol):
+    """Renders the events of a response's choices, by index; "" for an event that shows nothing."""
+
+    def tokens(self, index: int, event: TokenEvent) -> str: ...
+    def finish(self, index: int, event: FinishEvent) -> str: ...
+    def end(self) -> str:
+        """After every choice has finished."""
+        ...
+
+
+class _Usage:
+    """Counts tokens, and renders the end of a chunk: ``usage`` if it was asked for, and the closing brace."""
+
+    def __init__(self, prompt_tokens: Sequence[int], n: int, *, include: bool, continuous: bool) -> None:
+        self.include = include
+        self._continuous = continuous
+        self._prompt_tokens = prompt_tokens
+        self._n = n
+        self._completion_tokens = [0] * (len(prompt_tokens) * n)
+
+    def add(self, index: int, n_tokens: int) -> None:
+        self._completion_tokens[index] += n_tokens
+
+    def set(self, index: int, n_tokens: int) -> None:
+        self._completion_tokens[index] = n_tokens
+
+    def tail(self, index: int) -> str:
+        if not self.include:
+            return "}\n\n"
+        if not self._continuous:
+            return ',"usage":null}\n\n'
+        so_far = usage(self._prompt_tokens[index // self._n], self._completion_tokens[index])
+        return f',"usage":{json.dumps(so_far)}}}\n\n'
+
+    def total(self) -> str:
+        # A prompt is counted once, however many choices continue it.
+        return json.dumps(usage(sum(self._prompt_tokens), sum(self._completion_tokens)))
+
+
+class _ChunkBase:
+    def __init__(
+        self,
+        envelope: Envelope,
+        kind: str,
+        prompt_tokens: Sequence[int],
+        n: int,
+        *,
+        include_usage: bool,
+        continuous_usage: bool,
+    ) -> None:
+        self._head = (
+            f'data: {{"id":{quote(envelope.id)},"object":"{kind}","created":{envelope.created},'
+            f'"model":{quote(envelope.model)},"system_fingerprint":{quote(envelope.fingerprint)},"choices":['
+        )
+        self._usage = _Usage(prompt_tokens, n, include=include_usage, continuous=continuous_usage)
+
+    def end(self) -> str:
+        if not self._usage.include:
+            return DONE
+        return f'{self._head}],"usage":{self._usage.total()}}}\n\n{DONE}'
+
+
+class CompletionChunks(_ChunkBase):
+    """``text_completion`` chunks. ``echo`` has a text for each choice that its first chunk begins with."""
+
+    def __init__(
+        self,
+        envelope: Envelope,
+        prompt_tokens: Sequence[int],
+        n: int,
+        *,
+        include_usage: bool = False,
+        continuous_usage: bool = False,
+        echo: Sequence[str] = (),
+        logprobs: Sequence[LogprobsPiece] = (),
+    ) -> None:
+        super().__init__(
+            envelope,
+            "text_completion",
+            prompt_tokens,
+            n,
+            include_usage=include_usage,
+            continuous_usage=continuous_usage,
+        )
+        self._echo = dict(enumerate(echo))
+        self._logprobs = logprobs
+
+    def tokens(self, index: int, event: TokenEvent) -> str:
+        self._usage.add(index, len(event.token_ids))
+        text = self._echo.pop(index, "") + event.text
+        logprobs = "null"
+        if self._logprobs and event.logprobs:
+            logprobs = json.dumps(self._logprobs[index](event.logprobs))
+        elif not text:
+            return ""  # inside a character, or where a stop string may be beginning
+        return (
+            f'{self._head}{{"index":{index},"text":{quote(text)},"logprobs":{logprobs},"finish_reason":null,'
+            f'"stop_reason":null}}]{self._usage.tail(index)}'
+        )
+
+    def finish(self, index: int, event: FinishEvent) -> str:
+        self._usage.set(index, event.completion_tokens)
+        return (
+            f'{self._head}{{"index":{index},"text":{quote(self._echo.pop(index, ""))},"logprobs":null,'
+            f'"finish_reason":"{event.reason}","stop_reason":{json.dumps(event.stop_reason)}}}]{self._usage.tail(index)}'
+        )
+
+
+class ChatChunks(_ChunkBase):
+    """``chat.completion.chunk`` chunks: the role first, then content, then the reason of the end."""
+
+    def __init__(
+        self,
+        envelope: Envelope,
+        prompt_tokens: int,
+        n: int,
+        *,
+        include_usage: bool = False,
+        continuous_usage: bool = False,
+        logprobs: LogprobsPiece | None = None,
+    ) -> None:
+        super().__init__(
+            envelope,
+            "chat.completion.chunk",
+            [prompt_tokens],
+            n,
+            include_usage=include_usage,
+            continuous_usage=continuous_usage,
+        )
+        self._unnamed = set(range(n))
+        self._logprobs = logprobs
+
+    def tokens(self, index: int, event: TokenEvent) -> str:
+        self._usage.add(index, len(event.token_ids))
+        role = self._role(index)
+        logprobs = "null"
+        if self._logprobs is not None and event.logprobs:
+            logprobs = json.dumps(self._logprobs(event.logprobs))
+        elif not event.text:
+            return role
+        return (
+            f'{role}{self._head}{{"index":{index},"delta":{{"content":{quote(event.text)}}},"logprobs":{logprobs},'
+            f'"finish_reason":null}}]{self._usage.tail(index)}'
+        )
+
+    def finish(self, index: int, event: FinishEvent) -> str:
+        role = self._role(index)
+        self._usage.set(index, event.completion_tokens)
+        return (
+            f'{role}{self._head}{{"index":{index},"delta":{{}},"logprobs":null,"finish_reason":"{event.reason}",'
+            f'"stop_reason":{json.dumps(event.stop_reason)}}}]{self._usage.tail(index)}'
+        )
+
+    def _role(self, index: int) -> str:
+        if index not in self._unnamed:
+            return ""
+        self._unnamed.remove(index)
+        return (
+            f'{self._head}{{"index":{index},"delta":{{"role":"assistant","content":""}},"logprobs":null,'
+            f'"finish_reason":null}}]{self._usage.tail(index)}'
+        )

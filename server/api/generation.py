@@ -1,0 +1,138 @@
+"""What completions and chat share: submit one engine request for each choice, and see all of them to their end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+
+from starlette.types import Receive
+
+from manylora.server.api.errors import ApiError, aborted, failed
+from manylora.server.api.prompts import choice_seed
+from manylora.server.api.schemas import GenerationRequest
+from manylora.server.api.state import EventStream, Serving
+from manylora.server.api.targets import Lease, Target
+from manylora.server.engine.request import FinishEvent, Request, SamplingParams, TokenEvent
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What every object and chunk of one response repeats."""
+
+    id: str
+    model: str
+    fingerprint: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def new(cls, prefix: str, model: str, fingerprint: str) -> Envelope:
+        return cls(f"{prefix}-{uuid.uuid4().hex}", model, fingerprint)
+
+
+@dataclass(frozen=True)
+class PromptPlan:
+    """One prompt and how to continue it."""
+
+    ids: list[int]
+    params: SamplingParams
+
+
+def submit_all(
+    serving: Serving,
+    lease: Lease,
+    target: Target,
+    body: GenerationRequest,
+    plans: Sequence[PromptPlan],
+    request_id: str,
+) -> list[EventStream]:
+    """One engine request for each choice, in the order of the choices' indices: all of them, or none.
+
+    Raises EngineRefusal; those submitted before it are aborted.
+    """
+    streams: list[EventStream] = []
+    try:
+        for plan in plans:
+            for choice in range(body.n):
+                request = Request(
+                    request_id=f"{request_id}-{len(streams)}",
+                    prompt_token_ids=list(plan.ids),
+                    params=replace(plan.params, seed=choice_seed(plan.params.seed, choice)),
+                    adapter=lease.ref,
+                    adapter_scale=target.scale,
+                    priority=body.priority,
+                    arrival_time=time.monotonic(),
+                )
+                streams.append(serving.engine.submit(request))
+                lease.handed_over()
+    except BaseException:
+        abort_all(streams)
+        raise
+    return streams
+
+
+def abort_all(streams: Sequence[EventStream]) -> None:
+    """Abort what has not ended; nothing happens to the rest."""
+    for stream in streams:
+        stream.abort()
+
+
+@asynccontextmanager
+async def aborting(receive: Receive, streams: Sequence[EventStream]) -> AsyncIterator[None]:
+    """Abort the requests as soon as their client is gone, and at the end of the block if they have not ended.
+
+    An aborted request still ends with its FinishEvent, so the block needs no cancelling.
+    """
+    watcher = asyncio.create_task(_abort_on_disconnect(receive, streams))
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        abort_all(streams)
+
+
+async def _abort_on_disconnect(receive: Receive, streams: Sequence[EventStream]) -> None:
+    # The body has been read, so nothing else can come; whatever does is no reason to spin.
+    while (await receive())["type"] != "http.disconnect":
+        await asyncio.sleep(0)
+    abort_all(streams)
+
+
+def failure(finish: FinishEvent) -> ApiError | None:
+    """The error that a final event stands for; None if the request ended as it should."""
+    if finish.reason == "error":
+        return failed(finish.error)
+    return aborted() if finish.reason == "abort" else None
+
+
+async def results(receive: Receive, streams: Sequence[EventStream]) -> list[tuple[TokenEvent, FinishEvent]]:
+    """Everything, by choice. Raises ApiError if a choice failed; the others are then aborted, not waited for."""
+
+    async def one(stream: EventStream) -> tuple[TokenEvent, FinishEvent]:
+        tokens, finish = await stream.result()
+        if finish.reason in ("error", "abort"):
+            abort_all(streams)
+        return tokens, finish
+
+    async with aborting(receive, streams):
+        if len(streams) == 1:
+            ended = [await one(streams[0])]
+        else:
+            ended = await asyncio.gather(*(one(stream) for stream in streams))
+    # The one that failed, not those that were aborted because of it.
+    for finish in sorted((finish for _, finish in ended), key=lambda finish: finish.reason != "error"):
+        error = failure(finish)
+        if error is not None:
+            raise error
+    return ended
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }

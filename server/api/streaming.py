@@ -1,0 +1,116 @@
+"""Server-sent events, straight onto ASGI: what is there to send goes out in one write."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Final
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from manylora.server.api.chunks import Chunks
+from manylora.server.api.errors import ApiError
+from manylora.server.api.generation import aborting, failure
+from manylora.server.api.state import EventStream
+from manylora.server.engine.request import Event, TokenEvent
+
+_HEADERS: Final = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect the stream
+]
+
+
+class EventStreamResponse(Response):
+    """The choices' events as frames, interleaved as they come. The requests are aborted when the client leaves.
+
+    The status is sent with the first output, so that a request that fails before it has any gets an honest one;
+    after that an error is a last frame.
+    """
+
+    def __init__(self, streams: Sequence[EventStream], chunks: Chunks) -> None:
+        super().__init__()
+        self._streams = streams
+        self._chunks = chunks
+        self._has_begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # A server may raise OSError when the client is gone; then there is nobody left to tell.
+        async with aborting(receive, self._streams):
+            with contextlib.suppress(OSError):
+                error = await self._send_events(send)
+                if error is None:
+                    return
+                if self._has_begun:
+                    await self._write(send, f"data: {json.dumps(error.body())}\n\n", more=False)
+                else:
+                    await error.response()(scope, receive, send)
+
+    async def _send_events(self, send: Send) -> ApiError | None:
+        """Send until every choice has ended, or return the error that one ended with."""
+        chunks, n_open = self._chunks, len(self._streams)
+        async with contextlib.aclosing(_batches(self._streams)) as batches:
+            async for batch in batches:
+                frames: list[str] = []
+                error: ApiError | None = None
+                for index, event in batch:
+                    if isinstance(event, TokenEvent):
+                        frames.append(chunks.tokens(index, event))
+                        continue
+                    error = failure(event)
+                    if error is not None:
+                        break
+                    frames.append(chunks.finish(index, event))
+                    n_open -= 1
+                if n_open == 0:
+                    frames.append(chunks.end())
+                data = "".join(frames)
+                if data:
+                    await self._write(send, data, more=n_open > 0)
+                if error is not None:
+                    return error
+        return None
+
+    async def _write(self, send: Send, data: str, *, more: bool) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        await send({"type": "http.response.body", "body": data.encode(), "more_body": more})
+
+
+async def _batches(streams: Sequence[EventStream]) -> AsyncIterator[list[tuple[int, Event]]]:
+    """The events of all streams with their stream's index; each time, as many as there are."""
+    if len(streams) == 1:
+        async for event in streams[0]:
+            yield [(0, event)]
+        return
+
+    loop = asyncio.get_running_loop()
+    arrived: list[tuple[int, Event]] = []
+    bell = loop.create_future()
+
+    def ring(_done: object = None) -> None:
+        if not bell.done():
+            bell.set_result(None)
+
+    async def pump(index: int, stream: EventStream) -> None:
+        async for event in stream:
+            arrived.append((index, event))
+            ring()
+
+    pumps = asyncio.gather(*(pump(index, stream) for index, stream in enumerate(streams)))
+    pumps.add_done_callback(ring)
+    try:
+        while not pumps.done() or arrived:
+            await bell
+            # The events of a step are delivered at once, so every pump that has one has run before this goes on.
+            bell = loop.create_future()
+            batch, arrived = arrived, []
+            if batch:
+                yield batch
+        pumps.result()  # raises what a stream raised
+    finally:
+        pumps.cancel()

@@ -1,0 +1,158 @@
+"""The scheduler against a slow, obviously right one, on random workloads, and what must hold whatever it decides."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from manylora.adapters.registry import AdapterRef
+from manylora.server.engine.request import Request, StepPlan
+from manylora.server.engine.scheduler import Scheduler, SchedulerConfig
+from tests.engine.reference_scheduler import ReferenceScheduler, Row
+from tests.fakes import FakeSlots, adapter, request
+
+
+@dataclass
+class Workload:
+    config: SchedulerConfig
+    max_slots: int
+    latency: int
+    arrivals: dict[int, list[Request]]
+    """By step."""
+    aborts: dict[int, list[str]]
+
+    @property
+    def requests(self) -> list[Request]:
+        return [request for requests in self.arrivals.values() for request in requests]
+
+
+def random_workload(seed: int) -> Workload:
+    """Small limits, so that every one of them is hit: rows, budget, pages, slots."""
+    rng = random.Random(seed)
+    page_size = rng.randint(1, 4)
+    max_rows = rng.randint(1, 5)
+    largest = rng.randint(4, 24)
+    config = SchedulerConfig(
+        max_rows=max_rows,
+        max_batch_tokens=max_rows + rng.choice([0, 2, 30]),
+        num_pages=-(-largest // page_size) + rng.choice([0, 1, 4, 30]),
+        page_size=page_size,
+        max_context=largest,
+        max_overtake=rng.choice([0, 1, 4]),
+    )
+    n_adapters = rng.choice([0, 1, 3, 6])
+    adapters: list[AdapterRef | None] = [None] + [adapter(f"a{i}") for i in range(n_adapters)]
+    weights = [rng.random() for _ in adapters]
+    arrivals: dict[int, list[Request]] = {}
+    aborts: dict[int, list[str]] = {}
+    for i in range(rng.randint(1, 30)):
+        n_prompt = rng.randint(1, largest - 1)
+        made = request(
+            f"r{i}",
+            range(n_prompt),
+            max_tokens=rng.randint(1, largest - n_prompt),
+            adapter=rng.choices(adapters, weights)[0],
+            priority=rng.choice([0, 0, 0, 1, -1]),
+        )
+        step = rng.choice([0, rng.randint(0, 40)])
+        arrivals.setdefault(step, []).append(made)
+        if rng.random() < 0.1:
+            aborts.setdefault(step + rng.randint(0, 20), []).append(made.request_id)
+    return Workload(config, rng.randint(1, 3), rng.choice([0, 0, 3]), arrivals, aborts)
+
+
+class Run:
+    """Drives both schedulers through a workload, step by step, and checks the invariants at each."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self.slots = FakeSlots(workload.max_slots, latency=workload.latency)
+        self.scheduler = Scheduler(workload.config, self.slots)
+        self.reference = ReferenceScheduler(workload.config, FakeSlots(workload.max_slots, latency=workload.latency))
+        self.live: dict[str, Request] = {}
+        self.ended: list[str] = []
+
+    def to_the_end(self) -> None:
+        # Alone, one after the other, they would take this many steps; each may also wait for a few uploads.
+        limit = 100 + sum(r.num_tokens + r.params.max_tokens + 10 for r in self.workload.requests) * 3
+        last_arrival = max(self.workload.arrivals)
+        for step in range(limit):
+            self.arrive(step)
+            self.one_step()
+            if step >= last_arrival and not self.live:
+                return
+        raise AssertionError(f"still alive after {limit} steps: {sorted(self.live)}")
+
+    def arrive(self, step: int) -> None:
+        for new in self.workload.arrivals.get(step, []):
+            self.live[new.request_id] = new
+            self.scheduler.add(new)
+            self.reference.add(new.request_id, new.adapter, new.priority, len(new.prompt_token_ids))
+        for request_id in self.workload.aborts.get(step, []):
+            if request_id in self.live:
+                self.end(request_id)
+
+    def end(self, request_id: str) -> None:
+        self.scheduler.finish(self.live.pop(request_id))
+        self.reference.finish(request_id)
+        self.ended.append(request_id)
+
+    def one_step(self) -> None:
+        plan = self.scheduler.schedule()
+        rows: list[Row] = [(row.request.request_id, row.start, row.count, row.request.slot) for row in plan.rows]
+        assert sorted(rows) == sorted(self.reference.schedule())
+        self.check(plan)
+        sampling = [row.request for row in plan.rows if row.sample]
+        self.scheduler.commit(plan)
+        self.reference.commit(rows)
+        for sampled in sampling:
+            sampled.output_token_ids.append(7)
+            if len(sampled.output_token_ids) == sampled.params.max_tokens:
+                self.end(sampled.request_id)
+
+    def check(self, plan: StepPlan) -> None:
+        config = self.workload.config
+        self.scheduler.check_integrity()
+        assert plan.num_tokens <= config.max_batch_tokens
+        assert self.scheduler.num_running <= config.max_rows
+        assert len({row.request for row in plan.rows}) == len(plan.rows)
+        slots = [-1 if row.request.slot is None else row.request.slot for row in plan.rows]
+        assert slots == sorted(slots)
+        pages = [page for running in self.scheduler.running() for page in running.pages]
+        assert len(set(pages)) == len(pages), "a page belongs to two requests"
+        slot_of: dict[int, AdapterRef] = {}
+        for row in plan.rows:
+            one = row.request
+            assert row.count >= 1
+            assert row.start == one.num_computed
+            assert row.start + row.count <= min(one.num_tokens, len(one.pages) * config.page_size)
+            assert (one.slot is None) == (one.adapter is None)
+            if one.slot is not None and one.adapter is not None:
+                assert slot_of.setdefault(one.slot, one.adapter) == one.adapter, "two adapters on one slot"
+        assert self.slots.references.total() == sum(r.adapter is not None for r in self.scheduler.running())
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_random_workloads(block: int) -> None:
+    for seed in range(block * 50, block * 50 + 50):
+        run = Run(random_workload(seed))
+        run.to_the_end()
+        assert sorted(run.ended) == sorted(r.request_id for r in run.workload.requests), f"seed {seed}"
+        assert run.scheduler.pool.num_used == 0
+        assert run.slots.references.total() == 0
+        assert run.scheduler._last_tags == {}, "flows are remembered for ever"
+
+
+def test_the_workloads_hit_every_limit() -> None:
+    """The comparison is worth something only if its workloads preempt, evict, wait for slots and chunk prompts."""
+    preemptions = evictions = misses = chunks = 0
+    for seed in range(100):
+        run = Run(random_workload(seed))
+        run.to_the_end()
+        preemptions += run.scheduler.counts.preemptions
+        misses += run.scheduler.counts.slot_misses
+        evictions += run.slots.evictions
+        chunks += any(len(r.prompt_token_ids) > run.workload.config.max_batch_tokens for r in run.workload.requests)
+    assert min(preemptions, evictions, misses, chunks) >= 20

@@ -1,0 +1,188 @@
+"""Stand-ins for the parts of the engine that need a model: a runner, a tokenizer, adapter slots and a registry.
+
+They need no torch, are deterministic, and check what they are given.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+
+from manylora.adapters.errors import AdapterError
+from manylora.adapters.registry import AdapterRef
+from manylora.server.engine.request import Request, SampledToken, SampleFailed, SamplingParams, StepPlan
+
+Sampled = SampledToken | SampleFailed
+
+
+def adapter(name: str, version: str | None = None) -> AdapterRef:
+    return AdapterRef(name, version or name.encode().hex().ljust(64, "0"))
+
+
+def request(request_id: str = "r0", prompt: Sequence[int] = (1, 2, 3), **kwargs: object) -> Request:
+    """A request; ``adapter`` and ``priority`` are the request's, everything else is a sampling parameter."""
+    own = {key: kwargs.pop(key) for key in ("adapter", "priority", "arrival_time") if key in kwargs}
+    return Request(request_id, list(prompt), SamplingParams(**kwargs), **own)  # type: ignore[arg-type]
+
+
+class FakeTokenizer:
+    """One token per character, the token's id being its code point; also the engine's vocabulary."""
+
+    eos_token_id = 0
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(chr(token) for token in token_ids)
+
+    def stream(self, *, skip_special_tokens: bool) -> _FakeTextStream:
+        return _FakeTextStream(self.eos_token_id if skip_special_tokens else None)
+
+
+class _FakeTextStream:
+    def __init__(self, skipped: int | None) -> None:
+        self._skipped = skipped
+
+    def feed(self, token_id: int) -> str:
+        return "" if token_id == self._skipped else chr(token_id)
+
+    def flush(self) -> str:
+        return ""
+
+
+def scripted(*answers: str | int | Sampled) -> Callable[[Request, Sequence[int]], Sampled]:
+    """A model that gives these tokens (each character of a string is one), whatever the prompt; then "." for ever."""
+    script: list[Sampled] = []
+    for answer in answers:
+        if isinstance(answer, str):
+            script.extend(SampledToken(ord(character)) for character in answer)
+        else:
+            script.append(SampledToken(answer) if isinstance(answer, int) else answer)
+
+    def model(request: Request, tokens: Sequence[int]) -> Sampled:
+        position = len(tokens) - len(request.prompt_token_ids)
+        return script[position] if position < len(script) else SampledToken(ord("."))
+
+    return model
+
+
+def hashing_model(request: Request, tokens: Sequence[int]) -> Sampled:
+    """A letter that depends on every token so far and on the adapter, as a real model's would."""
+    version = request.adapter.version if request.adapter is not None else ""
+    return SampledToken(ord("a") + zlib.crc32(repr((version, list(tokens))).encode()) % 26)
+
+
+class FakeRunner:
+    """Keeps the tokens of each KV page, as a real runner keeps their keys and values, and asks ``model`` for the next
+    token given what *the pages* say. So a page that two requests share, or that was not computed again after a
+    preemption, changes the output.
+
+    ``before_step`` is called with each plan first; it may block, or raise what a device would.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Request, Sequence[int]], Sampled] = hashing_model,
+        *,
+        page_size: int = 4,
+        before_step: Callable[[StepPlan], None] = lambda _plan: None,
+    ) -> None:
+        self.model = model
+        self.page_size = page_size
+        self.before_step = before_step
+        self.plans: list[list[tuple[str, int, int, int | None]]] = []
+        """Of each step, its rows: request id, start, count, slot."""
+        self.threads: set[str] = set()
+        self._kv: dict[tuple[int, int], int] = {}
+
+    def execute(self, plan: StepPlan) -> Mapping[str, Sampled]:
+        self.threads.add(threading.current_thread().name)
+        self.before_step(plan)
+        self.plans.append([(row.request.request_id, row.start, row.count, row.request.slot) for row in plan.rows])
+        slots = [-1 if row.request.slot is None else row.request.slot for row in plan.rows]
+        assert slots == sorted(slots), f"rows are not sorted by slot: {slots}"
+        sampled: dict[str, Sampled] = {}
+        for row in plan.rows:
+            assert row.request.num_computed == row.start
+            assert (row.request.slot is None) == (row.request.adapter is None)
+            for position in range(row.start, row.start + row.count):
+                self._kv[self._place(row.request, position)] = row.request.token_at(position)
+        for row in plan.rows:
+            if row.sample:
+                tokens = [self._kv[self._place(row.request, p)] for p in range(row.start + row.count)]
+                sampled[row.request.request_id] = self.model(row.request, tokens)
+        return sampled
+
+    def _place(self, request: Request, position: int) -> tuple[int, int]:
+        return request.pages[position // self.page_size], position % self.page_size
+
+
+class FakeSlots:
+    """Least recently used slots; an upload is ready after ``latency`` more calls of ``acquire`` for anything."""
+
+    def __init__(self, max_slots: int, *, latency: int = 0, refused: Sequence[str] = ()) -> None:
+        self.max_slots = max_slots
+        self.latency = latency
+        self.refused = set(refused)
+        self.references: Counter[AdapterRef] = Counter()
+        self.dropped: list[AdapterRef] = []
+        self.evictions = 0
+        self._calls = 0
+        self._slot_of: OrderedDict[AdapterRef, int] = OrderedDict()
+        self._ready_at: dict[AdapterRef, int] = {}
+
+    def acquire(self, ref: AdapterRef) -> int | None:
+        self._calls += 1
+        if ref.name in self.refused:
+            raise AdapterError(f"{ref.name} cannot be uploaded")
+        if ref not in self._slot_of and not self._upload(ref):
+            return None
+        if self._calls <= self._ready_at[ref]:
+            return None
+        self._slot_of.move_to_end(ref)
+        self.references[ref] += 1
+        return self._slot_of[ref]
+
+    def _upload(self, ref: AdapterRef) -> bool:
+        slot = next((s for s in range(self.max_slots) if s not in self._slot_of.values()), None)
+        if slot is None:
+            idle = [r for r in self._slot_of if self.references[r] == 0 and self._calls > self._ready_at[r]]
+            if not idle:
+                return False
+            slot = self._slot_of.pop(idle[0])
+            self.evictions += 1
+        self._slot_of[ref] = slot
+        self._ready_at[ref] = self._calls + self.latency
+        return True
+
+    def release(self, ref: AdapterRef) -> None:
+        assert self.references[ref] > 0, f"{ref.name} was released more often than acquired"
+        self.references[ref] -= 1
+
+    def drop(self, ref: AdapterRef) -> None:
+        self.dropped.append(ref)
+
+    def resident(self) -> list[AdapterRef]:
+        return [ref for ref in self._slot_of if self._calls >= self._ready_at[ref]]
+
+    def check_integrity(self, *, idle: bool = False) -> None:
+        if idle and self.references.total():
+            raise RuntimeError(f"slots: {self.references.total()} references are held while idle")
+
+
+class FakeRegistry:
+    """Counts what is released; as the engine's registry, ``acquire`` first."""
+
+    def __init__(self) -> None:
+        self.references: Counter[AdapterRef] = Counter()
+
+    def acquire(self, ref: AdapterRef) -> AdapterRef:
+        self.references[ref] += 1
+        return ref
+
+    def release(self, ref: AdapterRef) -> None:
+        assert self.references[ref] > 0, f"{ref.name} was released more often than acquired"
+        self.references[ref] -= 1
