@@ -149,25 +149,21 @@ def _confine(path: Path, roots: Sequence[Path]) -> None:
 def _download(hub_id: str) -> str:
     """Fetch an adapter's files into the hub's cache, or find them there; AdapterSourceNotFound if neither works."""
     # Here, not above: an adapter on the disk does not need the hub, nor the second that its import takes.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        HTTPError,  # type: ignore[attr-defined]  # httpx's, or its successor's
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
+    # The HTTP client's own error, by the one name under which both httpx's and its successor's can be had.
+    http_error = errors.HTTPError  # type: ignore[attr-defined]
     try:
         return snapshot_download(hub_id, allow_patterns=list(HUB_PATTERNS))
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise AdapterSourceNotFound(
             f"{hub_id} is gated on the hub: ask for access there and set HF_TOKEN for this server."
         ) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise AdapterSourceNotFound(
             f"{hub_id} is neither a directory here nor a repository on the hub (if it is private, set HF_TOKEN)."
         ) from error
-    except (HTTPError, HFValidationError, OSError) as error:
+    except (http_error, errors.HFValidationError, OSError) as error:
         raise AdapterSourceNotFound(
             f"{hub_id} is not a directory here, and it could not be fetched from the hub: {error} Check the connection "
             "and HF_HUB_OFFLINE, or download the adapter and give its directory."

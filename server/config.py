@@ -32,7 +32,7 @@ class ConfigError(ValueError):
 
 
 def parse_size(text: str, flag: str = "size") -> int:
-    """Bytes of ``"512MiB"``, ``"2GB"``, ``"1.5g"`` or ``"1048576"``. ``k m g t`` are decimal, ``ki mi gi ti`` binary."""
+    """Bytes of ``"512MiB"``, ``"2GB"``, ``"1.5g"`` or ``"1048576"``. ``k m g t`` are decimal, ``ki mi gi ti`` not."""
     match = _SIZE.fullmatch(text)
     if match is None:
         raise ConfigError(flag, f"expected a size such as 512MiB, 2GB or 1048576 (bytes), got {text!r}")

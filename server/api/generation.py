@@ -95,9 +95,9 @@ async def aborting(receive: Receive, streams: Sequence[EventStream]) -> AsyncIte
 
 
 async def _abort_on_disconnect(receive: Receive, streams: Sequence[EventStream]) -> None:
-    # The body has been read, so nothing else can come; whatever does is no reason to spin.
-    while (await receive())["type"] != "http.disconnect":
-        await asyncio.sleep(0)
+    message = await receive()
+    while message["type"] != "http.disconnect":
+        message = await receive()
     abort_all(streams)
 
 

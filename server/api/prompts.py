@@ -96,8 +96,8 @@ def fit(serving: Serving, body: GenerationRequest, ids: list[int], max_tokens: i
         )
     if len(ids) + wanted > limit:
         raise bad_request(
-            f"`max_tokens` is too large: {wanted}. This model's maximum context length is {limit} tokens, and the prompt "
-            f"has {len(ids)}, so at most {limit - len(ids)} fit.",
+            f"`max_tokens` is too large: {wanted}. This model's maximum context length is {limit} tokens, and the "
+            f"prompt has {len(ids)}, so at most {limit - len(ids)} fit.",
             "max_tokens",
         )
     return ids

@@ -1,4 +1,4 @@
-"""The bodies that the server takes: types, ranges and the rules between fields. Torch-free, and no field without effect.
+"""The bodies that the server takes: types, ranges and the rules between fields. No field is without effect.
 
 Strict: ``true`` is no number and ``"1"`` no integer. ``body.validate`` has removed ``null`` (it means "not given") and
 the fields that change nothing, so what is not listed here is an error.

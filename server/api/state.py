@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,7 +30,7 @@ class EngineLike(Protocol):
     """``engine.engine.Engine``. ``submit`` takes over the request's adapter reference only when it returns."""
 
     def submit(self, request: EngineRequest) -> EventStream: ...
-    async def drain(self, timeout: float) -> None: ...
+    async def drain(self, timeout: float) -> None: ...  # noqa: ASYNC109 - what remains is aborted, not abandoned
     def stats(self) -> EngineStats: ...
     @property
     def is_draining(self) -> bool: ...
@@ -75,6 +76,9 @@ class MetricsLike(Protocol):
     """``engine.metrics.Metrics``."""
 
     def render(self) -> bytes: ...
+    def adapter_tokens(self, name: str) -> tuple[int, int]:
+        """Prompt and generated tokens of the ended requests for an adapter; zeros if it has had none."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,8 @@ class AppState:
     config: ApiConfig
     admin_executor: Executor
     """Threads of their own for loads, which may take minutes, so that they never use up those of the tokeniser."""
+    upload_lock: AbstractContextManager[object]
+    """Held while the uploads' directory changes. Re-entrant."""
 
 
 def state_of(request: Request) -> AppState:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Final
 
 from starlette.responses import Response
@@ -81,7 +81,7 @@ class EventStreamResponse(Response):
         await send({"type": "http.response.body", "body": data.encode(), "more_body": more})
 
 
-async def _batches(streams: Sequence[EventStream]) -> AsyncIterator[list[tuple[int, Event]]]:
+async def _batches(streams: Sequence[EventStream]) -> AsyncGenerator[list[tuple[int, Event]], None]:
     """The events of all streams with their stream's index; each time, as many as there are."""
     if len(streams) == 1:
         async for event in streams[0]:

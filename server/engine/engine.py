@@ -285,7 +285,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while not self._is_closing:
+            while not self._is_closing and not self._loop.is_broken:
                 self._take_in()
                 ran = self._loop.step() if self._loop.live else False
                 self._loop.refresh_names()
@@ -330,11 +330,17 @@ class Engine:
     def _stop(self) -> None:
         """The loop is over, as asked or by an error: end what lives, so that nobody waits for ever."""
         with self._condition:
+            was_asked = self._is_closing and not self._loop.is_broken
             self._is_draining = self._is_closing = True
+        if not was_asked:
+            _log.critical("the step loop has stopped: nothing more is served")
         try:
             self._take_in()
-            self._loop.end_all()
         finally:
+            if was_asked:
+                self._loop.end_all("abort")
+            else:
+                self._loop.end_all("error", "The engine has stopped; the server's log has the cause.")
             self._loop.post()
             with self._condition:
                 self._is_over = True

@@ -99,6 +99,8 @@ class StepLoop:
         self.live: dict[str, LiveRequest] = {}
         self.adapter_names: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
         """Names of the adapters on the device, and of those that waiting requests ask for."""
+        self.is_broken = False
+        """Whether pages, slots or references could not be freed: nothing more may be computed."""
         self.integrity_error: RuntimeError | None = None
         """What the last failed check said."""
         self._runner = runner
@@ -138,9 +140,10 @@ class StepLoop:
         except Exception:  # noqa: BLE001 - the one boundary: what a step ran into must not end the other requests
             _log.exception("a step failed; its requests end with an error")
             hit = [row.request.request_id for row in plan.rows] if plan is not None else list(self.live)
-            for request_id in hit:
-                if request_id in self.live:
-                    self._end(self.live[request_id], "error", error=_STEP_FAILED)
+            if not self.is_broken:
+                for request_id in hit:
+                    if request_id in self.live:
+                        self._end(self.live[request_id], "error", error=_STEP_FAILED)
             return True
         return bool(plan.rows)
 
@@ -175,12 +178,12 @@ class StepLoop:
         resident = {ref.name for ref in self._scheduler.resident_adapters()}
         self.adapter_names = tuple(sorted(resident)), tuple(sorted(waiting))
 
-    def end_all(self) -> None:
-        """Abort what lives. Every request gets its FinishEvent even if freeing what another holds fails."""
+    def end_all(self, reason: FinishReason, error: str | None = None) -> None:
+        """End what lives. Every request gets its FinishEvent even if freeing what another holds fails."""
         for live in list(self.live.values()):
             try:
-                self._end(live, "abort")
-            except RuntimeError:
+                self._end(live, reason, error=error)
+            except Exception:  # noqa: BLE001 - the loop is over; the other requests must still get their end
                 _log.exception("request %s was ended, but not everything it held was freed", live.request.request_id)
 
     def _compute(self, plan: StepPlan) -> None:
@@ -241,12 +244,14 @@ class StepLoop:
             prompt_tokens=n_prompt,
             generation_tokens=n_output,
         )
+        was_broken, self.is_broken = self.is_broken, True  # unless what follows goes well
         try:
             if request.state is not RequestState.FINISHED:  # the scheduler may have given it up itself
                 self._scheduler.finish(request)
         finally:
             if request.adapter is not None and self._registry is not None:
                 self._registry.release(request.adapter)
+        self.is_broken = was_broken
 
     def _deliver(self, live: LiveRequest, event: TokenEvent | FinishEvent) -> None:
         self._deliveries.setdefault(live.stream.mailbox, []).append((live.stream, event))

@@ -77,7 +77,7 @@ def test_deltas_equal_those_of_peft(name: str, tmp_path: Path) -> None:
     theirs = peft_deltas(load_peft(tmp_path))
     assert set(ours) == set(theirs)
     for module, delta in theirs.items():
-        torch.testing.assert_close(ours[module], delta, rtol=1e-5, atol=1e-5, msg=lambda m, module=module: module + m)
+        torch.testing.assert_close(ours[module], delta, rtol=1e-5, atol=1e-5, msg=f"{module}: deltas differ")
 
 
 def test_report_of_mixed_ranks(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def poke(name: str, value: float) -> Callable[[Tensors], None]:
     return change
 
 
-CASES: dict[str, tuple[Callable[[Tensors], None], str]] = {
+CASES: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "no B": (without(f"{Q0}.lora_B.weight"), "layers.0.self_attn.q_proj has no lora_B, only lora_A"),
     "no A": (without(f"{Q0}.lora_A.weight"), "layers.0.self_attn.q_proj has no lora_A, only lora_B"),
     "wrong in": (
@@ -83,7 +83,7 @@ CASES: dict[str, tuple[Callable[[Tensors], None], str]] = {
         "model.layers.0.mlp.up_proj",
     ),
     "targeted without tensors": (
-        lambda t: [t.pop(f"{Q0}.lora_{side}.weight") for side in "AB"] and None,
+        lambda t: [t.pop(f"{Q0}.lora_{side}.weight") for side in "AB"],
         "modules that the config targets and that have no tensors: model.layers.0.self_attn.q_proj",
     ),
     "NaN": (poke(f"{Q0}.lora_A.weight", float("nan")), f"values that are not finite: 1 in {Q0}.lora_A.weight"),
@@ -94,15 +94,15 @@ CASES: dict[str, tuple[Callable[[Tensors], None], str]] = {
     ),
     "int8": (put(f"{Q0}.lora_A.weight", torch.ones(4, 32, dtype=torch.int8)), "lora_A.weight is I8"),
     "all of B zero": (
-        lambda t: [t[k].zero_() for k in t if "lora_B" in k] and None,
+        lambda t: [t[k].zero_() for k in t if "lora_B" in k],
         "nothing to apply: the delta is exactly zero in every module",
     ),
     "all of A zero": (
-        lambda t: [t[k].zero_() for k in t if "lora_A" in k] and None,
+        lambda t: [t[k].zero_() for k in t if "lora_A" in k],
         "nothing to apply: the delta is exactly zero in every module",
     ),
     "A and B never meet": (
-        lambda t: [t[k][:2].zero_() if "lora_A" in k else t[k][:, 2:].zero_() for k in t] and None,
+        lambda t: [t[k][:2].zero_() if "lora_A" in k else t[k][:, 2:].zero_() for k in t],
         "nothing to apply: the delta is exactly zero in every module",
     ),
     "DoRA": (extra(f"{Q0}.lora_magnitude_vector", (32,)), "tensors of DoRA magnitudes"),

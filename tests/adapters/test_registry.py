@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +251,7 @@ def test_concurrent_loads_of_a_name_do_not_interleave() -> None:
         except AdapterExists:
             outcomes.append("exists")
 
-    _run_all([lambda i=i: attempt(i) for i in range(8)])
+    _run_all([partial(attempt, i) for i in range(8)])
     assert most == 1
     assert outcomes.count("exists") == 7
     assert registry._name_locks == {}
@@ -367,7 +368,7 @@ def test_random_threads_free_every_version_once_and_never_in_use(seed: int) -> N
             errors.append(error)
             raise
 
-    _run_all([lambda i=i: guarded(seed * 100 + i) for i in range(6)])
+    _run_all([partial(guarded, seed * 100 + i) for i in range(6)])
     assert not errors
     for info in registry.list():
         assert info.requests_in_flight == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -148,7 +149,11 @@ def test_too_big_leaves_nothing(tmp_path: Path) -> None:
 
     size = sum(map(len, FILES.values()))
     store_upload("a", FILES, tmp_path / "exact", size)
-    for files in (FILES, {"adapter_config.json": b"{}", "adapter_model.safetensors": Endless()}):
+    attempts: list[dict[str, bytes | BinaryIO]] = [
+        {**FILES},
+        {"adapter_config.json": b"{}", "adapter_model.safetensors": Endless()},
+    ]
+    for files in attempts:
         with pytest.raises(AdapterUploadInvalid, match=f"larger than the {size - 1} bytes"):
             store_upload("a", files, tmp_path / "up", size - 1)
     assert list((tmp_path / "up").iterdir()) == []

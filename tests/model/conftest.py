@@ -13,9 +13,9 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: tests must not reach for the network
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -37,16 +37,16 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
+    "bos_token_id": 257,
+    "eos_token_id": 258,
 }
 
 
 def save_tokenizer(directory: Path) -> None:
-    """A byte-level BPE of the 256 bytes, three special tokens and the merge ``Ġa``."""
+    """A byte-level BPE: 256 bytes, the merge ``Ġa`` (256), and the special tokens bos, eos, unk (257, 258, 259)."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: index for index, character in enumerate(alphabet)}
-    vocab["Ġa"] = 259
+    vocab["Ġa"] = 256
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[("Ġ", "a")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

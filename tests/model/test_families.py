@@ -61,8 +61,8 @@ def test_a_saved_config_reads_the_same(family: str, checkpoints: dict[str, Path]
     """transformers 5 writes the rope parameters nested and the layer types out; shapes are those of its modules."""
     spec = ModelSpec.from_hf_config(read_json(checkpoints[family] / "config.json"))
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoints[family])
-    assert spec.eos_token_ids == (257,)
-    assert spec.bos_token_id == 256
+    assert spec.eos_token_ids == (258,)
+    assert spec.bos_token_id == 257
     assert spec.dtype == "bfloat16"
     names = dict(model.named_parameters())
     shapes = spec.lora_shapes()

@@ -1,0 +1,129 @@
+"""``/v1/adapters``: the server's own way to manage adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from manylora.adapters.errors import AdapterNotFound
+from manylora.adapters.registry import AdapterInfo
+from manylora.server.api.body import parse
+from manylora.server.api.errors import ApiError, bad_request, not_found
+from manylora.server.api.management import load_adapter, load_upload, pin_adapter, unload_adapter
+from manylora.server.api.openapi import describes
+from manylora.server.api.schemas import AdapterPatch, AdapterPut
+from manylora.server.api.state import Serving, state_of
+from manylora.server.api.uploads import read_upload
+
+router = APIRouter(tags=["adapters"])
+
+_MAX_JSON = 1 << 16
+
+
+def describe(serving: Serving, info: AdapterInfo, resident: frozenset[str]) -> dict[str, Any]:
+    """An adapter as JSON: its registry entry, where it is, and what its load found.
+
+    ``tier`` is "device" if the adapter holds a slot there, else "host"; tokens are of the requests that have ended.
+    """
+    report = info.report
+    served = serving.metrics.adapter_tokens(info.name)
+    return {
+        "object": "adapter",
+        "name": info.name,
+        "version": info.version,
+        "state": info.state,
+        "tier": "device" if info.name in resident else "host",
+        "pinned": info.pinned,
+        "source": info.source,
+        "base_model": report.base_model,
+        "ranks": list(report.ranks),
+        "scales": list(report.scales),
+        "modules": list(report.modules),
+        "n_modules": report.n_modules,
+        "dtype": report.dtype,
+        "bytes": info.nbytes,
+        "warnings": list(report.warnings),
+        "requests_in_flight": info.requests_in_flight,
+        "prompt_tokens": served[0],
+        "generation_tokens": served[1],
+        "loaded_at": info.loaded_at,
+        "last_used": info.last_used,
+    }
+
+
+def _described(request: Request, info: AdapterInfo) -> dict[str, Any]:
+    serving = state_of(request).serving
+    return describe(serving, info, frozenset(serving.engine.stats().resident_adapters))
+
+
+@router.get("/v1/adapters")
+async def list_adapters(request: Request) -> dict[str, Any]:
+    """Every adapter, and the old versions that only finish their requests (``state``: "draining")."""
+    serving = state_of(request).serving
+    resident = frozenset(serving.engine.stats().resident_adapters)
+    infos = serving.registry.list(draining=True)
+    return {"object": "list", "data": [describe(serving, info, resident) for info in infos]}
+
+
+@router.get("/v1/adapters/{name:path}")
+async def get_adapter(request: Request, name: str) -> dict[str, Any]:
+    """One adapter."""
+    return _described(request, state_of(request).serving.registry.info(name))
+
+
+@router.put("/v1/adapters/{name:path}", openapi_extra=describes(AdapterPut))
+async def put_adapter(request: Request, name: str) -> Response:
+    """Load an adapter, or replace it: from JSON ``{source}``, or from a multipart upload of its files.
+
+    201 if the name is new, 200 if it was replaced; running requests finish on the version they began with.
+    """
+    state = state_of(request)
+    try:
+        existed = bool(state.serving.registry.info(name))
+    except AdapterNotFound:
+        existed = False
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        async with read_upload(request, state.config.max_upload_bytes) as upload:
+            info = await load_upload(state, name, upload)
+    else:
+        body = await parse(request, AdapterPut, _MAX_JSON)
+        info = await load_adapter(state, name, body.source, replace=body.replace, pinned=bool(body.pinned))
+        if body.pinned is False and info.pinned:  # a pin survives being replaced, unless it is taken off
+            info = await pin_adapter(state, name, pinned=False)
+    return JSONResponse(_described(request, info), status_code=200 if existed else 201)
+
+
+@router.patch("/v1/adapters/{name:path}", openapi_extra=describes(AdapterPatch))
+async def patch_adapter(request: Request, name: str) -> dict[str, Any]:
+    """Pin an adapter to the device, or unpin it."""
+    state = state_of(request)
+    body = await parse(request, AdapterPatch, _MAX_JSON)
+    return _described(request, await pin_adapter(state, name, pinned=body.pinned))
+
+
+@router.delete("/v1/adapters/{name:path}")
+async def delete_adapter(request: Request, name: str) -> dict[str, Any]:
+    """Unload an adapter: its name is gone at once, running requests finish."""
+    await unload_adapter(state_of(request), name)
+    return {"object": "adapter.deleted", "name": name, "deleted": True}
+
+
+@router.post("/v1/adapters/unmerge")
+async def unmerge(request: Request) -> Response:
+    """Reserved."""
+    raise _no_merging()
+
+
+@router.post("/v1/adapters/{name:path}")
+async def act_on_adapter(request: Request, name: str) -> Response:
+    """Reserved: ``POST /v1/adapters/{name}/merge``."""
+    if name.endswith("/merge"):
+        raise _no_merging()
+    raise not_found(f"There is no POST {request.url.path} here.")
+
+
+def _no_merging() -> ApiError:
+    return bad_request("Merging adapters into the base is not served yet.")

@@ -1,0 +1,194 @@
+"""The numba operations against fp64 and against the torch operations; their promise that rows are independent, to the
+bit. Tolerances: fp32 sums of depth d round at most d times (Higham, section 3.1), relative to the sum of magnitudes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from manylora.kernels.cpu import available
+from manylora.kernels.nf4_code import NF4_CODE
+from manylora.kernels.nf4_tensor import Nf4Tensor
+from manylora.kernels.ops import AttentionShape, Ops, PagedSequences
+from manylora.kernels.torch_ops import TorchOps
+
+pytestmark = pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
+
+EPS = 2.0**-24
+
+
+@pytest.fixture(scope="module")
+def ops() -> Ops:
+    from manylora.kernels.cpu.ops import NumbaOps
+
+    return NumbaOps()
+
+
+def nf4(n: int, k: int, seed: int = 0, blocksize: int = 64) -> Nf4Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return Nf4Tensor(
+        packed=torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8, generator=random),
+        absmax=torch.rand(n * k // blocksize, generator=random) + 0.1,
+        quant_map=torch.tensor(NF4_CODE),
+        shape=(n, k),
+        blocksize=blocksize,
+    )
+
+
+def activations(rows: int, width: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("n", "k"), [(16, 64), (48, 192), (960, 576), (112, 1536)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 16, 97])
+def test_linear_matches_fp64(ops: Ops, n: int, k: int, rows: int) -> None:
+    weight, x = nf4(n, k), activations(rows, k)
+    y = ops.linear(x, ops.prepare_linear([weight], None))
+    exact = weight.dequantize().double()
+    bound = (k + 1) * EPS * (x.abs().double() @ exact.abs().T)
+    assert ((y - x.double() @ exact.T).abs() <= bound).all()
+
+
+def test_one_hot_inputs_give_the_weights_themselves(ops: Ops) -> None:
+    """Every code in every place: the product with 1 is exact, so what comes out is the dequantised weight, to the bit."""
+    weight = nf4(64, 128, seed=3)
+    y = ops.linear(torch.eye(128), ops.prepare_linear([weight], None))
+    assert torch.equal(y, weight.dequantize().T)
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 128])
+def test_linear_fuses_weights_bias_and_residual(ops: Ops, blocksize: int) -> None:
+    weights = [nf4(n, 256, seed=n, blocksize=blocksize) for n in (32, 16, 64)]
+    bias, x, residual = activations(1, 112)[0], activations(9, 256), activations(9, 112, seed=5)
+    expected = x @ torch.cat([w.dequantize() for w in weights]).T + bias
+    prepared = ops.prepare_linear(weights, bias)
+    torch.testing.assert_close(ops.linear(x, prepared), expected, rtol=1e-5, atol=1e-4)
+    stream = residual.clone()
+    assert ops.linear(x, prepared, add_to=stream) is stream
+    torch.testing.assert_close(stream, residual + expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_does_not_depend_on_the_others(ops: Ops, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        weight, x = ops.prepare_linear([nf4(976, 576)], None), activations(200, 576)
+        table = ops.prepare_embedding(activations(1000, 576, seed=2).bfloat16(), head=True)
+        linear, logits = ops.linear(x, weight), ops.logits(x, table)
+        for rows in (1, 2, 3, 4, 5, 6, 7, 8, 32, 97):
+            assert torch.equal(ops.linear(x[:rows], weight), linear[:rows])
+            assert torch.equal(ops.logits(x[:rows], table), logits[:rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_cannot_be_packed_is_refused(ops: Ops) -> None:
+    with pytest.raises(ValueError, match="24 outputs are no multiple of 16"):
+        ops.prepare_linear([nf4(24, 64)], None)
+
+
+@pytest.mark.parametrize("vocab", [64, 1000])
+def test_embedding_and_logits(ops: Ops, vocab: int) -> None:
+    table = activations(vocab, 96, seed=4).bfloat16()
+    x, ids = activations(7, 96), torch.tensor([0, 1, 7, 8, 15, 16, vocab - 1])
+    for head in (True, False):
+        assert torch.equal(ops.embed(ids, ops.prepare_embedding(table, head=head)), table[ids].float())
+    bound = 97 * EPS * (x.abs().double() @ table.abs().double().T)
+    exact = x.double() @ table.double().T
+    assert ((ops.logits(x, ops.prepare_embedding(table, head=True)) - exact).abs() <= bound).all()
+
+
+def test_rms_norm_and_silu(ops: Ops) -> None:
+    x, weight = 3 * activations(37, 576), activations(1, 576)[0]
+    exact = F.rms_norm(x.double(), (576,), weight.double(), 1e-5)
+    torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5).double(), exact, rtol=1e-6, atol=1e-6)
+    gate_up = torch.linspace(-120, 120, 16 * 128).view(16, 128)  # far into both tails of the exponential
+    exact = F.silu(gate_up[:, :64].double()) * gate_up[:, 64:]
+    # Below e^-87 the exponential is clamped: silu is then smaller than 1e-36 where the true value is smaller still.
+    torch.testing.assert_close(ops.silu_mul(gate_up).double(), exact, rtol=1e-6, atol=1e-30)
+
+
+class Pages:
+    """Sequences over scattered pages, computed in whatever pieces a test likes."""
+
+    def __init__(self, ops: Ops, shape: AttentionShape, lengths: list[int], poison: bool = True) -> None:
+        random = torch.Generator().manual_seed(11)
+        self.ops, self.shape = ops, shape
+        width = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
+        self.qkv = [torch.randn(n, width, generator=random) for n in lengths]
+        order = torch.randperm(64, generator=random).tolist()
+        self.tables = torch.zeros(len(lengths), 40, dtype=torch.int32)
+        for table, n in zip(self.tables, lengths, strict=True):
+            for i in range(-(-n // 16)):
+                table[i] = order.pop()
+        angles = torch.outer(torch.arange(640.0), torch.rand(shape.head_dim // 2, generator=random))
+        self.rope = angles.cos().contiguous(), angles.sin().contiguous()
+        self.cache = ops.new_kv_cache(1, 64, shape)[0]
+        if poison:
+            for tensor in self.cache:
+                tensor.fill_(float("nan"))  # a page may hold anything of its last owner
+
+    def run(self, pieces: list[tuple[int, int, int]]) -> torch.Tensor:
+        """Attend to tokens ``first .. last - 1`` of sequence i for each (i, first, last)."""
+        qkv = torch.cat([self.qkv[i][first:last] for i, first, last in pieces])
+        counts = torch.tensor([0] + [last - first for _, first, last in pieces])
+        sequences = PagedSequences(
+            starts=counts.cumsum(0).int(),
+            contexts=torch.tensor([last for *_, last in pieces]).int(),
+            tables=self.tables[[i for i, *_ in pieces]].contiguous(),
+            positions=torch.cat([torch.arange(first, last) for _, first, last in pieces]).int(),
+        )
+        return self.ops.attention(qkv, self.rope, self.cache, sequences, self.shape)
+
+    def exact(self, i: int) -> torch.Tensor:
+        """All outputs of sequence i in fp64, from the definition."""
+        s, n, d = self.shape, self.qkv[i].shape[0], self.shape.head_dim
+        q, k, v = (t.view(n, -1, d) for t in self.qkv[i].double().split([s.q_size, s.kv_size, s.kv_size], dim=1))
+        cos, sin = (table[:n, None].double() for table in self.rope)
+
+        def rotate(x: torch.Tensor) -> torch.Tensor:
+            left, right = x.chunk(2, dim=-1)
+            return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+        group = s.n_heads // s.n_kv_heads
+        scores = torch.einsum("qhd,khd->hqk", rotate(q), rotate(k).repeat_interleave(group, 1)) / d**0.5
+        at = torch.arange(n)
+        seen = at[None] <= at[:, None]
+        if s.window:
+            seen &= at[None] > at[:, None] - s.window
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1)).reshape(n, -1)
+
+
+ATTENTION = [
+    AttentionShape(9, 3, 64),
+    AttentionShape(4, 4, 128, window=20),
+    AttentionShape(8, 1, 32),
+    AttentionShape(6, 2, 16, window=5),
+]
+
+
+@pytest.mark.parametrize("shape", ATTENTION, ids=str)
+@pytest.mark.parametrize("which", ["numba", "torch"])
+def test_attention_of_prompts_chunks_and_single_tokens(ops: Ops, shape: AttentionShape, which: str) -> None:
+    chosen = ops if which == "numba" else TorchOps("cpu", torch.float32, resident=True)
+    lengths = [1, 17, 100, 33, 300]
+    pages = Pages(chosen, shape, lengths, poison=which == "numba")
+    pages.run([(2, 0, 99), (4, 0, 171), (1, 0, 16)])
+    out = pages.run([(0, 0, 1), (1, 16, 17), (2, 99, 100), (3, 0, 33), (4, 171, 300)])
+    exact = torch.cat([pages.exact(i)[first:] for i, first in enumerate([0, 16, 99, 0, 171])])
+    # Scores of magnitude ~10 rounded at 2^-24 move a softmax weight by about 1e-6 of itself; values are of order one.
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", ATTENTION, ids=str)
+def test_attention_does_not_depend_on_chunks_or_neighbours(ops: Ops, shape: AttentionShape) -> None:
+    whole = Pages(ops, shape, [300, 50])
+    expected = whole.run([(0, 0, 300)])
+    pieces = Pages(ops, shape, [300, 50])
+    got = [pieces.run([(0, 0, 130)])]
+    got.append(pieces.run([(1, 0, 50), (0, 130, 131)])[50:])
+    got.append(pieces.run([(0, 131, 300)]))
+    assert torch.equal(torch.cat(got), expected)

@@ -1,0 +1,219 @@
+"""Batched LoRA against the fp64 reference, for every implementation and every kind of batch."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from itertools import chain
+
+import pytest
+import torch
+
+from manylora.kernels.cpu import available
+from manylora.kernels.lora import BatchedLora, Implementation, LoraSegments
+from manylora.kernels.lora_pool import LoraPool
+from manylora.kernels.reference import lora_reference
+from manylora.kernels.sites import SITES
+from tests.kernels.shapes import SHAPES, pool_of, random_pairs
+
+ALL = ("q", "k", "v", "o", "gate", "up", "down", "lm_head")
+IMPLEMENTATIONS: list[object] = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")),
+    pytest.param(
+        "triton", marks=pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton here")
+    ),
+    "torch",
+]
+
+ROWS = 45
+ADAPTERS = 6
+
+Pairs = list[tuple[int, int, float]]
+
+
+def _identical() -> Pairs:
+    return [(row, 2, 1.0) for row in range(ROWS)]
+
+
+def _distinct() -> Pairs:
+    return [(row, row, 1.0) for row in range(ADAPTERS)]
+
+
+def _uniform() -> Pairs:
+    return [(row, row % ADAPTERS, 1.0) for row in range(ROWS)]
+
+
+def _skewed() -> Pairs:
+    """Zipf-like: one adapter has most rows."""
+    return [(row, 0 if row % 5 else row // 5 % ADAPTERS, 1.0) for row in range(ROWS)]
+
+
+def _with_base_rows() -> Pairs:
+    """Every third row belongs to the base, said by slot -1 or by silence."""
+    return [(row, -1 if row % 2 else row % ADAPTERS, 0.5) for row in range(ROWS) if row % 3]
+
+
+def _unsorted() -> Pairs:
+    return [(row * 7 % ROWS, row % ADAPTERS, 1.0 + row / 10) for row in range(ROWS)]
+
+
+def _composed() -> Pairs:
+    """Rows with several adapters, each with its own scale; -1 takes an adapter away again."""
+    return list(chain.from_iterable([(row, 1, 0.7), (row, 4, -1.0), (row, 2, 0.3)] for row in range(0, ROWS, 4)))
+
+
+def _single_row() -> Pairs:
+    return [(11, 3, 2.0)]
+
+
+BATCHES = (_identical, _distinct, _uniform, _skewed, _with_base_rows, _unsorted, _composed, _single_row)
+
+
+@pytest.fixture(scope="module")
+def pool() -> LoraPool:
+    return pool_of(
+        random_pairs(1, ("q",), 1, 0.5),
+        random_pairs(8, ("q", "v"), 2, 2.0),
+        random_pairs(16, ALL, 3),
+        random_pairs(64, ("q", "k", "v", "gate", "down"), 4, 0.25),
+        random_pairs(20, ("k", "gate", "down", "lm_head"), 5),
+        random_pairs(33, ("o", "up"), 6),
+    )
+
+
+def _inputs(site: str) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(7)
+    x = torch.randn(ROWS, SHAPES.in_features[SITES[site][0]], generator=random)
+    y = torch.randn(ROWS, SHAPES.site_offsets(site)[-1], generator=random)
+    return x, y
+
+
+def _bound(x: torch.Tensor, pool: LoraPool, pairs: Pairs, site: str, layer: int) -> torch.Tensor:
+    """What fp32 may err by: each of the two products of depth d rounds at most d times, relative to the sum of the
+    absolute values (Higham, Accuracy and Stability, section 3.1); plus the final additions."""
+    absolute = LoraPool(SHAPES, max_slots=pool.max_slots, max_pages=pool.max_pages)
+    for p in pool.a:
+        absolute.a[p], absolute.b[p] = pool.a[p].abs(), pool.b[p].abs()
+        absolute.page_table[p], absolute.ranks[p], absolute.scaling[p] = (
+            pool.page_table[p], pool.ranks[p], pool.scaling[p].abs(),
+        )  # fmt: skip
+    magnitude = lora_reference(
+        torch.ones(ROWS, SHAPES.site_offsets(site)[-1]),
+        x.abs(),
+        absolute,
+        [(row, slot, abs(scale)) for row, slot, scale in pairs],
+        site,
+        layer,
+    )
+    depth = x.shape[1] + 64 + 8
+    return magnitude * depth * 2.0**-24
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("make", BATCHES, ids=lambda f: f.__name__.strip("_"))
+@pytest.mark.parametrize("site", ["qkv", "down", "lm_head"])
+def test_matches_the_reference(
+    implementation: Implementation, make: Callable[[], Pairs], site: str, pool: LoraPool
+) -> None:
+    pairs, layer = make(), 0 if site == "lm_head" else 1
+    segments = LoraSegments.from_pairs(pairs)
+    assert segments is not None
+    x, y = _inputs(site)
+    before = y.clone()
+    BatchedLora(pool, implementation).add_(y, x, segments, site, layer)
+    expected = lora_reference(before, x, pool, pairs, site, layer)
+    assert ((y - expected).abs() <= _bound(x, pool, pairs, site, layer)).all()
+    assert torch.equal(y, before) == torch.equal(expected, before.double())
+    untouched = sorted(set(range(ROWS)) - {row for row, slot, _ in pairs if slot >= 0})
+    assert torch.equal(y[untouched], before[untouched]), "a base row was changed"
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_row_alone_gives_the_same_bits_as_in_a_batch(implementation: Implementation, pool: LoraPool) -> None:
+    if implementation == "torch":
+        pytest.skip("torch's own matmul sums in another order for other row counts; it promises closeness only")
+    op = BatchedLora(pool, implementation)
+    for site in SITES:
+        x, y = _inputs(site)
+        alone = y.clone()
+        segments = LoraSegments.from_pairs(_uniform())
+        assert segments is not None
+        op.add_(y, x, segments, site, 0)
+        for row, slot, scale in _uniform():
+            single = LoraSegments.from_pairs([(0, slot, scale)])
+            assert single is not None
+            op.add_(alone[row : row + 1], x[row : row + 1], single, site, 0)
+        assert torch.equal(alone, y)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rank", [1, 15, 16, 17, 64, 256])
+def test_rank(implementation: Implementation, rank: int) -> None:
+    pool = pool_of(random_pairs(4, ("o",), 1), random_pairs(rank, ("o",), 2))
+    pairs = [(row, row % 2, 1.0) for row in range(ROWS)]
+    segments = LoraSegments.from_pairs(pairs)
+    assert segments is not None
+    x, y = _inputs("o")
+    expected = lora_reference(y, x, pool, pairs, "o", 1)
+    BatchedLora(pool, implementation).add_(y, x, segments, "o", 1)
+    bound = _bound(x, pool, pairs, "o", 1) * (1 + rank / 64)
+    assert ((y - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_reused_slot_keeps_nothing_of_its_last_adapter(implementation: Implementation) -> None:
+    pool = pool_of(random_pairs(64, ALL, 1), max_pages=4)
+    for tensor in (*pool.a.values(), *pool.b.values()):
+        tensor[tensor == 0] = float("nan")  # what was never written must never be read
+    pool.clear(0)
+    pool.write(0, random_pairs(5, ("q",), 2))
+    pairs = [(row, 0, 1.0) for row in range(3)]
+    segments = LoraSegments.from_pairs(pairs)
+    assert segments is not None
+    x, y = _inputs("qkv")
+    expected = lora_reference(y, x, pool, pairs, "qkv", 0)
+    before = y.clone()
+    BatchedLora(pool, implementation).add_(y, x, segments, "qkv", 0)
+    assert torch.isfinite(y).all()
+    assert ((y - expected).abs() <= _bound(x, pool, pairs, "qkv", 0)).all()
+    width = SHAPES.out_features["q"]
+    assert torch.equal(y[:, width:], before[:, width:]), "k and v have no delta any more"
+
+
+def test_embedding_delta(pool: LoraPool) -> None:
+    pool = pool_of(random_pairs(8, ("embed",), 1, 0.5), random_pairs(40, ("embed", "q"), 2), random_pairs(4, ("q",), 3))
+    ids = torch.randint(0, 100, (12,), generator=torch.Generator().manual_seed(1))
+    pairs = [(0, 0, 1.0), (3, 0, 0.5), (4, 1, 1.0), (5, 2, 1.0), (11, 1, 2.0)]
+    segments = LoraSegments.from_pairs(pairs)
+    assert segments is not None
+    y = torch.zeros(12, 96)
+    BatchedLora(pool).add_embedding_(y, ids, segments)
+    expected = torch.zeros(12, 96, dtype=torch.float64)
+    for row, slot, scale in pairs:
+        rank = int(pool.ranks["embed"][slot, 0])
+        if rank:
+            pages = [int(page) for page in pool.page_table["embed"][slot] if page >= 0]
+            a = torch.cat([pool.a["embed"][page, 0, ids[row]] for page in pages])[:rank].double()
+            b = torch.cat([pool.b["embed"][page, 0] for page in pages])[:rank].double()
+            expected[row] += scale * float(pool.scaling["embed"][slot, 0]) * (a @ b)
+    assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_segments_select_renumbers_rows() -> None:
+    segments = LoraSegments.from_pairs([(0, 3, 1.0), (2, 3, 0.5), (5, 1, 1.0), (6, 1, 2.0)])
+    assert segments is not None
+    kept = segments.select(torch.tensor([2, 4, 6]))
+    assert kept is not None
+    assert kept.rows.tolist() == [2, 0]
+    assert kept.scales.tolist() == [2.0, 0.5]
+    assert kept.slot_list == (1, 3)
+    assert segments.select(torch.tensor([1])) is None
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_wrong_shapes_are_named(implementation: Implementation, pool: LoraPool) -> None:
+    segments = LoraSegments.from_pairs(_single_row())
+    assert segments is not None
+    x, y = _inputs("qkv")
+    with pytest.raises(ValueError, match=r"x \[T, 96\] to y \[T, 128\], got x \[45, 95\]"):
+        BatchedLora(pool, implementation).add_(y, x[:, 1:], segments, "qkv", 0)
