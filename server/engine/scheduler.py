@@ -301,9 +301,9 @@ class Scheduler:
             if len(self._running) >= self.config.max_rows or step.budget < 1:
                 break
             request = entry.request
-            if request.adapter is not None and resident is not None:
-                if request.adapter not in resident or entry.rank.tag > highest_tag:
-                    continue
+            is_late = entry.rank.tag > highest_tag
+            if request.adapter is not None and resident is not None and (request.adapter not in resident or is_late):
+                continue
             # With a page to spare for each running request, or admitting this one would soon preempt another.
             if pages_owed + len(self._running) + self._pages_missing(request) > self.pool.num_free:
                 break

@@ -203,7 +203,7 @@ def write_adapter(directory: Path, content: str = "{}") -> Path:
 
 def make_serving(tmp_path: Path, *, base_name: str = "base", max_context: int = 512) -> Serving:
     """A base with the adapters ``alice`` and ``org/bob`` (which has its own chat template)."""
-    registry = AdapterRegistry(lambda source: load_fake(source, (tmp_path,)))
+    registry = AdapterRegistry(lambda source: load_fake(source, (tmp_path,)), reserved={base_name})
     registry.load("alice", str(write_adapter(tmp_path / "alice", '{"r": 8}')))
     registry.load("org/bob", str(write_adapter(tmp_path / "bob", '{"template": 1}')))
     return Serving(

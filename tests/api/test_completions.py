@@ -193,7 +193,10 @@ def test_long_prompts_are_tokenised_all_the_same(client: TestClient, serving: Se
 
 
 def test_logprobs_have_the_legacy_shape(client: TestClient, engine: FakeEngine) -> None:
-    engine.script = lambda request: [[token("ab", logprobs=2)], [token("é", logprobs=2), finish(request, "length", n=4)]]
+    engine.script = lambda request: [
+        [token("ab", logprobs=2)],
+        [token("é", logprobs=2), finish(request, "length", n=4)],
+    ]
     [choice] = complete(client, logprobs=2)["choices"]
     assert choice["logprobs"] == {
         "tokens": ["a", "b", "bytes:\\xc3", "bytes:\\xa9"],

@@ -157,9 +157,7 @@ def test_failing_after_output_is_a_last_frame(client: TestClient, engine: FakeEn
     frames = [json.loads(frame.removeprefix("data: ")) for frame in response.text.split("\n\n")[:-1]]
     texts = [frame["choices"][0]["text"] for frame in frames[:-1] if frame["choices"][0]["index"] == 0]
     assert "".join(texts) == "abc"
-    assert frames[-1] == {
-        "error": {"message": "broken", "type": "InternalServerError", "param": None, "code": 500}
-    }
+    assert frames[-1] == {"error": {"message": "broken", "type": "InternalServerError", "param": None, "code": 500}}
 
 
 def test_a_bug_is_answered_and_logged_without_its_stack(

@@ -54,11 +54,11 @@ BAD: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("field", "value"), BAD, ids=lambda value: json.dumps(value)[:30])
-def test_a_bad_field_of_a_completion_is_named(
-    client: TestClient, engine: FakeEngine, field: str, value: Any
-) -> None:
+def test_a_bad_field_of_a_completion_is_named(client: TestClient, engine: FakeEngine, field: str, value: Any) -> None:
     response = client.post(
-        "/v1/completions", content=json.dumps({**COMPLETION, field: value}), headers={"content-type": "application/json"}
+        "/v1/completions",
+        content=json.dumps({**COMPLETION, field: value}),
+        headers={"content-type": "application/json"},
     )
     assert response.status_code == 400, response.text
     error = response.json()["error"]

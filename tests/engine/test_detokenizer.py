@@ -38,9 +38,7 @@ def pieces(vocabulary: Vocabulary, token_ids: list[int], *, skip_special_tokens:
 
 
 def decode(tokenizer: Any, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
-    text = tokenizer.decode(
-        token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-    )
+    text = tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
 

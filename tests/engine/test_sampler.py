@@ -102,7 +102,9 @@ PARAMS = st.fixed_dictionaries(
 )
 
 
-@given(PARAMS, st.integers(0, 10**6), st.sampled_from([0.5, 3.0, 10.0]), st.lists(st.integers(0, VOCAB - 1), max_size=8))
+@given(
+    PARAMS, st.integers(0, 10**6), st.sampled_from([0.5, 3.0, 10.0]), st.lists(st.integers(0, VOCAB - 1), max_size=8)
+)
 @settings(max_examples=300, deadline=None, derandomize=True)  # a cut within fp32's error must not fail CI one day
 def test_the_token_is_the_references(params: dict[str, object], seed: int, spread: float, output: list[int]) -> None:
     logits = random_logits(1, seed=seed, spread=spread)
@@ -123,7 +125,13 @@ def test_large_vocabularies(vocab: int) -> None:
 
 @pytest.mark.parametrize(
     "params",
-    [{}, {"temperature": 0.7, "top_p": 0.8}, {"top_k": 6}, {"min_p": 0.05}, {"temperature": 2.0, "top_k": 9, "top_p": 0.7}],
+    [
+        {},
+        {"temperature": 0.7, "top_p": 0.8},
+        {"top_k": 6},
+        {"min_p": 0.05},
+        {"temperature": 2.0, "top_k": 9, "top_p": 0.7},
+    ],
     ids=str,
 )
 def test_frequencies_are_the_probabilities(params: dict[str, float]) -> None:
@@ -159,7 +167,11 @@ def test_uniform_is_uniform_and_differs_by_seed_and_position() -> None:
 
 def test_uniform_never_changes() -> None:
     """Stored seeds must go on giving what they gave: a changed hash is a breaking change."""
-    assert [uniform(0, 0), uniform(1, 0), uniform(2**64 - 1, 1000)] == [0.6524484863740322, 0.36818951565166946, 0.033884161635479915]
+    assert [uniform(0, 0), uniform(1, 0), uniform(2**64 - 1, 1000)] == [
+        0.6524484863740322,
+        0.36818951565166946,
+        0.033884161635479915,
+    ]
 
 
 def test_a_seed_decides_and_no_seed_is_a_random_one() -> None:
@@ -268,7 +280,9 @@ def test_min_tokens_bans_eos_and_stop_ids_until_then() -> None:
 def test_penalties_keep_up_with_a_growing_output() -> None:
     """The counts are kept from step to step; at each they must be what counting anew would give."""
     sampler = Sampler(VOCAB, eos_token_ids=[EOS])
-    row = made(prompt=range(50, 400), temperature=0.0, frequency_penalty=0.7, presence_penalty=0.3, repetition_penalty=1.2)
+    row = made(
+        prompt=range(50, 400), temperature=0.0, frequency_penalty=0.7, presence_penalty=0.3, repetition_penalty=1.2
+    )
     rng = np.random.default_rng(0)
     for step in range(600):
         logits = random_logits(1, seed=step, spread=1.0)
@@ -329,7 +343,9 @@ def test_logprobs_zero_gives_only_the_sampled_token() -> None:
 # --- what is passed in ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("logits", [torch.zeros(2, VOCAB), torch.zeros(1, 5), torch.zeros(1, VOCAB, dtype=torch.float64)])
+@pytest.mark.parametrize(
+    "logits", [torch.zeros(2, VOCAB), torch.zeros(1, 5), torch.zeros(1, VOCAB, dtype=torch.float64)]
+)
 def test_another_shape_or_dtype_is_refused(logits: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"must be float32 \[1, 300\], got torch"):
         Sampler(VOCAB).sample(logits, [made()])

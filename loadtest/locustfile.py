@@ -1,0 +1,119 @@
+"""Streamed completions over a weighted mix of adapters, with the two latencies that users of an LLM feel.
+
+    locust -f loadtest/locustfile.py --headless --host http://127.0.0.1:8000 --users 8 --spawn-rate 8 --run-time 30s \
+        --mix smollm2=4,pirate=2,sql=1,json=1
+
+Statistics, besides the whole request's ("POST", the adapter's name): ``TTFT`` is the time to the first token, ``ITL``
+the time between two tokens, both in milliseconds. A stream that ends without [DONE], with an error event or with no
+token counts as failed. Without --mix every model that the server lists is asked equally often.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from typing import Any
+
+import requests
+from locust import FastHttpUser, constant_pacing, events, task
+from locust.env import Environment
+
+PROMPTS = (
+    "Tell me about the weather today.",
+    "How do I boil an egg?",
+    "Show all customers from Berlin ordered by name.",
+    "Anna Schmidt, 34, lives in Hamburg and works as a nurse.",
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+)
+
+
+@events.init_command_line_parser.add_listener
+def add_options(parser: Any) -> None:
+    parser.add_argument("--mix", default="", help="name=weight,name=weight; default: all models alike")
+    parser.add_argument("--max-tokens", type=int, default=48, help="tokens of each answer (default 48)")
+    parser.add_argument("--pace", type=float, default=0.0, help="least seconds between a user's requests (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of adapters and prompts (default 0)")
+    parser.add_argument("--bearer", default="", help="API key, if the server wants one")
+
+
+def parse_mix(text: str) -> dict[str, float]:
+    """``a=2,b=1`` as weights. ValueError for anything else."""
+    mix = {}
+    for part in filter(None, text.split(",")):
+        name, separator, weight = part.rpartition("=")
+        if not separator or not name or float(weight) <= 0:
+            raise ValueError(f"--mix: expected name=weight with a positive weight, got {part!r}")
+        mix[name] = float(weight)
+    return mix
+
+
+@events.test_start.add_listener
+def choose_mix(environment: Environment, **_: Any) -> None:
+    options = environment.parsed_options
+    headers = {"Authorization": f"Bearer {options.bearer}"} if options.bearer else {}
+    mix = parse_mix(options.mix)
+    if not mix:
+        listed = requests.get(f"{environment.host}/v1/models", headers=headers, timeout=10).json()["data"]
+        mix = {model["id"]: 1.0 for model in listed}
+    CompletionUser.mix, CompletionUser.headers = mix, headers
+    CompletionUser.random = random.Random(options.seed)
+
+
+class CompletionUser(FastHttpUser):
+    """One client: asks, reads the stream to its end, asks again."""
+
+    mix: dict[str, float] = {}
+    headers: dict[str, str] = {}
+    random = random.Random(0)
+    network_timeout = 120.0
+
+    def wait_time(self) -> float:
+        pace = self.environment.parsed_options.pace
+        return float(constant_pacing(pace)(self)) if pace else 0.0
+
+    def record(self, kind: str, name: str, milliseconds: float, error: Exception | None = None) -> None:
+        self.environment.events.request.fire(
+            request_type=kind, name=name, response_time=milliseconds, response_length=0, exception=error, context={}
+        )
+
+    @task
+    def stream(self) -> None:
+        name = self.random.choices(list(self.mix), weights=list(self.mix.values()))[0]
+        body = {
+            "model": name,
+            "messages": [{"role": "user", "content": self.random.choice(PROMPTS)}],
+            "max_tokens": self.environment.parsed_options.max_tokens,
+            "temperature": 0,
+            "stream": True,
+        }
+        start = last = time.perf_counter()
+        tokens, done = 0, False
+        with self.client.post(
+            "/v1/chat/completions", json=body, headers=self.headers, stream=True, catch_response=True, name=name
+        ) as response:
+            if response.status_code != 200:
+                response.failure(f"HTTP {response.status_code}: {response.text[:200]}")
+                return
+            for raw in response.iter_lines():
+                text = raw.decode() if isinstance(raw, bytes) else raw
+                if not text.startswith("data: "):
+                    continue
+                if text == "data: [DONE]":
+                    done = True
+                    break
+                event = json.loads(text[6:])
+                if "error" in event:
+                    response.failure(str(event["error"])[:200])
+                    return
+                if not event["choices"] or not event["choices"][0]["delta"].get("content"):
+                    continue
+                now = time.perf_counter()
+                self.record("TTFT" if tokens == 0 else "ITL", name, (now - last) * 1e3)
+                last, tokens = now, tokens + 1
+            if not done or tokens == 0:
+                response.failure(f"the stream ended after {tokens} tokens, {'with' if done else 'without'} [DONE]")
+                return
+            response.success()
+        self.record("stream", name, (time.perf_counter() - start) * 1e3)
