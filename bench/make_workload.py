@@ -1,6 +1,6 @@
 """Writes the workload of bench/workload.py: model/ (the demo base in bf16) and adapters/a0 .. a31 with non-zero B.
 
-    python -P bench/make_workload.py build/workload
+python -P bench/make_workload.py build/workload
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
-from workload import N_ADAPTERS  # noqa: E402 - beside this script
+from workload import N_ADAPTERS
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 RANK = 16

@@ -61,7 +61,6 @@ class LoraSegments:
             slot_list=tuple(slots),
         )
 
-
     def select(self, kept: torch.Tensor) -> LoraSegments | None:
         """The segments over the rows ``x[kept]`` (int64, ascending): pairs of other rows dropped, rows renumbered."""
         renumbered = {row: i for i, row in enumerate(kept.tolist())}
@@ -139,7 +138,9 @@ class BatchedLora:
         shapes = self.pool.shapes
         k, n = shapes.in_features[SITES[site][0]], shapes.site_offsets(site)[-1]
         if x.dim() != 2 or y.dim() != 2 or x.shape != (y.shape[0], k) or y.shape[1] != n:
-            raise ValueError(f"site `{site}` maps x [T, {k}] to y [T, {n}], got x {list(x.shape)} and y {list(y.shape)}")
+            raise ValueError(
+                f"site `{site}` maps x [T, {k}] to y [T, {n}], got x {list(x.shape)} and y {list(y.shape)}"
+            )
         if x.stride(1) != 1 or y.stride(1) != 1:
             raise ValueError("x and y need contiguous rows")
         if self.implementation == "cpu" and (x.dtype != torch.float32 or y.dtype != torch.float32):
@@ -147,7 +148,7 @@ class BatchedLora:
         self._kernel.add_(y, x, site, layer, segments.rows, segments.scales, segments.slots, segments.offsets)
 
     def add_embedding_(self, y: torch.Tensor, token_ids: torch.Tensor, segments: LoraSegments) -> None:
-        """Add the deltas of the token embedding: ``y[row] += scale * A[token] B``; int64 ids ``[T]``, y ``[T, hidden]``.
+        """Add the token embedding's deltas: ``y[row] += scale * A[token] B``; ids int64 ``[T]``, y ``[T, hidden]``.
 
         A one-hot input makes the shrink a gather, so this is torch on every device.
         """

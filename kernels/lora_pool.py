@@ -62,7 +62,7 @@ class LoraPool:
     - ``a[p]`` ``[pages, L, K, 16]`` and ``b[p]`` ``[pages, L, 16, N]``: a page holds 16 ranks of one adapter for all
       layers; A is transposed, so that both halves are read along their rows;
     - ``page_table[p]`` int32 ``[slots, max_rank / 16]``: the pages of a slot, -1 where it has none;
-    - ``ranks[p]`` int32 ``[slots, L]`` (0: the slot's adapter has no delta there) and ``scaling[p]`` fp32 ``[slots, L]``.
+    - ``ranks[p]`` int32 ``[slots, L]`` (0: the slot has no delta there) and ``scaling[p]`` fp32 ``[slots, L]``.
 
     An adapter of rank r on a projection takes ``ceil(r / 16)`` pages *of that projection*, whatever others take.
     ``write`` may run on another thread than the reader's: it touches only free pages and its own slot.

@@ -1,6 +1,6 @@
 """The batched LoRA op in Triton: a deterministic shrink and an expand over 16-rank pages.
 
-- **shrink**, grid (row blocks, pages, splits): each program multiplies up to ``BM`` rows of one segment by one page of A
+- **shrink**, grid (row blocks, pages, splits): each program multiplies up to ``BM`` rows of a segment by one page of A
   over one share of K and stores fp32 into its own plane ``h[split, projection, pair, rank]``. No atomics.
 - **expand**, grid (row blocks, column blocks): sums the planes in fixed order, multiplies by ``scale * scaling`` and by
   the pages of B, and adds to ``y`` once.
@@ -112,7 +112,7 @@ def expand_kernel(
     columns = i_columns * BN + tl.arange(0, BN)
     inside = columns < N
     b_y = tl.zeros((BM, BN), dtype=tl.float32)
-    for i_page in range(0, tl.cdiv(rank, 16)):
+    for i_page in range(tl.cdiv(rank, 16)):
         page = tl.load(p_table + slot * stride_table + i_page).to(tl.int64)
         ranks = i_page * 16 + tl.arange(0, 16)
         held = ranks < rank

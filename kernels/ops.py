@@ -58,7 +58,7 @@ class Ops(Protocol):
         """Fuse NF4 weights of equal K into one linear layer; its output is theirs, one behind the other."""
 
     def linear(self, x: torch.Tensor, weight: Any, *, add_to: torch.Tensor | None = None) -> torch.Tensor:
-        """``x @ W.T + bias``; with ``add_to`` (residual stream) the result is added to it in place and it is returned."""
+        """``x @ W.T + bias``; with ``add_to`` (the residual stream) it is added to that in place and returned."""
 
     def prepare_embedding(self, weight: torch.Tensor, *, head: bool) -> Any:
         """A bf16 ``[vocab, hidden]`` table; ``head`` if ``logits`` is asked of it too (tied embeddings)."""
@@ -75,7 +75,9 @@ class Ops(Protocol):
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """``silu(gate) * up`` of ``[rows, 2 * width]``, gate first (SwiGLU, Shazeer 2020)."""
 
-    def new_kv_cache(self, n_layers: int, n_pages: int, shape: AttentionShape) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def new_kv_cache(
+        self, n_layers: int, n_pages: int, shape: AttentionShape
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys ``[pages, kv_heads, head_dim, 16]`` and values ``[pages, kv_heads, 16, head_dim]`` of each layer."""
 
     def attention(

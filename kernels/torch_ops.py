@@ -70,7 +70,9 @@ class TorchOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def new_kv_cache(self, n_layers: int, n_pages: int, shape: AttentionShape) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def new_kv_cache(
+        self, n_layers: int, n_pages: int, shape: AttentionShape
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         keys = (n_pages, shape.n_kv_heads, shape.head_dim, PAGE_SIZE)
         values = (n_pages, shape.n_kv_heads, PAGE_SIZE, shape.head_dim)
         return [
@@ -87,7 +89,7 @@ class TorchOps:
         shape: AttentionShape,
     ) -> torch.Tensor:
         tokens, d = qkv.shape[0], shape.head_dim
-        q, k, v = qkv.split([shape.q_size, shape.kv_size, shape.kv_size], dim=-1)
+        q, k, v = torch.split(qkv, [shape.q_size, shape.kv_size, shape.kv_size], dim=-1)
         positions = sequences.positions.long()
         q = _rotate(q.view(tokens, shape.n_heads, d), rope, positions)
         k = _rotate(k.view(tokens, shape.n_kv_heads, d), rope, positions)

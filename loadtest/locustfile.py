@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import requests
 from locust import FastHttpUser, constant_pacing, events, task
@@ -64,9 +64,9 @@ def choose_mix(environment: Environment, **_: Any) -> None:
 class CompletionUser(FastHttpUser):
     """One client: asks, reads the stream to its end, asks again."""
 
-    mix: dict[str, float] = {}
-    headers: dict[str, str] = {}
-    random = random.Random(0)
+    mix: ClassVar[dict[str, float]] = {}
+    headers: ClassVar[dict[str, str]] = {}
+    random: ClassVar[random.Random] = random.Random(0)
     network_timeout = 120.0
 
     def wait_time(self) -> float:

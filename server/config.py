@@ -114,6 +114,8 @@ class ApiConfig:
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     admin_key: str | None = field(default=None, repr=False)
+    adapter_roots: tuple[Path, ...] = ()
+    """The directories that an admin request may load adapters from (hub ids are not paths and always may be)."""
     upload_dir: Path | None = None
     """Where uploaded adapters are kept; ``None``: uploads are off."""
     allow_request_chat_template: bool = False
@@ -135,6 +137,9 @@ class ApiConfig:
                     raise ConfigError(flag, "a key must be one or more printable ASCII characters without spaces")
         if self.admin_key is not None and self.admin_key in self.api_keys:
             raise ConfigError("--admin-key", "it must differ from every --api-key, or clients could manage adapters")
+        for root in self.adapter_roots:
+            if not root.is_dir():
+                raise ConfigError("--adapter-root", f"{root} is not a directory")
         _between("--max-body", self.max_body_bytes, 1024, 1 << 40)
         _between("--max-upload", self.max_upload_bytes, 1024, 1 << 40)
         _between("--max-choices", self.max_choices, 1, 4096)
@@ -157,7 +162,6 @@ class ServeConfig:
     adapters: tuple[AdapterSpec, ...] = ()
     adapter_dir: Path | None = None
     """Every adapter directory in it is loaded, named by its folder."""
-    extra_adapter_roots: tuple[Path, ...] = ()
     state_dir: Path | None = None
     """Remembers the adapters' names and sources across restarts, and keeps uploads; ``None``: nothing is kept."""
     cache_dir: Path | None = None
@@ -181,16 +185,6 @@ class ServeConfig:
             seen.add(spec.name)
         if self.adapter_dir is not None and not self.adapter_dir.is_dir():
             raise ConfigError("--adapter-dir", f"{self.adapter_dir} is not a directory")
-        for root in self.extra_adapter_roots:
-            if not root.is_dir():
-                raise ConfigError("--adapter-root", f"{root} is not a directory")
-
-    @property
-    def adapter_roots(self) -> tuple[Path, ...]:
-        """The directories that an admin request may load adapters from: the roots given, ``--adapter-dir``, uploads."""
-        roots = [*self.extra_adapter_roots]
-        roots += [path for path in (self.adapter_dir, self.api.upload_dir) if path is not None]
-        return tuple(roots)
 
     @property
     def registry_state(self) -> Path | None:
@@ -198,30 +192,16 @@ class ServeConfig:
         return None if self.state_dir is None else self.state_dir / "adapters.json"
 
 
-@dataclass(frozen=True)
-class QuantizeConfig:
-    """``manylora quantize SRC DST``."""
-
-    source: str
-    destination: Path
-
-    def __post_init__(self) -> None:
-        if not self.source:
-            raise ConfigError("SRC", "expected a directory or a hub id, got an empty string")
-        if self.destination.exists() and not self.destination.is_dir():
-            raise ConfigError("DST", f"{self.destination} exists and is not a directory")
-        if self.destination.is_dir() and any(self.destination.iterdir()):
-            raise ConfigError("DST", f"{self.destination} is not empty; nothing is ever overwritten")
-
-
-def default_state_dir(model: str, port: int, environ: Callable[[str], str | None] = os.environ.get) -> Path:
+def default_state_dir(model: str, port: int, environ: Callable[[str], str | None] = os.environ.get) -> Path | None:
     """``$XDG_STATE_HOME/manylora/<model>-<port>``: a restart with the same flags finds what it left.
 
-    Keyed by both, so that two servers on one machine do not overwrite each other's list, and so that another model on
+    ``None`` for port 0: whatever port that will be, a restart would not find it. Keyed by both, so that two servers on one machine do not overwrite each other's list, and so that another model on
     the same port does not try adapters that cannot fit it.
     """
+    if port == 0:
+        return None
     home = environ("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
-    name = model.rstrip("/").rsplit("/", 1)[-1]
+    name = model.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
     return Path(home) / "manylora" / f"{slug}-{port}"
 

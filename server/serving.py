@@ -1,4 +1,4 @@
-"""Puts a server together: base, adapters' pool and registry, engine. What ``manylora serve``, tests and benchmarks start.
+"""Puts a server together: base, adapters' pool and registry, engine; for ``manylora serve``, tests and benchmarks.
 
 Sizes left open in the configuration are chosen here, where the device and the model are known, and logged.
 """
@@ -131,9 +131,10 @@ def choose_sizes(config: EngineConfig, spec: ModelSpec, ops: Ops) -> Sizes:
         needed = KVCache.pages_for(max_context) * page_bytes
         if config.max_context is not None or kv_pages < 1:
             raise ConfigError(
-                "--kv-memory", f"one request of {max_context} tokens needs {needed // _MIB + 1} MiB of keys and values, "
-                f"there is room for {kv_pages * page_bytes // _MIB} MiB; raise it or lower --max-context",
-            )  # fmt: skip
+                "--kv-memory",
+                f"one request of {max_context} tokens needs {needed // _MIB + 1} MiB of keys and values, there is room "
+                f"for {kv_pages * page_bytes // _MIB} MiB; raise it or lower --max-context",
+            )
         max_context = kv_pages * PAGE_SIZE
     return Sizes(
         max_rows=max_rows,
@@ -175,9 +176,7 @@ class _AdapterLoader:
         self._metrics.adapter_loaded(time.monotonic() - start)
         for warning in weights.report.warnings:
             logger.warning("adapter %s: %s", source, warning)
-        return LoadedAdapter(
-            version=weights.version, nbytes=weights.nbytes, report=weights.report, weights=weights
-        )
+        return LoadedAdapter(version=weights.version, nbytes=weights.nbytes, report=weights.report, weights=weights)
 
 
 def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None = None) -> Running:
@@ -249,7 +248,7 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
     )
     parts.append(engine)
     logger.info(
-        "%s on %s (%s operations, LoRA: %s): base %d MiB, %d rows, %d tokens of context, KV cache %d MiB, %d adapter slots",
+        "%s on %s (%s operations, LoRA: %s): base %d MiB, %d rows, context of %d, KV cache %d MiB, %d adapter slots",
         name,
         device,
         ops.name,
@@ -295,4 +294,3 @@ def load_adapters(running: Running, config: ServeConfig) -> list[AdapterInfo]:
             error.add_note(f"(adapter `{name}`, from the command line)")
             raise
     return loaded
-

@@ -23,7 +23,7 @@ QUERY_BLOCK: int = 8
 """Queries of one prompt attended together; times the heads of a group they are the rows of the GEMM."""
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _rotate(head, half, cos, sin):  # type: ignore[no-untyped-def]
     """Rotary embedding of one head in place, in the halves convention of transformers (``rotate_half``)."""
     values = float32_view(head, 2 * half)
@@ -34,7 +34,7 @@ def _rotate(head, half, cos, sin):  # type: ignore[no-untyped-def]
         values[half + i] = right * c[i] + left * s[i]
 
 
-@cfunc(KERNEL, cache=True)  # type: ignore[untyped-decorator]
+@cfunc(KERNEL, cache=True)
 def _attention_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
     a = carray(arguments, 20)
     qkv, qkv_stride, out, out_stride, tokens = a[0], a[1], a[2], a[3], a[4]
@@ -158,9 +158,9 @@ def paged_attention(
     """Causal attention of the tokens of several sequences, each over its own pages; the pages are updated first.
 
     ``qkv`` ``[T, (n_heads + 2 n_kv_heads) * head_dim]`` fp32 (queries and keys are rotated in place); ``out``
-    ``[T, n_heads * head_dim]``; ``cos``, ``sin`` ``[positions, head_dim / 2]``; ``keys`` ``[pages, n_kv_heads, head_dim,
-    16]``; ``values`` ``[pages, n_kv_heads, 16, head_dim]``; int32: ``starts`` ``[S + 1]`` (first token of a sequence),
-    ``contexts`` ``[S]`` (its length with the new tokens), ``tables`` ``[S, pages]``, ``positions`` ``[T]``.
+    ``[T, n_heads * head_dim]``; ``cos``, ``sin`` ``[positions, head_dim / 2]``; ``keys``
+    ``[pages, n_kv_heads, head_dim, 16]``; ``values`` ``[pages, n_kv_heads, 16, head_dim]``; int32: ``starts``
+    ``[S + 1]`` (first token of a sequence), ``contexts`` ``[S]`` (its length with the new tokens), ``tables`` ``[S, pages]``, ``positions`` ``[T]``.
     ``window`` 0: none. head_dim % 16 == 0.
     """
     launch(

@@ -13,7 +13,7 @@ _SERIAL = 16384
 """Elements below which waking the other threads costs more than it saves (about 4 microseconds of work)."""
 
 
-@cfunc(KERNEL, cache=True)  # type: ignore[untyped-decorator]
+@cfunc(KERNEL, cache=True)
 def _rms_norm_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
     a = carray(arguments, 8)
     x, x_stride, weight, out, out_stride, rows, width = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
@@ -23,7 +23,7 @@ def _rms_norm_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
         rms_norm_8(x + row * x_stride, weight, out + row * out_stride, width // 8, epsilon)
 
 
-@cfunc(KERNEL, cache=True)  # type: ignore[untyped-decorator]
+@cfunc(KERNEL, cache=True)
 def _silu_mul_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
     a = carray(arguments, 6)
     x, x_stride, out, out_stride, rows, width = a[0], a[1], a[2], a[3], a[4], a[5]

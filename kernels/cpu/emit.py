@@ -69,7 +69,9 @@ def _constant(value: float) -> Value:
 class _Rows:
     """The accumulators of a fused kernel: ``rows`` x ``tiles`` x two vectors, and the rows' addresses."""
 
-    def __init__(self, b: Builder, rows: int, tiles: int, x: Value, x_offsets: Value, c: Value, c_offsets: Value) -> None:
+    def __init__(
+        self, b: Builder, rows: int, tiles: int, x: Value, x_offsets: Value, c: Value, c_offsets: Value
+    ) -> None:
         self._b = b
         self._fma = _function(b, "llvm.fma.v8f32", V8F, V8F, V8F, V8F)
         self._x = [b.add(x, _load(b, _offset(b, x_offsets, 8 * r), I64, 8)) for r in range(rows)]
@@ -108,7 +110,7 @@ class _Rows:
 def _gemm_tile(rows: int, tiles: int) -> Callable[..., Any]:
     """A micro-kernel for ``rows`` rows and ``16 * tiles`` columns; see ``gemm_tile`` for what it computes."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def tile(typingctx, x, x_offsets, panel, panel_stride, depth, c, c_offsets, accumulate):  # type: ignore[no-untyped-def]
         signature = types.void(*[types.int64] * 8)
 
@@ -170,7 +172,7 @@ def _nf4_quad(b: Builder, address: Value, tables: list[Value]) -> list[tuple[Val
     return positions
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def decode_nf4(typingctx, packed, absmax, out, out_stride, quads):  # type: ignore[no-untyped-def]
     """Decode ``4 * quads`` rows of a 16-column tile to fp32, times ``absmax[16]``: ``out[k, n] = code * absmax[n]``.
 
@@ -196,8 +198,10 @@ def decode_nf4(typingctx, packed, absmax, out, out_stride, quads):  # type: igno
 def _fused_nf4(rows: int, tiles: int) -> Callable[..., Any]:
     """Few rows: the weights go from the decode straight into the multiply, never through memory."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def fused(typingctx, x, x_offsets, packed, tile_bytes, absmax, absmax_bytes, blocks, quads, c, c_offsets, accumulate):  # type: ignore[no-untyped-def]
+    @intrinsic
+    def fused(
+        typingctx, x, x_offsets, packed, tile_bytes, absmax, absmax_bytes, blocks, quads, c, c_offsets, accumulate
+    ):  # type: ignore[no-untyped-def]
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             x, x_offsets, packed, tile_bytes, absmax, absmax_bytes, blocks, quads, c, c_offsets, accumulate = args
             tables = _byte_tables()
@@ -238,7 +242,7 @@ def _bf16_row(b: Builder, address: Value) -> tuple[Value, Value]:
 
 
 def _fused_bf16(rows: int, tiles: int) -> Callable[..., Any]:
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def fused(typingctx, x, x_offsets, packed, tile_bytes, depth, c, c_offsets):  # type: ignore[no-untyped-def]
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             x, x_offsets, packed, tile_bytes, depth, c, c_offsets = args
@@ -261,7 +265,7 @@ fused_bf16_1x4, fused_bf16_2x2, fused_bf16_3x2 = _fused_bf16(1, 4), _fused_bf16(
 fused_bf16_4x1 = _fused_bf16(4, 1)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def decode_bf16(typingctx, packed, out, out_stride, depth):  # type: ignore[no-untyped-def]
     """Widen ``depth`` rows of a 16-column bf16 tile (order of ``pack_bf16``) to fp32; exact."""
     signature = types.void(*[types.int64] * 4)
@@ -278,7 +282,7 @@ def decode_bf16(typingctx, packed, out, out_stride, depth):  # type: ignore[no-u
 
 
 def _at(name: str, kind: Any, result: Any, doc: str) -> Any:
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def at(typingctx, address, index):  # type: ignore[no-untyped-def]
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             value = _load(b, b.add(args[0], b.mul(args[1], _i64(4))), kind, 4)
@@ -294,7 +298,7 @@ int32_at = _at("int32_at", I32, types.int64, "Element ``index`` of the int32 arr
 float32_at = _at("float32_at", F32, types.float32, "Element ``index`` of the fp32 array at ``address``.")
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def scale_16(typingctx, address, factor):  # type: ignore[no-untyped-def]
     """Multiply the 16 fp32 values at ``address`` by ``factor``, in place."""
 
@@ -345,7 +349,7 @@ def _max(b: Builder, left: Value, right: Value) -> Value:
     return b.select(b.fcmp_unordered(">", left, right), left, right)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def softmax_8(typingctx, address, vectors, scale):  # type: ignore[no-untyped-def]
     """Replace ``s`` (``8 * vectors`` fp32 values) by ``exp(scale * (s - max s))``; returns nothing, see ``sum_8``."""
 
@@ -366,7 +370,7 @@ def softmax_8(typingctx, address, vectors, scale):  # type: ignore[no-untyped-de
     return types.void(types.int64, types.int64, types.float32), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def sum_8(typingctx, address, vectors):  # type: ignore[no-untyped-def]
     """The sum of ``8 * vectors`` fp32 values: lane by lane, then across the lanes."""
 
@@ -381,7 +385,7 @@ def sum_8(typingctx, address, vectors):  # type: ignore[no-untyped-def]
     return types.float32(types.int64, types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def scale_8(typingctx, address, vectors, factor):  # type: ignore[no-untyped-def]
     """Multiply ``8 * vectors`` fp32 values by ``factor``, in place."""
 
@@ -395,7 +399,7 @@ def scale_8(typingctx, address, vectors, factor):  # type: ignore[no-untyped-def
     return types.void(types.int64, types.int64, types.float32), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def rms_norm_8(typingctx, x, weight, out, vectors, epsilon):  # type: ignore[no-untyped-def]
     """``out = x / sqrt(mean(x^2) + epsilon) * weight`` over ``8 * vectors`` fp32 values."""
 
@@ -420,7 +424,7 @@ def rms_norm_8(typingctx, x, weight, out, vectors, epsilon):  # type: ignore[no-
     return types.void(types.int64, types.int64, types.int64, types.int64, types.float32), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def silu_mul_8(typingctx, gate, up, out, vectors):  # type: ignore[no-untyped-def]
     """``out = gate * sigmoid(gate) * up`` over ``8 * vectors`` fp32 values."""
 

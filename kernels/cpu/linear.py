@@ -38,7 +38,7 @@ ROW_BLOCK = 96
 """Rows of x per pass over the weights: their 96 x 256 fp32 stay in L2 while the panels stream by."""
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _pack_nf4(source, n, k, out):  # type: ignore[no-untyped-def]
     for tile in range(n // 16):
         for quad in range(k // 4):
@@ -83,7 +83,7 @@ FUSED_ROWS = 4
 """Up to here the weights are multiplied as they are decoded; above, they are decoded once for all rows."""
 
 
-@njit(nogil=True, inline="never")  # type: ignore[untyped-decorator]
+@njit(nogil=True, inline="never")
 def _nf4_few_rows(rows, first, last, x, xo, packed, absmax, depth, block, y, co, accumulate):  # type: ignore[no-untyped-def]
     weight_bytes, scale_bytes = 8 * depth, 64 * (depth // block)
     blocks, quads = depth // block, block // 4
@@ -111,7 +111,7 @@ def _nf4_few_rows(rows, first, last, x, xo, packed, absmax, depth, block, y, co,
             tile += 1
 
 
-@cfunc(KERNEL, cache=True)  # type: ignore[untyped-decorator]
+@cfunc(KERNEL, cache=True)
 def _nf4_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
     a = carray(arguments, 11)
     x, x_stride, rows, depth, packed, absmax, n_tiles = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
@@ -141,7 +141,7 @@ def _nf4_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
     keep_alive(c_offsets)
 
 
-@njit(nogil=True, inline="never")  # type: ignore[untyped-decorator]
+@njit(nogil=True, inline="never")
 def _bf16_few_rows(rows, first, last, x, xo, packed, depth, y, co):  # type: ignore[no-untyped-def]
     weight_bytes = 32 * depth
     tile = first
@@ -168,7 +168,7 @@ def _bf16_few_rows(rows, first, last, x, xo, packed, depth, y, co):  # type: ign
             tile += 1
 
 
-@cfunc(KERNEL, cache=True)  # type: ignore[untyped-decorator]
+@cfunc(KERNEL, cache=True)
 def _bf16_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
     a = carray(arguments, 8)
     x, x_stride, rows, depth, packed, n_tiles, y, y_stride = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numba import carray, cfunc
 
-from manylora.kernels.cpu.threads import KERNEL, barrier, launch
 from manylora.kernels.cpu.emit import float32_at, int32_at, scale_16
+from manylora.kernels.cpu.threads import KERNEL, barrier, launch
 from manylora.kernels.cpu.tiles import address_of, gemm_few_rows, gemm_rows, keep_alive, share
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.sites import RANK_PAGE, SITES
@@ -22,7 +22,7 @@ _FIELDS = 11
 """Arguments before the projections', and for each projection."""
 
 
-@cfunc(KERNEL, cache=True)  # type: ignore[untyped-decorator]
+@cfunc(KERNEL, cache=True)
 def _lora_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
     a = carray(arguments, _HEADER + 3 * _FIELDS)
     x, x_stride, y, y_stride, depth, n_pairs, rows, scales = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
@@ -71,10 +71,31 @@ def _lora_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
                 width = min(16, rank - 16 * page)
                 stride = 4 * a[p + 9]
                 if count <= 3:
-                    gemm_few_rows(count, last_tile - first_tile, source, ho + 8 * first, panel, stride, width, columns, yo + 8 * first, 1)
+                    gemm_few_rows(
+                        count,
+                        last_tile - first_tile,
+                        source,
+                        ho + 8 * first,
+                        panel,
+                        stride,
+                        width,
+                        columns,
+                        yo + 8 * first,
+                        1,
+                    )
                 else:
                     for t in range(last_tile - first_tile):
-                        gemm_rows(count, source, ho + 8 * first, panel + 64 * t, stride, width, columns + 64 * t, yo + 8 * first, 1)
+                        gemm_rows(
+                            count,
+                            source,
+                            ho + 8 * first,
+                            panel + 64 * t,
+                            stride,
+                            width,
+                            columns + 64 * t,
+                            yo + 8 * first,
+                            1,
+                        )
     keep_alive(x_offsets)
     keep_alive(y_offsets)
     keep_alive(h_offsets)

@@ -58,7 +58,7 @@ def unsupported(weight: Nf4Tensor) -> str | None:
         return f"its {n} outputs are no multiple of {TILE}"
     if weight.blocksize % 4 or k % weight.blocksize:
         return f"its {k} inputs are no multiple of the quantisation block of {weight.blocksize}"
-    if tuple(weight.quant_map.tolist()) != tuple(np.float32(NF4_CODE).tolist()):
+    if not torch.equal(weight.quant_map.cpu(), torch.tensor(NF4_CODE)):
         return "its code is not the standard NF4 code"
     return None
 
@@ -131,7 +131,9 @@ class NumbaOps:
         elementwise.silu_mul(gate_up, out)
         return out
 
-    def new_kv_cache(self, n_layers: int, n_pages: int, shape: AttentionShape) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def new_kv_cache(
+        self, n_layers: int, n_pages: int, shape: AttentionShape
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         if shape.head_dim % TILE:
             raise ValueError(f"head_dim {shape.head_dim} is no multiple of {TILE}")
         keys = (n_pages, shape.n_kv_heads, shape.head_dim, PAGE_SIZE)

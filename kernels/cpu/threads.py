@@ -1,7 +1,7 @@
 """Running a numba kernel on the OpenMP threads that torch already has.
 
 torch ships its own libgomp. A second thread pool beside it (numba's ``parallel=True``) would fight it for the cores:
-idle OpenMP threads spin. So a kernel here is a C callback handed to ``GOMP_parallel`` of *that* library, the very call a
+idle OpenMP threads spin. So a kernel here is a C callback handed to ``GOMP_parallel`` of *that* library, the call that a
 compiler makes for ``#pragma omp parallel``. ``GOMP_parallel`` is libgomp's stable ABI though not torch's API, so
 ``launch`` falls back to running the parts one after another where the library is not found: slower, the same bits.
 """
@@ -68,15 +68,15 @@ if _libgomp is not None:
     _omp_get_thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
     _omp_get_num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
     barrier = types.ExternalFunction("GOMP_barrier", types.void())
-    """All parts of the running kernel meet here; to be called by every part or by none, and only if there are several."""
+    """All parts of the running kernel meet here; called by every part or by none, and only if there are several."""
 else:
 
-    @njit(nogil=True)  # type: ignore[untyped-decorator]
+    @njit(nogil=True)
     def barrier() -> None:
         """Kernels run in one part here: there is nobody to wait for."""
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _call_kernel(typingctx, kernel, arguments, part, parts):  # type: ignore[no-untyped-def]
     """Call the kernel at address ``kernel``."""
 
@@ -91,7 +91,7 @@ def _call_kernel(typingctx, kernel, arguments, part, parts):  # type: ignore[no-
 
 if _libgomp is not None:
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True)  # type: ignore[untyped-decorator]
+    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
     def _team_member(call):  # type: ignore[no-untyped-def]
         _call_kernel(call[0], call[1], np.int64(_omp_get_thread_num()), np.int64(_omp_get_num_threads()))
 

@@ -22,7 +22,7 @@ from manylora.kernels.cpu.emit import (
 )
 
 
-@njit(nogil=True, inline="never")  # type: ignore[untyped-decorator]
+@njit(nogil=True, inline="never")
 def gemm_rows(rows, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate):  # type: ignore[no-untyped-def]
     """``c[r, 0:16] (+)= x[r, 0:depth] @ panel[0:depth, 0:16]`` for any number of rows.
 
@@ -49,7 +49,7 @@ def gemm_rows(rows, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate
         done += size
 
 
-@njit(nogil=True, inline="never")  # type: ignore[untyped-decorator]
+@njit(nogil=True, inline="never")
 def gemm_few_rows(rows, tiles, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate):  # type: ignore[no-untyped-def]
     """The same for at most three rows and a panel of several tiles: more columns at once hide the FMA latency."""
     t = 0
@@ -69,7 +69,7 @@ def gemm_few_rows(rows, tiles, x, x_offsets, panel, stride, depth, c, c_offsets,
         t += 1
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def share(total, part, parts, grain):  # type: ignore[no-untyped-def]
     """The part-th contiguous share of ``total``, in multiples of ``grain``."""
     grains = (total + grain - 1) // grain
@@ -77,7 +77,7 @@ def share(total, part, parts, grain):  # type: ignore[no-untyped-def]
     return first, min(last, total)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def address_of(typingctx, array):  # type: ignore[no-untyped-def]
     """The address of an array's first element. The array must be handed to ``keep_alive`` after the last use of it."""
 
@@ -88,7 +88,7 @@ def address_of(typingctx, array):  # type: ignore[no-untyped-def]
     return types.int64(array), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def keep_alive(typingctx, array):  # type: ignore[no-untyped-def]
     """Nothing at run time: numba frees an array after its last use *by name*, and an address is no use of it."""
 
@@ -98,7 +98,7 @@ def keep_alive(typingctx, array):  # type: ignore[no-untyped-def]
     return types.void(array), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def float32_from_bits(typingctx, bits):  # type: ignore[no-untyped-def]
     """The fp32 value whose bit pattern is the low half of an int64: how a float travels among integer arguments."""
 
@@ -108,7 +108,7 @@ def float32_from_bits(typingctx, bits):  # type: ignore[no-untyped-def]
     return types.float32(types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _float32_pointer(typingctx, address):  # type: ignore[no-untyped-def]
     def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
         return b.inttoptr(args[0], ir.FloatType().as_pointer())
@@ -116,7 +116,7 @@ def _float32_pointer(typingctx, address):  # type: ignore[no-untyped-def]
     return types.CPointer(types.float32)(types.int64), codegen
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def float32_view(address, count):  # type: ignore[no-untyped-def]
     """``count`` fp32 values at ``address`` as an array, for code that the compiler vectorises by itself."""
     return carray(_float32_pointer(address), count)

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from manylora.adapters.errors import AdapterError, AdapterNotFound
 from manylora.adapters.registry import AdapterInfo
-from manylora.adapters.source import store_upload
+from manylora.adapters.source import resolve_source, store_upload
 from manylora.server.api.errors import ApiError
 from manylora.server.api.state import AppState
 from manylora.server.api.uploads import Upload
@@ -26,9 +26,14 @@ async def _blocking(state: AppState, function: Callable[[], _T]) -> _T:
 async def load_adapter(
     state: AppState, name: str, source: str, *, replace: bool = False, pinned: bool = False
 ) -> AdapterInfo:
-    """Load from a path or a hub id. Raises AdapterError."""
+    """Load from a path inside the allowed roots, or a hub id. Raises AdapterError."""
     _check_draining(state)
-    load = partial(state.serving.registry.load, name, source, replace=replace, pinned=pinned)
+
+    def load() -> AdapterInfo:
+        # Only the check: the registry's own loader, which also serves the command line, reads (or downloads) it.
+        resolve_source(source, allowed_roots=state.config.adapter_roots, download=lambda hub_id: hub_id)
+        return state.serving.registry.load(name, source, replace=replace, pinned=pinned)
+
     return await _blocking(state, partial(_and_clean_up, state, name, load))
 
 

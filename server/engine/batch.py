@@ -49,7 +49,7 @@ def build_batch(plan: StepPlan, device: torch.device | str = "cpu") -> ForwardBa
         if row.sample:
             sampled.append(at - 1)
 
-    def there(array: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
+    def there(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
 
     segments = None

@@ -195,6 +195,11 @@ class Metrics(Collector):
         """Reading and checking an adapter took ``seconds``."""
         self._loads["refused" if refused else "loaded"].observe(seconds)
 
+    def adapter_tokens(self, name: str) -> tuple[int, int]:
+        """Prompt and generated tokens of an adapter's requests that have ended; zeros before the first. Any thread."""
+        series = self._adapters.get(name)
+        return (0, 0) if series is None else (series.prompt_tokens, series.generation_tokens)
+
     def adapter_freed(self, adapter: AdapterRef) -> None:
         """A version is gone for good (``AdapterRegistry``'s ``on_freed``): the name's series go with its last one."""
         series = self._adapters.get(adapter.name)

@@ -26,6 +26,4 @@ class ModelRunner:
         """See ``step_loop.Runner``."""
         logits = self.logits(plan)
         rows = [row.request for row in plan.rows if row.sample]
-        return {
-            row.request_id: token for row, token in zip(rows, self._sampler.sample(logits, rows), strict=True)
-        }
+        return {row.request_id: token for row, token in zip(rows, self._sampler.sample(logits, rows), strict=True)}

@@ -31,6 +31,11 @@ _DTYPES: Final[Mapping[str, torch.dtype]] = {
 }
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """``bfloat16``, ``float16`` or ``float32`` as torch's type."""
+    return _DTYPES[name]
+
+
 def quantize(weight: torch.Tensor, *, nested: bool = True) -> Nf4Tensor:
     """Quantise ``weight`` ``[N, K]`` (bf16, fp16 or fp32) to NF4 in blocks of 64.
 

@@ -16,8 +16,10 @@ from manylora.server.model.errors import BadCheckpoint, ModelNotFound
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 
-FLOAT_TYPES: Final = ("F32", "BF16", "F16")
-"""safetensors' names of the types a weight may have before quantisation."""
+HF_DTYPES: Final[Mapping[str, str]] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""The types a weight may have before quantisation: safetensors' name -> transformers'."""
+
+FLOAT_TYPES: Final = tuple(HF_DTYPES)
 
 TOKENIZER_FILES: Final = (
     "tokenizer.json",

@@ -13,7 +13,7 @@ from manylora.server.model.weights import BaseWeights
 
 
 class SiteLinear:
-    """One of a layer's four sites (``qkv``, ``o``, ``gate_up``, ``down``), base rows of the site's projections fused."""
+    """One of a layer's four sites (``qkv``, ``o``, ``gate_up``, ``down``), its projections' base rows fused."""
 
     def __init__(self, ops: Ops, weights: BaseWeights, site: str, layer: int, lora: BatchedLora | None) -> None:
         projections = SITES[site]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
-from manylora.server.model.checkpoint import TOKENIZER_FILES, SafetensorsSource, TensorSource, read_configs
+from manylora.server.model.checkpoint import HF_DTYPES, TOKENIZER_FILES, SafetensorsSource, TensorSource, read_configs
 from manylora.server.model.families import ModelSpec
+from manylora.server.model.layout import EMBED
 from manylora.server.model.tokenizer import Tokenizer
 
 
@@ -55,6 +57,10 @@ class DirectoryModel:
         self.spec = ModelSpec.from_hf_config(self.config, self.generation_config, what=self.what)
         self.quantized = self.config.get("quantization_config") is not None
         self.source = SafetensorsSource(directory)
+        if not (self.config.get("dtype") or self.config.get("torch_dtype")) and EMBED in self.source.infos:
+            # Where the config does not say, transformers takes the type that the weights are stored in.
+            dtype = HF_DTYPES.get(self.source.infos[EMBED].dtype, "float32")
+            self.config, self.spec = self.config | {"dtype": dtype}, dataclasses.replace(self.spec, dtype=dtype)
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_directory(self.directory, eos_token_ids=self.spec.eos_token_ids)

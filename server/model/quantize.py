@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from safetensors import SafetensorError
 
-from manylora.server.model.bnb_format import BLOCKSIZE, encode, quantize
+from manylora.server.model.bnb_format import BLOCKSIZE, encode, quantize, torch_dtype
 from manylora.server.model.checkpoint import FLOAT_TYPES
 from manylora.server.model.errors import BadCheckpoint, ModelError, NotEnoughDisk, UnsupportedModel
 from manylora.server.model.families import ModelSpec
@@ -28,18 +28,16 @@ from manylora.server.model.progress import Progress
 from manylora.server.model.resolve import open_model, resolve
 from manylora.server.model.writer import MAX_SHARD, quantization_config, write_groups, write_json
 
-_MATRICES: Final = (EMBED, LM_HEAD)
-"""Tensors that stay in 16 bits and are large; norms and biases keep the type they come in."""
-
 _SPARE: Final = 64_000_000
 """Bytes of free disk asked for beside the weights: tokenizer files, headers, rounding."""
 
 
 def estimated_bytes(spec: ModelSpec) -> int:
-    """Bytes of the quantised checkpoint: 4 bits and an 8-bit scale per 64 for projections, 16 bits for the rest."""
+    """Bytes of the quantised checkpoint: 4 bits and an 8-bit scale per 64 for projections, the rest in full."""
     packed = sum(n * k for n, k in projection_shapes(spec).values())
     plain = sum(torch.Size(shape).numel() for shape in plain_shapes(spec).values())
-    return packed // 2 + packed // 64 + packed // 4096 + 2 * plain + 2048 * len(projection_shapes(spec))
+    scales = packed // 64 + packed // 4096 + 2048 * len(projection_shapes(spec))
+    return packed // 2 + scales + plain * torch_dtype(spec.dtype).itemsize
 
 
 def quantized_groups(
@@ -47,7 +45,9 @@ def quantized_groups(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The model's tensors as an NF4 checkpoint holds them, on the CPU; one weight and its scales at a time.
 
-    The projections are quantised on ``device``; embedding and head become bf16. Raises BadCheckpoint when tensors are
+    Everything is first cast to the config's dtype, as transformers does when it loads the source; the projections are
+    then quantised on ``device``. (One type throughout also matters to transformers when it reads the result: it takes
+    the other tensors of a quantised checkpoint as they are, and fails where they mix.) Raises BadCheckpoint when tensors are
     missing, unexpected, of the wrong shape or not finite, all of them named before the first is read where possible.
     """
     source, spec = opened.source, opened.spec
@@ -63,10 +63,11 @@ def quantized_groups(
             opened.what, f"its rows of {sorted(set(widths.values()))} are not whole NF4 blocks of 64"
         )
     _check_tied(opened)
+    dtype = torch_dtype(spec.dtype)
     sizes = {name: torch.Size(source.infos[name].shape).numel() * 2 for name in names}
     with Progress("Quantising to NF4", sum(sizes.values()), show=progress) as bar:
         for name in names:
-            tensor = source.get(name)
+            tensor = source.get(name).to(dtype)
             if name in shapes:
                 try:
                     weight = quantize(tensor.to(device), nested=nested)
@@ -76,7 +77,7 @@ def quantized_groups(
             else:
                 if not bool(torch.isfinite(tensor).all()):
                     raise BadCheckpoint(opened.what, f"{name} holds values that are not finite")
-                yield {name: tensor.to(torch.bfloat16) if name in _MATRICES else tensor}
+                yield {name: tensor}
             bar.advance(sizes[name])
 
 

@@ -28,7 +28,8 @@ def engine(serving: Serving) -> FakeEngine:
 
 @pytest.fixture
 def config(tmp_path: Path) -> ApiConfig:
-    return ApiConfig(upload_dir=tmp_path / "uploads", max_body_bytes=64 * 1024, max_upload_bytes=32 * 1024)
+    return ApiConfig(
+        adapter_roots=(tmp_path,), upload_dir=tmp_path / "uploads", max_body_bytes=64 * 1024, max_upload_bytes=32 * 1024)
 
 
 @pytest.fixture

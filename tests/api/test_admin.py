@@ -160,6 +160,23 @@ class TestRest:
         assert error_of(client.put("/v1/adapters/x", json={}), 400)["param"] == "source"
         error_of(client.put("/v1/adapters/x", content=b"hello"), 415)
 
+    @pytest.mark.parametrize("roots", [(), ("inside",)])
+    def test_paths_are_confined_to_the_roots(
+        self, connect: Callable[..., TestClient], config: ApiConfig, tmp_path: Path, carol: str, roots: tuple[str, ...]
+    ) -> None:
+        inside = write_adapter(tmp_path / "inside" / "a").parent
+        (inside / "link").symlink_to(carol)
+        client = connect(replace(config, adapter_roots=tuple(tmp_path / root for root in roots)))
+        escapes = [carol, str(inside / "link"), str(inside / ".." / "carol"), "/etc", str(tmp_path / "not-there")]
+        for source in escapes:
+            message = error_of(client.put("/v1/adapters/x", json={"source": source}), 400)["message"]
+            assert "outside" in message  # whether or not it exists
+            body = {"lora_name": "x", "lora_path": source}
+            error_of(client.post("/v1/load_lora_adapter", json=body), 400)
+            assert client.post("/load_lora_adapter", json=body).status_code == 400
+        status = client.put("/v1/adapters/x", json={"source": str(inside / "a")}).status_code
+        assert status == (201 if roots else 400)
+
     def test_pins(self, client: TestClient, carol: str) -> None:
         assert client.patch("/v1/adapters/alice", json={"pinned": True}).json()["pinned"] is True
         # A pin survives being replaced, unless it is taken off.

@@ -51,7 +51,7 @@ def test_linear_matches_fp64(ops: Ops, n: int, k: int, rows: int) -> None:
 
 
 def test_one_hot_inputs_give_the_weights_themselves(ops: Ops) -> None:
-    """Every code in every place: the product with 1 is exact, so what comes out is the dequantised weight, to the bit."""
+    """Every code in every place: the product with 1 is exact, so out comes the dequantised weight, to the bit."""
     weight = nf4(64, 128, seed=3)
     y = ops.linear(torch.eye(128), ops.prepare_linear([weight], None))
     assert torch.equal(y, weight.dequantize().T)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -76,7 +77,7 @@ def test_to_the_same_device_is_the_same_object() -> None:
         ("shape", (63, 63), "even"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(field: str, value: object, message: str) -> None:
+def test_parts_that_do_not_fit_are_refused(field: str, value: Any, message: str) -> None:
     tensor, _ = make(64, 64, nested=False)
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(tensor, **{field: value})
@@ -85,6 +86,7 @@ def test_parts_that_do_not_fit_are_refused(field: str, value: object, message: s
 def test_nested_parts_that_do_not_fit_are_refused() -> None:
     tensor, _ = make(64, 64, nested=True)
     assert isinstance(tensor.absmax, NestedAbsmax)
-    for field, value in (("codes", torch.zeros(64)), ("code", torch.zeros(16)), ("absmax", torch.zeros(2))):
+    faults: list[tuple[str, Any]] = [("codes", torch.zeros(64)), ("code", torch.zeros(16)), ("absmax", torch.zeros(2))]
+    for field, value in faults:
         with pytest.raises(ValueError, match="nested"):
             dataclasses.replace(tensor.absmax, **{field: value})

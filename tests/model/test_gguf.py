@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -154,12 +155,10 @@ def test_a_directory_stands_for_its_only_gguf(tiny: Callable[..., Path], tmp_pat
         load_base(str(path.parent), cache_dir=tmp_path / "cache", progress=False)
 
 
-def llama3_divisors(head_dim: int, **changes: float) -> np.ndarray[Any, Any]:
-    scaled = RopeSpec(kind="llama3", factor=8.0, original_max_position=8192)
-    if changes:
-        scaled = RopeSpec(kind="llama3", factor=8.0, original_max_position=8192, **changes)
-    plain, _ = rope_inv_freq(RopeSpec(), head_dim)
-    return (np.array(plain) / np.array(rope_inv_freq(scaled, head_dim)[0])).astype(np.float32)
+def llama3_divisors(head_dim: int, **changes: Any) -> np.ndarray[Any, Any]:
+    scaled = dataclasses.replace(RopeSpec(kind="llama3", factor=8.0, original_max_position=8192), **changes)
+    plain, divided = (np.array(rope_inv_freq(rope, head_dim)[0]) for rope in (RopeSpec(), scaled))
+    return np.asarray(plain / divided, dtype=np.float32)
 
 
 def test_llama3_frequencies_are_recognised(tiny: Callable[..., Path]) -> None:

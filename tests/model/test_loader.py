@@ -89,12 +89,31 @@ def test_weights_are_what_bitsandbytes_makes_of_the_source(
     assert base.tokenizer.eos_token_ids == (258,)
 
 
+def test_tensors_are_cast_to_the_configs_type_as_transformers_does(copied: Callable[..., Path], tmp_path: Path) -> None:
+    path = copied("qwen2")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float() + 1e-6
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    plain = transformers.AutoModelForCausalLM.from_pretrained(path)
+    norm = load(path, tmp_path / "cache").weights.final_norm
+    assert norm.dtype == torch.bfloat16
+    assert torch.equal(norm, plain.model.norm.weight.data)
+
+
+def test_without_a_type_in_the_config_the_weights_tell(copied: Callable[..., Path], tmp_path: Path) -> None:
+    base = load(copied("qwen2", dtype=None), tmp_path / "cache")
+    assert base.spec.dtype == "bfloat16"
+    assert base.weights.projections["q", 0].dtype == base.weights.final_norm.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_other_source_types(dtype: torch.dtype, copied: Callable[..., Path], tmp_path: Path) -> None:
     path = copied("qwen2", dtype=str(dtype).removeprefix("torch."))
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(path / "model.safetensors").items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     weights = load(path, tmp_path / "cache").weights
+    model = transformers.AutoModelForCausalLM.from_pretrained(entry_of(tmp_path / "cache"), device_map="cpu")
+    model(torch.tensor([[1, 2, 3]]))  # transformers fails where the types of a checkpoint's other tensors mix
     assert weights.projections["q", 0].dtype == dtype
     assert weights.biases["q", 0].dtype == weights.final_norm.dtype == dtype
     assert weights.embed.dtype == torch.bfloat16
@@ -238,7 +257,7 @@ def test_a_full_disk_is_noticed_before_the_work(
     checkpoints: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(quantize.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
     with caplog.at_level(logging.WARNING):
         load(checkpoints["llama"], tmp_path / "cache")
     assert "0.00 GB free" in caplog.text

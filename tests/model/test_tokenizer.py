@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -69,7 +70,10 @@ def test_ids_without_a_token_are_empty(tokenizer: Tokenizer) -> None:
 def test_a_chat(tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     expected = "<|im_start|>user\nHi<|im_end|>\n"
-    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)  # noqa: E731
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False)
+
     assert decode(tokenizer.apply_chat_template(messages)) == expected + "<|im_start|>assistant\n"
     assert decode(tokenizer.apply_chat_template(messages, add_generation_prompt=False)) == expected
     continued = tokenizer.apply_chat_template(
@@ -96,7 +100,7 @@ def test_a_chat(tokenizer: Tokenizer) -> None:
     ],
 )
 def test_what_a_template_cannot_do_is_a_value_error(
-    messages: list[dict[str, object]], options: dict[str, object], message: str, tokenizer: Tokenizer
+    messages: list[dict[str, Any]], options: dict[str, Any], message: str, tokenizer: Tokenizer
 ) -> None:
     with pytest.raises(ChatTemplateError, match=message) as caught:
         tokenizer.apply_chat_template(messages, **options)
