@@ -195,8 +195,8 @@ class ServeConfig:
 def default_state_dir(model: str, port: int, environ: Callable[[str], str | None] = os.environ.get) -> Path | None:
     """``$XDG_STATE_HOME/manylora/<model>-<port>``: a restart with the same flags finds what it left.
 
-    ``None`` for port 0: whatever port that will be, a restart would not find it. Keyed by both, so that two servers on one machine do not overwrite each other's list, and so that another model on
-    the same port does not try adapters that cannot fit it.
+    ``None`` for port 0, since a restart would have another port. Keyed by both, so that two servers on one machine do
+    not overwrite each other's list, and another model on the same port does not try adapters that cannot fit it.
     """
     if port == 0:
         return None

@@ -116,4 +116,4 @@ def launch(kernel: Any, *arguments: int, parallel: bool = True) -> None:
         call = (ctypes.c_int64 * 2)(kernel.address, ctypes.addressof(packed))
         _gomp_parallel(_team_member_address, call, threads, 0)
     else:
-        kernel.ctypes(ctypes.cast(packed, ctypes.POINTER(ctypes.c_int64)), 0, 1)
+        kernel.ctypes(packed, 0, 1)

@@ -146,9 +146,9 @@ def install_error_handlers(app: FastAPI) -> None:
         return Response(status_code=_CLIENT_GONE)
 
     async def on_bug(request: Request, error: Exception) -> Response:
-        # The one boundary that catches everything: a bug in one request is answered and logged, with its traceback in
-        # the log only. Starlette raises it again afterwards, so a test sees it and the server's log has it.
-        _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        # The one boundary that catches everything: a bug in one request is answered without telling what it was.
+        # Starlette raises it again afterwards, so that a test sees it, and uvicorn logs its traceback.
+        _log.error("%s %s failed: %r", request.method, request.url.path, error)
         return ApiError(500, "Internal server error; the server's log has the details.").response()
 
     app.add_exception_handler(ApiError, on_api_error)

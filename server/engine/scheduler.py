@@ -293,7 +293,6 @@ class Scheduler:
     # --- admission (rules 3 to 5) --------------------------------------------------------------------------------
 
     def _admit(self, step: _Step) -> None:
-        pages_owed = sum(self._pages_missing(entry.request) for entry in self._running)
         left: set[_Entry] = set()
         resident: set[AdapterRef] | None = None  # asked for when the first request gets no slot
         highest_tag = sys.maxsize
@@ -304,12 +303,12 @@ class Scheduler:
             is_late = entry.rank.tag > highest_tag
             if request.adapter is not None and resident is not None and (request.adapter not in resident or is_late):
                 continue
-            # With a page to spare for each running request, or admitting this one would soon preempt another.
-            if pages_owed + len(self._running) + self._pages_missing(request) > self.pool.num_free:
+            # With a page to spare for each running request, or admitting this one would soon preempt another. None of
+            # them waits for pages of its prompt: one that is still prefilling would have used up the budget.
+            if self.pool.pages_for(request.num_tokens) + len(self._running) > self.pool.num_free:
                 break
             if self._take_slot(entry):
                 self._start(entry, step)
-                pages_owed += self._pages_missing(request)
             if request.state is RequestState.WAITING:
                 if resident is None:
                     resident = set(self.resident_adapters())
@@ -362,10 +361,6 @@ class Scheduler:
             self._last_tags.pop(flow, None)
 
     # --- pages ---------------------------------------------------------------------------------------------------
-
-    def _pages_missing(self, request: Request) -> int:
-        """Pages that the request's known tokens still need."""
-        return self.pool.pages_for(request.num_tokens) - len(request.pages)
 
     def _take_pages(self, request: Request, count: int) -> None:
         pages = self.pool.allocate(max(count, 0))

@@ -47,8 +47,10 @@ def quantized_groups(
 
     Everything is first cast to the config's dtype, as transformers does when it loads the source; the projections are
     then quantised on ``device``. (One type throughout also matters to transformers when it reads the result: it takes
-    the other tensors of a quantised checkpoint as they are, and fails where they mix.) Raises BadCheckpoint when tensors are
-    missing, unexpected, of the wrong shape or not finite, all of them named before the first is read where possible.
+    the other tensors of a quantised checkpoint as they are, and fails where they mix.)
+
+    Raises BadCheckpoint when tensors are missing, unexpected or misshapen, all of them named before the first is read,
+    or not finite; UnsupportedModel when they cannot be quantised.
     """
     source, spec = opened.source, opened.spec
     check_plain(opened.what, spec, {name: info.shape for name, info in source.infos.items()})

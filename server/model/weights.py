@@ -17,8 +17,8 @@ class BaseWeights:
     ``projections`` maps ``(projection, layer)`` (`kernels.sites.LAYER_PROJECTIONS`; every pair is present) to the NF4
     weight ``[N, K]``. ``biases`` maps the pairs that have one (Qwen2: q, k, v) to ``[N]``. The norms are one
     ``[hidden]`` per layer, ``q_norms`` and ``k_norms`` one ``[head_dim]`` per layer (Qwen3) or empty. Biases and
-    norms have the dtype of the source (`ModelSpec.dtype`). ``embed`` and ``lm_head`` are bf16 ``[vocab, hidden]``; ``lm_head`` is None
-    when tied to ``embed``.
+    norms have the dtype of the source (`ModelSpec.dtype`). ``embed`` and ``lm_head`` are bf16 ``[vocab, hidden]``;
+    ``lm_head`` is None when tied to ``embed``.
     """
 
     projections: Mapping[tuple[str, int], Nf4Tensor]

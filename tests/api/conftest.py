@@ -5,11 +5,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from starlette.testclient import TestClient
+
 from manylora.server.api.app import create_app
 from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig
-from starlette.testclient import TestClient
-
 from tests.api.fakes import FakeEngine, make_serving
 
 LOCAL = "http://127.0.0.1:8000"
@@ -29,7 +29,8 @@ def engine(serving: Serving) -> FakeEngine:
 @pytest.fixture
 def config(tmp_path: Path) -> ApiConfig:
     return ApiConfig(
-        adapter_roots=(tmp_path,), upload_dir=tmp_path / "uploads", max_body_bytes=64 * 1024, max_upload_bytes=32 * 1024)
+        adapter_roots=(tmp_path,), upload_dir=tmp_path / "uploads", max_body_bytes=64 * 1024, max_upload_bytes=32 * 1024
+    )
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
+
 from manylora.adapters.registry import AdapterRegistry
 from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig
-from starlette.testclient import TestClient
-
 from tests.api.fakes import FakeEngine, write_adapter
 
 UPLOAD = "adapter_config.json", "adapter_model.safetensors"

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from manylora.server.config import ApiConfig
 from starlette.testclient import TestClient
+
+from manylora.server.config import ApiConfig
 
 BODY = {"model": "base", "prompt": "Hi"}
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from manylora.server.api.state import Serving
-from manylora.server.config import ApiConfig
 from starlette.testclient import TestClient
 
+from manylora.server.api.state import Serving
+from manylora.server.config import ApiConfig
 from tests.api.fakes import FakeEngine, FakeTokenizer
 
 USER = {"role": "user", "content": "Hi"}

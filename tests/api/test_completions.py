@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from manylora.server.api.state import Serving
-from manylora.server.engine.request import Request, SamplingParams
 from starlette.testclient import TestClient
 
+from manylora.server.api.state import Serving
+from manylora.server.engine.request import Request, SamplingParams
 from tests.api.fakes import BOS, FakeEngine, Step, finish, token
 
 

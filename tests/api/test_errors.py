@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
+
 from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig
 from manylora.server.engine.errors import EngineRefusal, InvalidRequest, PromptTooLong, QueueFull
 from manylora.server.engine.request import Request
-from starlette.testclient import TestClient
-
 from tests.api.fakes import FakeEngine, endless, finish, token
 
 BODY = {"model": "alice", "prompt": "Hi"}

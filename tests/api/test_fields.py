@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 import pytest
-from manylora.server.api.body import _NO_EFFECT
 from starlette.testclient import TestClient
 
+from manylora.server.api.body import _NO_EFFECT
 from tests.api.fakes import FakeEngine
 
 COMPLETION = {"model": "base", "prompt": "Hi"}

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
+
 from manylora.adapters.registry import AdapterRef, AdapterRegistry
 from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig
-from starlette.testclient import TestClient
-
 from tests.api.fakes import FakeEngine, make_serving, write_adapter
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+
 from manylora.server.api.app import create_app
 from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig
 from manylora.server.engine.errors import QueueFull
-
 from tests.api.fakes import FakeEngine, finish, token
 
 KEY = "key-1"

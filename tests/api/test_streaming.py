@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from starlette.testclient import TestClient
+
 from manylora.server.api.app import create_app
 from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig
 from manylora.server.engine.request import Request
-from starlette.testclient import TestClient
-
 from tests.api.fakes import FakeEngine, Step, endless, finish, token
 
 PROMPT = {"model": "alice", "prompt": "Hi", "stream": True}
@@ -172,7 +172,7 @@ class Connection:
 
 async def _until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - a condition on the fake, which has no event for each
             await asyncio.sleep(0.001)
 
 

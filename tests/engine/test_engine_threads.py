@@ -12,6 +12,7 @@ import pytest
 
 from manylora.server.engine.engine import EngineDraining
 from manylora.server.engine.request import Request, SampleFailed, StepPlan, TokenEvent
+from manylora.server.engine.stream import Mailbox, RequestStream
 from tests.engine.harness import A, Gate, Setup, events_of, finish_of, go, output, running
 from tests.fakes import FakeSlots, Sampled, adapter, hashing_model, request, scripted
 
@@ -193,6 +194,24 @@ def test_a_step_wakes_a_loop_once_however_many_streams_it_has() -> None:
             streams = [setup.submit(request(f"r{i}", max_tokens=20)) for i in range(16)]
             await asyncio.gather(*map(events_of, streams))
             assert 0 < wakeups <= len(setup.runner.plans)
+
+    go(main())
+
+
+def test_a_loop_that_is_busy_is_not_woken_again() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        mailbox = Mailbox(loop)
+        stream = RequestStream("r0", mailbox, lambda _id: None)
+        callbacks: list[Any] = []
+        loop.call_soon_threadsafe = lambda callback, *args, **kwargs: callbacks.append(callback)  # type: ignore
+        for letter in "abc":
+            assert mailbox.post([(stream, TokenEvent(letter, (ord(letter),)))])
+        assert len(callbacks) == 1
+        callbacks[0]()
+        assert (await anext(stream)) == TokenEvent("abc", tuple(b"abc"))
+        assert mailbox.post([(stream, TokenEvent("d", (ord("d"),)))])
+        assert len(callbacks) == 2
 
     go(main())
 

@@ -332,6 +332,13 @@ def test_logprobs_of_ties_are_ranked_by_id() -> None:
     assert (result.logprobs.sampled.token_id, result.logprobs.sampled.rank) == (6, 6)
 
 
+def test_logprobs_reach_as_deep_as_was_asked() -> None:
+    (result,) = sample(torch.linspace(0, -300, 100).reshape(1, -1), [made(temperature=0.0, logprobs=20)])
+    assert isinstance(result, SampledToken)
+    assert result.logprobs is not None
+    assert [one.token_id for one in result.logprobs.top] == list(range(20))
+
+
 def test_logprobs_zero_gives_only_the_sampled_token() -> None:
     (result,) = sample(random_logits(1), [made(logprobs=0, temperature=0.0)])
     assert isinstance(result, SampledToken)

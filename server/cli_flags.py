@@ -1,0 +1,165 @@
+"""The flags of every command, with the help that teaches them. What they mean is checked in config.py."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+Commands = Any  # argparse keeps the class of add_subparsers' result private
+
+
+def _command(commands: Commands, name: str, summary: str, description: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def add_serve(commands: Commands) -> argparse.ArgumentParser:
+    parser = _command(
+        commands,
+        "serve",
+        "serve a base model and its adapters over HTTP",
+        "Load a base model, in NF4, and serve it with any number of LoRA adapters to OpenAI's, vLLM's and SGLang's\n"
+        "clients. Adapters loaded over HTTP are remembered and come back after a restart with the same flags.",
+        "  manylora serve --model Qwen/Qwen3-0.6B --adapter alice=./alice --adapter bob=org/bob-lora\n"
+        "  curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\\n"
+        '    -d \'{"model": "alice", "prompt": "Once upon a time", "max_tokens": 32}\'',
+    )
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--model", metavar="M", help="checkpoint directory, .gguf file or hub id (default: the demo base, if installed)"
+    )
+    add("--served-model-name", metavar="NAME", help="what requests call the base (default: its folder, file or hub id)")
+    add("--cache-dir", metavar="DIR", help="where the quantised base is cached (default: the user's cache directory)")
+
+    add = parser.add_argument_group("adapters").add_argument
+    add("--adapter", metavar="NAME=PATH", action="append", default=[], help="load an adapter; may be repeated")
+    add("--adapter-dir", metavar="DIR", help="load every adapter directory in DIR, named by its folder")
+    add(
+        "--adapter-root",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="allow loading adapters from below DIR over HTTP; may be repeated (default: --adapter-dir, if given)",
+    )
+    add(
+        "--state-dir",
+        metavar="DIR",
+        help="remembers adapters across restarts and keeps uploads; `none` for neither "
+        "(default: ~/.local/state/manylora/<model>-<port>, or under XDG_STATE_HOME)",
+    )
+    add("--max-upload", metavar="BYTES", default="1GiB", help="largest upload of an adapter (default: %(default)s)")
+
+    add = parser.add_argument_group("HTTP").add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=8000, help="port to listen on; 0 for any that is free (default: %(default)s)")
+    add(
+        "--api-key",
+        metavar="K",
+        action="append",
+        default=[],
+        help="a key that requests must bear; may be repeated (default: $MANYLORA_API_KEY, or open)",
+    )
+    add(
+        "--admin-key",
+        metavar="K",
+        help="the key for managing adapters (default: $MANYLORA_ADMIN_KEY; without one, only a server that listens on "
+        "this machine alone can be managed)",
+    )
+    add("--max-body", metavar="BYTES", default="16MiB", help="largest body of other requests (default: %(default)s)")
+    add("--allow-request-chat-template", action="store_true", help="let requests bring their own chat template")
+    add(
+        "--shutdown-grace",
+        metavar="SECONDS",
+        type=float,
+        default=30.0,
+        help="how long running requests may take to finish after SIGTERM (default: %(default)g)",
+    )
+    add("--log-level", default="info", metavar="LEVEL", help="debug, info, warning or error (default: %(default)s)")
+
+    add = parser.add_argument_group("sizes (by default chosen for the device and the model, and logged)").add_argument
+    add("--device", default="auto", metavar="D", help="auto, cpu or cuda (default: %(default)s)")
+    add("--threads", type=int, metavar="N", help="CPU threads of the forward pass")
+    add("--max-rows", type=int, metavar="N", help="requests computed together")
+    add("--max-batch-tokens", type=int, metavar="N", help="tokens computed in one step; longer prompts go in chunks")
+    add("--max-context", type=int, metavar="N", help="tokens of a prompt and its completion together")
+    add("--max-queue", type=int, default=1024, metavar="N", help="requests that may wait (default: %(default)s)")
+    add("--max-device-adapters", type=int, metavar="N", help="adapters on the device at once; more take turns")
+    add("--max-rank", type=int, default=256, metavar="R", help="largest rank of an adapter (default: %(default)s)")
+    add("--kv-memory", metavar="BYTES", help="memory for keys and values, e.g. 2GiB")
+    return parser
+
+
+def add_quantize(commands: Commands) -> argparse.ArgumentParser:
+    parser = _command(
+        commands,
+        "quantize",
+        "write a model's NF4 checkpoint",
+        "Quantise a 16- or 32-bit model to NF4 and write it as a checkpoint that transformers and bitsandbytes load\n"
+        "too. `serve` does the same on its own, into its cache; this is for keeping or moving the result.",
+        "  manylora quantize Qwen/Qwen3-0.6B ./qwen3-0.6b-nf4",
+    )
+    parser.add_argument("source", metavar="SRC", help="checkpoint directory, .gguf file or hub id")
+    parser.add_argument("destination", metavar="DST", help="new directory; nothing is ever overwritten")
+    return parser
+
+
+def add_inspect(commands: Commands) -> argparse.ArgumentParser:
+    parser = _command(
+        commands,
+        "inspect",
+        "say what loading an adapter would report",
+        "Check an adapter as `serve` would, and print its ranks, scales, modules and warnings, or every reason why it\n"
+        "would be refused (exit code 2). Without --model only what needs no base is checked.",
+        "  manylora inspect ./adapters/alice --model Qwen/Qwen3-0.6B",
+    )
+    parser.add_argument("source", metavar="ADAPTER", help="adapter directory or hub id")
+    parser.add_argument("--model", metavar="M", help="the base: checkpoint directory, .gguf file or hub id")
+    parser.add_argument("--max-rank", type=int, default=256, metavar="R", help="largest rank (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def add_adapters(commands: Commands) -> dict[str, argparse.ArgumentParser]:
+    """The subcommands of ``adapters``, by name."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)", metavar="URL"
+    )
+    shared.add_argument("--admin-key", metavar="K", help="its admin key (default: $MANYLORA_ADMIN_KEY)")
+    shared.add_argument("--json", action="store_true", help="print the server's answer as JSON")
+    parser = _command(
+        commands,
+        "adapters",
+        "manage the adapters of a running server",
+        "List, load, unload and pin the adapters of a running server.",
+        "  manylora adapters load alice ./adapters/alice --url http://127.0.0.1:8000",
+    )
+    actions = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def action(name: str, summary: str, example: str) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = actions.add_parser(
+            name, parents=[shared], help=summary, description=summary, epilog=f"example: manylora adapters {example}"
+        )
+        return made
+
+    listed = action("list", "Show every adapter.", "list --json")
+    load = action("load", "Load an adapter into the server.", "load alice ./adapters/alice --replace")
+    load.add_argument("name", metavar="NAME")
+    load.add_argument(
+        "source", metavar="SOURCE", help="directory below one of the server's --adapter-root, or a hub id"
+    )
+    load.add_argument("--replace", action="store_true", help="replace the adapter that has this name")
+    load.add_argument("--pin", action="store_true", help="keep it on the device even when idle")
+    load.add_argument("--upload", action="store_true", help="send the directory's files, to a server elsewhere")
+    unload = action("unload", "Unload an adapter; running requests finish.", "unload alice")
+    unload.add_argument("name", metavar="NAME")
+    pin = action("pin", "Keep an adapter on the device even when idle.", "pin alice")
+    pin.add_argument("name", metavar="NAME")
+    pin.add_argument("--off", action="store_true", help="no longer keep it there")
+    return {"list": listed, "load": load, "unload": unload, "pin": pin}

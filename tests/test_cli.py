@@ -1,0 +1,265 @@
+"""The command line: flags to configuration, help, exit codes, and `adapters` against a server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from manylora.server import admin_client, cli
+from manylora.server.config import AdapterSpec, ConfigError, ServeConfig
+
+COMMANDS = [
+    [],
+    ["serve"],
+    ["quantize"],
+    ["inspect"],
+    ["adapters"],
+    *[["adapters", action] for action in ("list", "load", "unload", "pin")],
+]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MANYLORA_API_KEY", "MANYLORA_ADMIN_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def config(*flags: str) -> ServeConfig:
+    return cli.serve_config(cli._parser().parse_args(["serve", *flags]))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help_with_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*command, "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert "example:" in text
+    assert "manylora " + " ".join(command) in " ".join(text.split())
+
+
+@pytest.mark.parametrize("line", ["", "dance", "serve --rank 7", "serve --port x", "adapters", "quantize src"])
+def test_a_wrong_command_line_is_refused(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(line.split())
+    assert exit_.value.code == 2
+    assert "usage: manylora" in capsys.readouterr().err
+
+
+def test_help_needs_nothing_heavy() -> None:
+    """`--help` imports the standard library only, so it is there at once."""
+    code = (
+        "import sys; from manylora.server import cli; cli._parser(); "
+        "heavy = {'torch', 'numpy', 'fastapi', 'pydantic', 'httpx', 'uvicorn', 'transformers'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_flag_arrives(tmp_path: Path) -> None:
+    adapters, roots, state = (tmp_path / name for name in ("adapters", "roots", "state"))
+    adapters.mkdir()
+    roots.mkdir()
+    got = config(
+        *("--model", "m", "--served-model-name", "base", "--cache-dir", str(tmp_path)),
+        *("--adapter", "a=x", "--adapter", "b=y", "--adapter-dir", str(adapters), "--adapter-root", str(roots)),
+        *("--state-dir", str(state), "--host", "0.0.0.0", "--port", "81", "--api-key", "k1", "--api-key", "k2"),
+        *("--admin-key", "root", "--max-body", "1MiB", "--max-upload", "2MiB", "--shutdown-grace", "1.5"),
+        *("--allow-request-chat-template", "--log-level", "debug", "--device", "cpu", "--threads", "2"),
+        *("--max-rows", "4", "--max-batch-tokens", "64", "--max-context", "128", "--max-queue", "9"),
+        *("--max-device-adapters", "3", "--max-rank", "32", "--kv-memory", "64MiB"),
+    )
+    assert (got.model, got.served_model_name, got.cache_dir, got.log_level) == ("m", "base", tmp_path, "debug")
+    assert got.adapters == (AdapterSpec("a", "x"), AdapterSpec("b", "y"))
+    assert (got.adapter_dir, got.state_dir) == (adapters, state)
+    api, engine = got.api, got.engine
+    assert (api.host, api.port, api.api_keys, api.admin_key) == ("0.0.0.0", 81, ("k1", "k2"), "root")
+    assert (api.adapter_roots, api.upload_dir) == ((roots, adapters), state / "uploads")
+    assert (api.max_body_bytes, api.max_upload_bytes, api.shutdown_grace) == (1 << 20, 2 << 20, 1.5)
+    assert api.allow_request_chat_template
+    assert (engine.device, engine.threads, engine.max_rows, engine.max_batch_tokens) == ("cpu", 2, 4, 64)
+    assert (engine.max_context, engine.max_queue, engine.max_device_adapters) == (128, 9, 3)
+    assert (engine.max_rank, engine.kv_memory) == (32, 64 << 20)
+
+
+def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/state")
+    got = config("--model", "org/m")
+    assert got == ServeConfig(
+        model="org/m", state_dir=Path("/state/manylora/m-8000"), api=got.api, engine=ServeConfig(model="m").engine
+    )
+    assert (got.api.host, got.api.port, got.api.adapter_roots) == ("127.0.0.1", 8000, ())
+    assert got.api.upload_dir == Path("/state/manylora/m-8000/uploads")
+    none = config("--model", "m", "--state-dir", "none")
+    assert (none.state_dir, none.api.upload_dir) == (None, None)
+
+
+def test_keys_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANYLORA_API_KEY", "k")
+    monkeypatch.setenv("MANYLORA_ADMIN_KEY", "root")
+    got = config("--model", "m").api
+    assert (got.api_keys, got.admin_key) == (("k",), "root")
+    got = config("--model", "m", "--api-key", "other", "--admin-key", "else").api
+    assert (got.api_keys, got.admin_key) == (("other",), "else")
+
+
+def test_the_demo_base_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "demo_base_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "model.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(cli, "DEMO_PACKAGE", "demo_base_package")
+    assert config().model == str(package / "model.gguf")
+
+
+def test_without_a_model_it_says_how_to_get_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "DEMO_PACKAGE", "no_such_package")
+    assert cli.main(["serve"]) == 2
+    assert "pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line", ["--max-rows 0", "--kv-memory lots", "--adapter x", "--adapter-root /not/there", "--adapter-dir /not/there"]
+)
+def test_a_bad_value_is_refused_by_its_flag(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "--model", "m", *line.split()]) == 2
+    assert f"manylora: {line.split()[0]}: " in capsys.readouterr().err
+
+
+def test_bad_flags_raise_before_anything_is_imported() -> None:
+    with pytest.raises(ConfigError):
+        config("--model", "m", "--port", "70000")
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+ALICE = {
+    "name": "alice",
+    "version": "0123456789abcdef",
+    "state": "ready",
+    "tier": "device",
+    "pinned": True,
+    "ranks": [8, 16],
+    "bytes": 3 << 20,
+    "requests_in_flight": 2,
+    "generation_tokens": 77,
+    "warnings": ["careful"],
+}
+
+Handler = Callable[[httpx.Request], httpx.Response]
+
+
+class FakeServer:
+    def __init__(self) -> None:
+        self.requests: list[httpx.Request] = []
+        self.answer: Handler = lambda _request: httpx.Response(200, json=ALICE)
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        request.read()
+        self.requests.append(request)
+        return self.answer(request)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
+    fake, real = FakeServer(), admin_client.AdminClient
+
+    def client(url: str, key: str | None) -> admin_client.AdminClient:
+        return real(url, key, transport=httpx.MockTransport(fake))
+
+    monkeypatch.setattr(admin_client, "AdminClient", client)
+    return fake  # type: ignore[return-value]
+
+
+def run(capsys: pytest.CaptureFixture[str], *line: str) -> tuple[int, str, str]:
+    code = cli.main(["adapters", *line])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_list(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.answer = lambda _request: httpx.Response(200, json={"object": "list", "data": [ALICE]})
+    code, out, _ = run(capsys, "list", "--url", "http://host:1/", "--admin-key", "root")
+    assert code == 0
+    assert out.splitlines()[1].split() == ["alice", "0123456789ab", "ready", "device", "yes", "8,16", "3.0", "2", "77"]
+    [request] = server.requests
+    assert str(request.url) == "http://host:1/v1/adapters"
+    assert request.headers["authorization"] == "Bearer root"
+    code, out, _ = run(capsys, "list", "--json")
+    assert json.loads(out)["data"] == [ALICE]
+    assert "authorization" not in server.requests[1].headers
+
+
+def test_load(server: FakeServer, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = run(capsys, "load", "team/alice", str(tmp_path))
+    assert code == 0
+    assert "warning: careful" in out
+    run(capsys, "load", "alice", "org/lora", "--replace", "--pin")
+    first, second = server.requests
+    assert (first.method, first.url.path) == ("PUT", "/v1/adapters/team/alice")
+    assert json.loads(first.content) == {"source": str(tmp_path), "replace": False, "pinned": None}
+    assert json.loads(second.content) == {"source": "org/lora", "replace": True, "pinned": True}
+
+
+def test_upload(server: FakeServer, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run(capsys, "load", "alice", str(tmp_path), "--upload")[0] == 2
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    (tmp_path / "README.md").write_text("not sent")
+    assert run(capsys, "load", "alice", str(tmp_path), "--upload", "--pin")[0] == 0
+    [request] = server.requests
+    assert request.headers["content-type"].startswith("multipart/form-data")
+    assert b"weights" in request.content
+    assert b"not sent" not in request.content
+
+
+def test_unload_and_pin(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "pin", "alice")
+    run(capsys, "pin", "alice", "--off")
+    server.answer = lambda _request: httpx.Response(200, json={"name": "a b", "deleted": True})
+    assert run(capsys, "unload", "a b") == (0, "a b is unloaded.\n", "")
+    assert [(r.method, r.url.raw_path, r.content and json.loads(r.content)) for r in server.requests] == [
+        ("PATCH", b"/v1/adapters/alice", {"pinned": True}),
+        ("PATCH", b"/v1/adapters/alice", {"pinned": False}),
+        ("DELETE", b"/v1/adapters/a%20b", b""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "message"),
+    [
+        (httpx.Response(404, json={"error": {"message": "No adapter named `x` is loaded."}}), 2, "No adapter named"),
+        (httpx.Response(401, json={"error": {"message": "No key."}}), 2, "No key."),
+        (httpx.Response(503, json={"error": {"message": "Shutting down."}}), 1, "Shutting down."),
+        (httpx.Response(200, text="<html>"), 1, "answered 200"),
+        (httpx.Response(502, text="<html>"), 1, "answered 502"),
+    ],
+)
+def test_errors_of_the_server(
+    server: FakeServer, capsys: pytest.CaptureFixture[str], answer: httpx.Response, code: int, message: str
+) -> None:
+    server.answer = lambda _request: answer
+    got, out, err = run(capsys, "unload", "x")
+    assert (got, out) == (code, "")
+    assert message in err
+
+
+def test_no_server(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(request: httpx.Request) -> Any:
+        raise httpx.ConnectError("connection refused", request=request)
+
+    server.answer = refuse
+    code, _, err = run(capsys, "list")
+    assert code == 1
+    assert "http://127.0.0.1:8000 cannot be reached" in err
