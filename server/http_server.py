@@ -86,6 +86,7 @@ async def serve_until_signal(serving: Serving, config: ApiConfig, sockets: Seque
             access_log=False,
             server_header=False,
             lifespan="on",
+            ws="none",
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_FLUSH_S,
         )

@@ -9,6 +9,7 @@ import threading
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from manylora.adapters.errors import AdapterError
 from manylora.adapters.registry import AdapterRef
@@ -21,10 +22,10 @@ def adapter(name: str, version: str | None = None) -> AdapterRef:
     return AdapterRef(name, version or name.encode().hex().ljust(64, "0"))
 
 
-def request(request_id: str = "r0", prompt: Sequence[int] = (1, 2, 3), **kwargs: object) -> Request:
+def request(request_id: str = "r0", prompt: Sequence[int] = (1, 2, 3), **kwargs: Any) -> Request:
     """A request; ``adapter`` and ``priority`` are the request's, everything else is a sampling parameter."""
     own = {key: kwargs.pop(key) for key in ("adapter", "priority", "arrival_time") if key in kwargs}
-    return Request(request_id, list(prompt), SamplingParams(**kwargs), **own)  # type: ignore[arg-type]
+    return Request(request_id, list(prompt), SamplingParams(**kwargs), **own)
 
 
 class FakeTokenizer:

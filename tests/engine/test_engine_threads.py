@@ -190,7 +190,7 @@ def test_a_step_wakes_a_loop_once_however_many_streams_it_has() -> None:
                 wakeups += threading.current_thread() is setup.engine._thread
                 return real(callback, *args, **kwargs)
 
-            loop.call_soon_threadsafe = counting  # type: ignore[method-assign]
+            loop.call_soon_threadsafe = counting  # type: ignore[assignment]
             streams = [setup.submit(request(f"r{i}", max_tokens=20)) for i in range(16)]
             await asyncio.gather(*map(events_of, streams))
             assert 0 < wakeups <= len(setup.runner.plans)
@@ -204,7 +204,7 @@ def test_a_loop_that_is_busy_is_not_woken_again() -> None:
         mailbox = Mailbox(loop)
         stream = RequestStream("r0", mailbox, lambda _id: None)
         callbacks: list[Any] = []
-        loop.call_soon_threadsafe = lambda callback, *args, **kwargs: callbacks.append(callback)  # type: ignore
+        loop.call_soon_threadsafe = lambda callback, *args, **kwargs: callbacks.append(callback)  # type: ignore[assignment]
         for letter in "abc":
             assert mailbox.post([(stream, TokenEvent(letter, (ord(letter),)))])
         assert len(callbacks) == 1

@@ -4,8 +4,10 @@ import gc
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,11 +17,12 @@ from manylora.server.engine.request import Request, SampledToken, SampleFailed, 
 from manylora.server.engine.sampler import Sampler, uniform
 from tests.fakes import request
 
+_Array = npt.NDArray[np.float64]
 VOCAB = 300
 EOS = 2
 
 
-def made(output: Sequence[int] = (), prompt: Sequence[int] = (1, 2, 3), **params: object) -> Request:
+def made(output: Sequence[int] = (), prompt: Sequence[int] = (1, 2, 3), **params: Any) -> Request:
     one = request(prompt=prompt, **params)
     one.output_token_ids = list(output)
     return one
@@ -42,9 +45,10 @@ def random_logits(n: int, *, seed: int = 0, vocab: int = VOCAB, spread: float = 
 # --- the reference: fp64, every token, no shortcuts -------------------------------------------------------------------
 
 
-def edited(logits: np.ndarray, row: Request) -> np.ndarray:
+def edited(logits: _Array, row: Request) -> _Array:
     """vLLM's order: min_tokens, logit_bias, repetition penalty (prompt and output), the other two (output)."""
-    params, x = row.params, logits.astype(np.float64).copy()
+    params = row.params
+    x: _Array = logits.astype(np.float64).copy()
     if len(row.output_token_ids) < params.min_tokens:
         x[[EOS, *params.stop_token_ids]] = -np.inf
     for biased, value in params.logit_bias.items():
@@ -56,13 +60,14 @@ def edited(logits: np.ndarray, row: Request) -> np.ndarray:
     return x
 
 
-def distribution(logits: np.ndarray, row: Request) -> np.ndarray:
+def distribution(logits: _Array, row: Request) -> _Array:
     """The probability of every token."""
     params, x = row.params, edited(logits, row) / row.params.temperature
 
-    def softmax(values: np.ndarray) -> np.ndarray:
-        weights = np.exp(values - values.max())
-        return weights / weights.sum()
+    def softmax(values: _Array) -> _Array:
+        weights: _Array = np.exp(values - values.max())
+        weights /= weights.sum()
+        return weights
 
     p = softmax(x)
     x[p < params.min_p * p.max()] = -np.inf
@@ -72,10 +77,11 @@ def distribution(logits: np.ndarray, row: Request) -> np.ndarray:
     order = np.argsort(-p, kind="stable")
     before = np.cumsum(p[order]) - p[order]
     p[order[before >= params.top_p]] = 0.0
-    return p / p.sum()
+    p /= p.sum()
+    return p
 
 
-def reference_token(logits: np.ndarray, row: Request) -> tuple[int, float]:
+def reference_token(logits: _Array, row: Request) -> tuple[int, float]:
     """The token at the row's point, from the most likely down; and how near the point is to another token's."""
     p = distribution(logits, row)
     order = np.argsort(-p, kind="stable")
@@ -106,7 +112,7 @@ PARAMS = st.fixed_dictionaries(
     PARAMS, st.integers(0, 10**6), st.sampled_from([0.5, 3.0, 10.0]), st.lists(st.integers(0, VOCAB - 1), max_size=8)
 )
 @settings(max_examples=300, deadline=None, derandomize=True)  # a cut within fp32's error must not fail CI one day
-def test_the_token_is_the_references(params: dict[str, object], seed: int, spread: float, output: list[int]) -> None:
+def test_the_token_is_the_references(params: dict[str, Any], seed: int, spread: float, output: list[int]) -> None:
     logits = random_logits(1, seed=seed, spread=spread)
     row = made(output, **params)
     expected, margin = reference_token(logits[0].numpy(), row)
@@ -116,7 +122,8 @@ def test_the_token_is_the_references(params: dict[str, object], seed: int, sprea
 
 @pytest.mark.parametrize("vocab", [49_152, 151_643])
 def test_large_vocabularies(vocab: int) -> None:
-    for seed, params in enumerate([{}, {"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.1}, {"temperature": 3.0}]):
+    cases: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.1}, {"temperature": 3.0}]
+    for seed, params in enumerate(cases):
         logits = random_logits(1, seed=seed, vocab=vocab)
         row = made(seed=seed, **params)
         expected, margin = reference_token(logits[0].numpy(), row)
@@ -134,7 +141,7 @@ def test_large_vocabularies(vocab: int) -> None:
     ],
     ids=str,
 )
-def test_frequencies_are_the_probabilities(params: dict[str, float]) -> None:
+def test_frequencies_are_the_probabilities(params: dict[str, Any]) -> None:
     """Chi-squared over 8000 draws with consecutive seeds and positions; the bound is about its 1 - 1e-6 quantile."""
     n = 8_000
     logits = random_logits(1, vocab=12, spread=1.5)
@@ -182,7 +189,7 @@ def test_a_seed_decides_and_no_seed_is_a_random_one() -> None:
 
 # --- no neighbour effects ---------------------------------------------------------------------------------------------
 
-MIXED: list[dict[str, object]] = [
+MIXED: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"seed": 1},
     {"seed": 2, "top_p": 0.9},
@@ -245,7 +252,7 @@ def test_forbidding_every_token_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("extra", [{}, {"logprobs": 1}, {"repetition_penalty": 1.1}, {"min_tokens": 3}], ids=str)
-def test_greedy_takes_the_first_of_equals(extra: dict[str, float]) -> None:
+def test_greedy_takes_the_first_of_equals(extra: dict[str, Any]) -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, [40, 41, 200]] = 2.0
     assert token(logits, made(temperature=0.0, **extra)) == 40
@@ -273,7 +280,7 @@ def test_tiny_temperatures_are_greedy() -> None:
 def test_min_tokens_bans_eos_and_stop_ids_until_then() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, [EOS, 5, 9]] = torch.tensor([9.0, 8.0, 1.0])
-    greedy = {"temperature": 0.0, "min_tokens": 2, "stop_token_ids": (5,)}
+    greedy: dict[str, Any] = {"temperature": 0.0, "min_tokens": 2, "stop_token_ids": (5,)}
     assert [token(logits, made([0] * n, **greedy)) for n in range(3)] == [9, 9, EOS]
 
 
