@@ -188,10 +188,9 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
         torch.set_num_threads(config.engine.threads)
     device = choose_device(config.engine.device)
     if base is None:
-        base = load_base(
-            config.model, cache_dir=config.cache_dir, progress=progress, served_name=config.served_model_name
-        )
-    spec, tokenizer, name, digest, source = base.spec, base.tokenizer, base.name, base.digest, base.source
+        base = load_base(config.model, cache_dir=config.cache_dir, progress=progress)
+    spec, tokenizer, digest, source, model_name = base.spec, base.tokenizer, base.digest, base.source, base.name
+    name = config.served_model_name or model_name
     weights = base.weights
     ops = choose_ops(device, spec, weights)
     sizes = choose_sizes(config.engine, spec, ops)
@@ -217,7 +216,7 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
             parts[0].drop_adapter(ref)
 
     registry = AdapterRegistry(
-        _AdapterLoader(name, decoder, pool, metrics),
+        _AdapterLoader(model_name, decoder, pool, metrics),
         state_path=config.registry_state,
         on_freed=freed,
         reserved={name},

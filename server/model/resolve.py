@@ -23,6 +23,7 @@ from manylora.server.model.errors import ModelNotFound
 from manylora.server.model.gguf import GgufModel
 from manylora.server.model.opened import DirectoryModel, OpenedModel
 
+_GGUF_TYPE: Final = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 _WANTED: Final = ["config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json"]
@@ -47,7 +48,7 @@ def resolve(model: str) -> Resolved:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelNotFound(f"{path} is not a model: give a checkpoint directory or a .gguf file.")
-        return Resolved("gguf", path, path.stem)
+        return Resolved("gguf", path, _gguf_name(path))
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
         if ggufs and not (path / "config.json").is_file():
@@ -55,7 +56,7 @@ def resolve(model: str) -> Resolved:
                 raise ModelNotFound(
                     f"{path} holds {len(ggufs)} GGUF files; name one: {', '.join(f.name for f in ggufs)}"
                 )
-            return Resolved("gguf", ggufs[0], ggufs[0].stem)
+            return Resolved("gguf", ggufs[0], _gguf_name(ggufs[0]))
         return Resolved("directory", path, path.resolve().name)
     if not _HUB_ID.fullmatch(model) or model.endswith(".gguf"):
         raise ModelNotFound(f"There is no model at {path}: no such file or directory, and not a hub id (org/name).")
@@ -65,6 +66,11 @@ def resolve(model: str) -> Resolved:
 def open_model(found: Resolved) -> OpenedModel:
     """Read the configs of what `resolve` found. Raises ModelError."""
     return DirectoryModel(found.path) if found.kind == "directory" else GgufModel(found.path)
+
+
+def _gguf_name(path: Path) -> str:
+    """The file's name without what says how it was quantised: the model's own name, which adapters know it by."""
+    return _GGUF_TYPE.sub("", path.stem) or path.stem
 
 
 def _download(model: str) -> Resolved:

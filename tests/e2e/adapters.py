@@ -21,7 +21,7 @@ def host_bytes(rank: int) -> int:
     return sum(rank * (HIDDEN + out) for out in OUT_FEATURES.values()) * LAYERS * 4
 
 
-def write_adapter(path: Path, seed: int, *, rank: int = 4, strength: float = 0.5) -> Path:
+def write_adapter(path: Path, seed: int, *, rank: int = 4, strength: float = 2.0) -> Path:
     """Write an adapter on q and v of every layer; equal arguments give equal files, another seed another adapter.
 
     A keeps the scale of what it reads and B has ``strength`` as its standard deviation: the delta of v is then about as
