@@ -121,12 +121,16 @@ class TorchLora:
 
 
 class BatchedLora:
-    """The op bound to one pool. ``implementation="auto"`` takes the fastest that fits the device and the shapes."""
+    """The op bound to one pool. ``implementation="auto"`` takes the fastest that fits the device and the shapes.
+
+    ``queues``: the implementation runs through the CPU kernels' queue, so it may stand within ``Ops.together``.
+    """
 
     def __init__(self, pool: LoraPool, implementation: Implementation = "auto") -> None:
         self.pool = pool
         self.implementation = _choose(pool) if implementation == "auto" else implementation
         self._kernel = _make(pool, self.implementation)
+        self.queues = self.implementation == "cpu"
         self._with_global: dict[str, frozenset[int]] = {}
         self._seen_version = -1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -53,6 +54,13 @@ class Ops(Protocol):
     name: str
     device: torch.device
     dtype: torch.dtype
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """Operations within may be queued and run at its end, or at ``flush``, in order: until then nothing else may
+        look at their results."""
+
+    def flush(self) -> None:
+        """Run what is queued."""
 
     def prepare_linear(self, weights: Sequence[Nf4Tensor], bias: torch.Tensor | None) -> Any:
         """Fuse NF4 weights of equal K into one linear layer; its output is theirs, one behind the other."""

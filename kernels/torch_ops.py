@@ -3,6 +3,7 @@ CPU path where the numba kernels cannot run, and an independent check of them.""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,12 @@ class TorchOps:
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype, *, resident: bool) -> None:
         self.device, self.dtype, self._resident = torch.device(device), dtype, resident
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def flush(self) -> None:
+        pass
 
     def prepare_linear(self, weights: Sequence[Nf4Tensor], bias: torch.Tensor | None) -> TorchLinear:
         here = tuple(weight.to(self.device) for weight in weights)

@@ -167,5 +167,5 @@ def paged_attention(
         _attention_kernel, qkv.data_ptr(), qkv.stride(0) * 4, out.data_ptr(), out.stride(0) * 4, qkv.shape[0],
         cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), contexts.numel(), starts.data_ptr(),
         contexts.data_ptr(), tables.data_ptr(), tables.stride(0), positions.data_ptr(), n_heads, n_kv_heads, head_dim,
-        window, scale_bits,
+        window, scale_bits, keep=(qkv, out, starts, contexts, tables, positions),
     )  # fmt: skip

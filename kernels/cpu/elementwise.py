@@ -41,7 +41,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon_bits: int, out: torc
     rows, width = x.shape
     launch(
         _rms_norm_kernel, x.data_ptr(), x.stride(0) * 4, weight.data_ptr(), out.data_ptr(), out.stride(0) * 4, rows,
-        width, epsilon_bits, parallel=rows * width > _SERIAL,
+        width, epsilon_bits, keep=(x, out), parallel=rows * width > _SERIAL,
     )  # fmt: skip
 
 
@@ -50,5 +50,5 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     rows, width = out.shape
     launch(
         _silu_mul_kernel, gate_up.data_ptr(), gate_up.stride(0) * 4, out.data_ptr(), out.stride(0) * 4, rows, width,
-        parallel=rows * width > _SERIAL // 4,
+        keep=(gate_up, out), parallel=rows * width > _SERIAL // 4,
     )  # fmt: skip

@@ -206,7 +206,7 @@ def nf4_linear(
     m, k = x.shape
     launch(
         _nf4_kernel, x.data_ptr(), x.stride(0) * 4, m, k, packed.data_ptr(), absmax.data_ptr(), packed.shape[0],
-        out.data_ptr(), out.stride(0) * 4, blocksize, int(accumulate),
+        out.data_ptr(), out.stride(0) * 4, blocksize, int(accumulate), keep=(x, out),
     )  # fmt: skip
 
 
@@ -215,5 +215,5 @@ def bf16_linear(x: torch.Tensor, packed: torch.Tensor, out: torch.Tensor) -> Non
     m, k = x.shape
     launch(
         _bf16_kernel, x.data_ptr(), x.stride(0) * 4, m, k, packed.data_ptr(), packed.shape[0], out.data_ptr(),
-        out.stride(0) * 4,
+        out.stride(0) * 4, keep=(x, out),
     )  # fmt: skip

@@ -154,4 +154,5 @@ class CpuLora:
             _lora_kernel, x.data_ptr(), x.stride(0) * 4, y.data_ptr(), y.stride(0) * 4, x.shape[1], n_pairs,
             rows.data_ptr(), scales.data_ptr(), slots.numel(), slots.data_ptr(), offsets.data_ptr(),
             self._h.data_ptr(), self._h_width, projections, *self._fields[site, layer],
+            keep=(x, y, rows, scales, slots, offsets, self._h),
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 
 from manylora.kernels.cpu import attention, elementwise, linear
 from manylora.kernels.cpu.emit import TILE
+from manylora.kernels.cpu.threads import flush, queued
 from manylora.kernels.nf4_code import NF4_CODE
 from manylora.kernels.nf4_tensor import Nf4Tensor
 from manylora.kernels.ops import PAGE_SIZE, AttentionShape, PagedSequences
@@ -72,6 +74,12 @@ class NumbaOps:
         self.device = torch.device("cpu")
         self.dtype = torch.float32
 
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        return queued()
+
+    def flush(self) -> None:
+        flush()
+
     def prepare_linear(self, weights: Sequence[Nf4Tensor], bias: torch.Tensor | None) -> PackedLinear:
         packed, absmax = [], []
         for weight in weights:
@@ -92,6 +100,7 @@ class NumbaOps:
     def linear(self, x: torch.Tensor, weight: PackedLinear, *, add_to: torch.Tensor | None = None) -> torch.Tensor:
         if add_to is not None:
             if weight.bias is not None:
+                self.flush()  # what is queued may still read the stream without the bias
                 add_to += weight.bias
             linear.nf4_linear(x, weight.packed, weight.absmax, weight.blocksize, add_to, accumulate=True)
             return add_to

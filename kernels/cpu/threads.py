@@ -8,11 +8,13 @@ compiler makes for ``#pragma omp parallel``. ``GOMP_parallel`` is libgomp's stab
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +91,21 @@ def _call_kernel(typingctx, kernel, arguments, part, parts):  # type: ignore[no-
     return types.void(*[types.int64] * 4), codegen
 
 
+@cfunc(types.void(types.CPointer(types.int64)), cache=True)
+def _run_alone(program):  # type: ignore[no-untyped-def]
+    for i in range(program[0]):
+        _call_kernel(program[1 + 2 * i], program[2 + 2 * i], 0, 1)
+
+
 if _libgomp is not None:
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=True)
-    def _team_member(call):  # type: ignore[no-untyped-def]
-        _call_kernel(call[0], call[1], np.int64(_omp_get_thread_num()), np.int64(_omp_get_num_threads()))
+    def _team_member(program):  # type: ignore[no-untyped-def]
+        part, parts = np.int64(_omp_get_thread_num()), np.int64(_omp_get_num_threads())
+        for i in range(program[0]):
+            if i > 0 and parts > 1:
+                barrier()
+            _call_kernel(program[1 + 2 * i], program[2 + 2 * i], part, parts)
 
     _gomp_parallel = _libgomp.GOMP_parallel
     _gomp_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
@@ -103,17 +115,60 @@ else:
     logger.warning("torch's libgomp was not found: CPU kernels run on one thread")
 
 
-def launch(kernel: Any, *arguments: int, parallel: bool = True) -> None:
+class _Queue(threading.local):
+    """What this thread has queued: kernels with their arguments, and what must stay alive until they have run."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.kernels: list[int] = []
+        self.alive: list[object] = []
+
+
+_queue = _Queue()
+
+
+def launch(kernel: Any, *arguments: int, keep: Sequence[torch.Tensor] = (), parallel: bool = True) -> None:
     """Run a ``cfunc`` of signature ``KERNEL``, split over torch's threads; returns when all parts are done.
 
     ``arguments`` are ints (values or addresses). ``parallel=False`` runs a small job here, without waking anyone.
     The result does not depend on the number of parts: a kernel gives each part outputs of its own.
+
+    Within ``queued()`` the kernel runs later, at the latest when that ends; ``keep`` are the tensors behind the
+    addresses, which are kept until then.
     """
-    n = len(arguments)
-    packed = (ctypes.c_int64 * n)(*arguments)
+    packed = (ctypes.c_int64 * len(arguments))(*arguments)
+    _queue.kernels += (kernel.address, ctypes.addressof(packed))
+    _queue.alive += (packed, *keep)
+    if _queue.depth == 0:
+        flush(parallel=parallel)
+
+
+def flush(*, parallel: bool = True) -> None:
+    """Run what this thread has queued, in order, each kernel after the one before has ended on all threads."""
+    kernels, alive = _queue.kernels, _queue.alive
+    if not kernels:
+        return
+    _queue.kernels, _queue.alive = [], []
+    program = (ctypes.c_int64 * (1 + len(kernels)))(len(kernels) // 2, *kernels)
     threads = torch.get_num_threads() if parallel and _libgomp is not None else 1
     if threads > 1:
-        call = (ctypes.c_int64 * 2)(kernel.address, ctypes.addressof(packed))
-        _gomp_parallel(_team_member_address, call, threads, 0)
+        _gomp_parallel(_team_member_address, program, threads, 0)
     else:
-        kernel.ctypes(packed, 0, 1)
+        _run_alone.ctypes(program)
+    del alive
+
+
+@contextlib.contextmanager
+def queued() -> Iterator[None]:
+    """Queue this thread's kernels and run them together: the threads are woken once, and Python's lock is given away
+    once, for many kernels. Nothing may look at a kernel's output before ``flush`` or the end."""
+    _queue.depth += 1
+    try:
+        yield
+    except BaseException:
+        _queue.kernels, _queue.alive = [], []
+        raise
+    finally:
+        _queue.depth -= 1
+    if _queue.depth == 0:
+        flush()

@@ -71,13 +71,14 @@ class Decoder:
         if segments is not None and self.lora is not None:
             self.lora.add_embedding_(x, batch.token_ids, segments)
         for layer, pages in zip(self._layers, cache.layers, strict=True):
-            qkv = layer.qkv(ops.rms_norm(x, layer.input_norm, epsilon), segments)
-            if layer.q_norm is not None and layer.k_norm is not None:
-                self._norm_heads(qkv, layer)
-            attended = ops.attention(qkv, self._rope, pages, batch.sequences, layer.attention)
-            x = layer.o(attended, segments, add_to=x)
-            gate_up = layer.gate_up(ops.rms_norm(x, layer.post_attention_norm, epsilon), segments)
-            x = layer.down(ops.silu_mul(gate_up), segments, add_to=x)
+            with ops.together():
+                qkv = layer.qkv(ops.rms_norm(x, layer.input_norm, epsilon), segments)
+                if layer.q_norm is not None and layer.k_norm is not None:
+                    self._norm_heads(qkv, layer)
+                attended = ops.attention(qkv, self._rope, pages, batch.sequences, layer.attention)
+                x = layer.o(attended, segments, add_to=x)
+                gate_up = layer.gate_up(ops.rms_norm(x, layer.post_attention_norm, epsilon), segments)
+                x = layer.down(ops.silu_mul(gate_up), segments, add_to=x)
         return self._logits(x, batch)
 
     def table(self, projection: str) -> torch.Tensor:
@@ -91,8 +92,11 @@ class Decoder:
         bounds = (0, shape.q_size, shape.q_size + shape.kv_size)
         for weight, first, last in ((layer.q_norm, bounds[0], bounds[1]), (layer.k_norm, bounds[1], bounds[2])):
             assert weight is not None
+            self.ops.flush()
             heads = qkv[:, first:last].reshape(-1, d)
-            qkv[:, first:last] = self.ops.rms_norm(heads, weight, self.spec.rms_norm_eps).view(qkv.shape[0], -1)
+            normed = self.ops.rms_norm(heads, weight, self.spec.rms_norm_eps)
+            self.ops.flush()
+            qkv[:, first:last] = normed.view(qkv.shape[0], -1)
 
     def _logits(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         sampled = batch.sample_rows

@@ -34,5 +34,7 @@ class SiteLinear:
         """``x`` ``[T, K]`` -> ``[T, N]``; with ``add_to`` the result is added to that residual stream in place."""
         y = self._ops.linear(x, self._weight, add_to=add_to)
         if segments is not None and self._lora is not None:
+            if not self._lora.queues:
+                self._ops.flush()
             self._lora.add_(y, x, segments, self._site, self._layer)
         return y
