@@ -25,14 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from manylora.server.model.cache import BaseCache, default_cache_dir
-from manylora.server.model.errors import ModelError
-from manylora.server.model.loader import load_base
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, prepare_model_for_kbit_training
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+
+from manylora.server.model.cache import BaseCache, default_cache_dir
+from manylora.server.model.errors import ModelError
+from manylora.server.model.loader import load_base
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Messages = list[dict[str, str]]

@@ -3,9 +3,9 @@
     locust -f loadtest/locustfile.py --headless --host http://127.0.0.1:8000 --users 8 --spawn-rate 8 --run-time 30s \
         --mix smollm2=4,pirate=2,sql=1,json=1
 
-Statistics, besides the whole request's ("POST", the adapter's name): ``TTFT`` is the time to the first token, ``ITL``
-the time between two tokens, both in milliseconds. A stream that ends without [DONE], with an error event or with no
-token counts as failed. Without --mix every model that the server lists is asked equally often.
+Statistics, by adapter and in milliseconds: ``POST`` is the whole request, ``TTFT`` the time to its first token, ``ITL``
+the time between two tokens. A stream that ends without [DONE], with an error event or with no token counts as failed.
+Without --mix every model that the server lists is asked equally often.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import requests
+from geventhttpclient.response import HTTPParseError
 from locust import FastHttpUser, constant_pacing, events, task
 from locust.env import Environment
 
@@ -61,6 +63,18 @@ def choose_mix(environment: Environment, **_: Any) -> None:
     CompletionUser.random = random.Random(options.seed)
 
 
+def sse_events(stream: Any) -> Iterator[dict[str, Any] | None]:
+    """The events of a response as they come, None for [DONE]. ``stream`` is geventhttpclient's.
+
+    Line by line: locust's ``iter_content`` returns only when it has a whole block, so that the tokens of a second
+    would seem to come at once.
+    """
+    while line := stream.readline(b"\n"):
+        if line.startswith(b"data: "):
+            data = line.removeprefix(b"data: ").strip()
+            yield None if data == b"[DONE]" else json.loads(data)
+
+
 class CompletionUser(FastHttpUser):
     """One client: asks, reads the stream to its end, asks again."""
 
@@ -94,26 +108,26 @@ class CompletionUser(FastHttpUser):
             "/v1/chat/completions", json=body, headers=self.headers, stream=True, catch_response=True, name=name
         ) as response:
             if response.status_code != 200:
-                response.failure(f"HTTP {response.status_code}: {response.text[:200]}")
+                if response.status_code != 0:  # 0: no connection, which locust reports itself
+                    response.failure(f"HTTP {response.status_code}: {(response.text or '')[:200]}")
                 return
-            for raw in response.iter_lines():
-                text = raw.decode() if isinstance(raw, bytes) else raw
-                if not text.startswith("data: "):
-                    continue
-                if text == "data: [DONE]":
-                    done = True
-                    break
-                event = json.loads(text[6:])
-                if "error" in event:
-                    response.failure(str(event["error"])[:200])
-                    return
-                if not event["choices"] or not event["choices"][0]["delta"].get("content"):
-                    continue
-                now = time.perf_counter()
-                self.record("TTFT" if tokens == 0 else "ITL", name, (now - last) * 1e3)
-                last, tokens = now, tokens + 1
+            try:
+                for event in sse_events(response.stream):
+                    if event is None:
+                        done = True
+                        continue
+                    if "error" in event:
+                        response.failure(str(event["error"])[:200])
+                        return
+                    if not event["choices"] or not event["choices"][0]["delta"].get("content"):
+                        continue
+                    now = time.perf_counter()
+                    self.record("TTFT" if tokens == 0 else "ITL", name, (now - last) * 1e3)
+                    last, tokens = now, tokens + 1
+            except (HTTPParseError, OSError) as error:
+                response.failure(f"the stream broke after {tokens} tokens: {error!r}")
+                return
+            # locust's own number ends with the response's head, which comes with the first token.
+            response.request_meta["response_time"] = (time.perf_counter() - start) * 1e3
             if not done or tokens == 0:
                 response.failure(f"the stream ended after {tokens} tokens, {'with' if done else 'without'} [DONE]")
-                return
-            response.success()
-        self.record("stream", name, (time.perf_counter() - start) * 1e3)

@@ -24,8 +24,8 @@ def host_bytes(rank: int) -> int:
 def write_adapter(path: Path, seed: int, *, rank: int = 4, strength: float = 2.0) -> Path:
     """Write an adapter on q and v of every layer; equal arguments give equal files, another seed another adapter.
 
-    A keeps the scale of what it reads and B has ``strength`` as its standard deviation: the delta of v is then about as
-    large as what v itself gives, which changes every sentence and leaves most of them sentences.
+    A keeps the scale of what it reads, and B has about ``strength`` as the norm of its rows: at 1 the delta is as large
+    as what it is added to, and text is another one after a few tokens; at 2, after one or two.
     """
     random = np.random.default_rng(seed)
     tensors = {}
