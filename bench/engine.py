@@ -22,6 +22,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -92,9 +93,7 @@ def measure_http(workload: Path, cases: list[Case], repeats: int) -> None:
     adapters = [flag for i in range(N_ADAPTERS) for flag in ("--adapter", f"a{i}={workload / 'adapters' / f'a{i}'}")]
     command = [str(Path(sys.executable).parent / "manylora"), "serve", "--model", str(workload / "model")]
     command += ["--served-model-name", "base", "--port", str(port), "--max-context", "1024", "--log-level", "warning"]
-    server = subprocess.Popen(
-        [*command, *adapters], env={**os.environ, "XDG_STATE_HOME": f"/tmp/manylora-bench-{port}"}
-    )
+    server = subprocess.Popen([*command, *adapters, "--state-dir", "none"])
     try:
         http_client.wait_until_ready(port, server, timeout=600)
 
@@ -192,7 +191,7 @@ def main() -> None:
         systems[name] = shlex.split(command)
 
     results: dict[str, dict[Key, list[float]]] = defaultdict(lambda: defaultdict(list))
-    log = Path("/tmp") / f"bench-engine-{os.getpid()}.log"
+    log = Path(tempfile.gettempdir()) / f"bench-engine-{os.getpid()}.log"
     run_id = time.strftime("%Y-%m-%dT%H:%M:%S")
     machine = f"{os.cpu_count()} cores, {processor()}"
     RESULTS.parent.mkdir(exist_ok=True)
