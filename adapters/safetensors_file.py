@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 _HEADER_LIMIT: Final = 100_000_000  # the library's own
@@ -46,8 +47,9 @@ class TensorEntry:
         """A copy of the tensor, contiguous, on the CPU. Its dtype must be one of ``TORCH_DTYPES``."""
         if self.nbytes == 0:
             return torch.empty(self.shape, dtype=TORCH_DTYPES[self.dtype])
-        # As bytes first: the format does not promise that an offset is a multiple of the item size.
-        raw = torch.frombuffer(buffer, dtype=torch.uint8, offset=self.start, count=self.nbytes).clone()
+        # As bytes first: the format does not promise that an offset is a multiple of the item size. Copied by numpy:
+        # torch would wake a second team of OpenMP threads for it, beside the one that is computing a step.
+        raw = torch.from_numpy(np.frombuffer(buffer, np.uint8, self.nbytes, self.start).copy())
         return raw.view(TORCH_DTYPES[self.dtype]).reshape(self.shape)
 
 

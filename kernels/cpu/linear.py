@@ -39,7 +39,7 @@ ROW_BLOCK = 96
 
 
 @njit(nogil=True, cache=True)
-def _pack_nf4(source, n, k, out):  # type: ignore[no-untyped-def]
+def _pack_nf4(source, n, k, out):
     for tile in range(n // 16):
         for quad in range(k // 4):
             for lane in range(2):
@@ -84,7 +84,7 @@ FUSED_ROWS = 4
 
 
 @njit(nogil=True, inline="never")
-def _nf4_few_rows(rows, first, last, x, xo, packed, absmax, depth, block, y, co, accumulate):  # type: ignore[no-untyped-def]
+def _nf4_few_rows(rows, first, last, x, xo, packed, absmax, depth, block, y, co, accumulate):
     weight_bytes, scale_bytes = 8 * depth, 64 * (depth // block)
     blocks, quads = depth // block, block // 4
     tile = first
@@ -112,7 +112,7 @@ def _nf4_few_rows(rows, first, last, x, xo, packed, absmax, depth, block, y, co,
 
 
 @cfunc(KERNEL, cache=True)
-def _nf4_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
+def _nf4_kernel(arguments, part, parts):
     a = carray(arguments, 11)
     x, x_stride, rows, depth, packed, absmax, n_tiles = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
     y, y_stride, block, accumulate = a[7], a[8], a[9], a[10]
@@ -142,7 +142,7 @@ def _nf4_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, inline="never")
-def _bf16_few_rows(rows, first, last, x, xo, packed, depth, y, co):  # type: ignore[no-untyped-def]
+def _bf16_few_rows(rows, first, last, x, xo, packed, depth, y, co):
     weight_bytes = 32 * depth
     tile = first
     while tile < last:
@@ -169,7 +169,7 @@ def _bf16_few_rows(rows, first, last, x, xo, packed, depth, y, co):  # type: ign
 
 
 @cfunc(KERNEL, cache=True)
-def _bf16_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
+def _bf16_kernel(arguments, part, parts):
     a = carray(arguments, 8)
     x, x_stride, rows, depth, packed, n_tiles, y, y_stride = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
     x_offsets, c_offsets = np.arange(rows) * x_stride, np.arange(rows) * y_stride

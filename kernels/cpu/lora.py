@@ -23,7 +23,7 @@ _FIELDS = 11
 
 
 @cfunc(KERNEL, cache=True)
-def _lora_kernel(arguments, part, parts):  # type: ignore[no-untyped-def]
+def _lora_kernel(arguments, part, parts):
     a = carray(arguments, _HEADER + 3 * _FIELDS)
     x, x_stride, y, y_stride, depth, n_pairs, rows, scales = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
     n_segments, slots, offsets, h, h_width, n_projections = a[8], a[9], a[10], a[11], a[12], a[13]

@@ -1,8 +1,8 @@
 """Running a numba kernel on the OpenMP threads that torch already has.
 
 torch ships its own libgomp. A second thread pool beside it (numba's ``parallel=True``) would fight it for the cores:
-idle OpenMP threads spin. So a kernel here is a C callback handed to ``GOMP_parallel`` of *that* library, the call that a
-compiler makes for ``#pragma omp parallel``. ``GOMP_parallel`` is libgomp's stable ABI though not torch's API, so
+idle OpenMP threads spin. So a kernel here is a C callback handed to ``GOMP_parallel`` of *that* library, the call that
+a compiler makes for ``#pragma omp parallel``. ``GOMP_parallel`` is libgomp's stable ABI though not torch's API, so
 ``launch`` falls back to running the parts one after another where the library is not found: slower, the same bits.
 """
 
@@ -79,7 +79,7 @@ else:
 
 
 @intrinsic
-def _call_kernel(typingctx, kernel, arguments, part, parts):  # type: ignore[no-untyped-def]
+def _call_kernel(typingctx, kernel, arguments, part, parts):
     """Call the kernel at address ``kernel``."""
 
     def codegen(context: Any, b: Any, sig: Any, args: Sequence[Any]) -> Any:
@@ -92,7 +92,7 @@ def _call_kernel(typingctx, kernel, arguments, part, parts):  # type: ignore[no-
 
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=True)
-def _run_alone(program):  # type: ignore[no-untyped-def]
+def _run_alone(program):
     for i in range(program[0]):
         _call_kernel(program[1 + 2 * i], program[2 + 2 * i], 0, 1)
 
@@ -100,7 +100,7 @@ def _run_alone(program):  # type: ignore[no-untyped-def]
 if _libgomp is not None:
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=True)
-    def _team_member(program):  # type: ignore[no-untyped-def]
+    def _team_member(program):
         part, parts = np.int64(_omp_get_thread_num()), np.int64(_omp_get_num_threads())
         for i in range(program[0]):
             if i > 0 and parts > 1:

@@ -23,7 +23,7 @@ from manylora.kernels.cpu.emit import (
 
 
 @njit(nogil=True, inline="never")
-def gemm_rows(rows, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate):  # type: ignore[no-untyped-def]
+def gemm_rows(rows, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate):
     """``c[r, 0:16] (+)= x[r, 0:depth] @ panel[0:depth, 0:16]`` for any number of rows.
 
     Addresses and byte offsets are int64; ``x_offsets`` and ``c_offsets`` are addresses of int64 arrays ``[rows]``.
@@ -50,7 +50,7 @@ def gemm_rows(rows, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate
 
 
 @njit(nogil=True, inline="never")
-def gemm_few_rows(rows, tiles, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate):  # type: ignore[no-untyped-def]
+def gemm_few_rows(rows, tiles, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate):
     """The same for at most three rows and a panel of several tiles: more columns at once hide the FMA latency."""
     t = 0
     if rows == 1:
@@ -70,7 +70,7 @@ def gemm_few_rows(rows, tiles, x, x_offsets, panel, stride, depth, c, c_offsets,
 
 
 @njit(nogil=True)
-def share(total, part, parts, grain):  # type: ignore[no-untyped-def]
+def share(total, part, parts, grain):
     """The part-th contiguous share of ``total``, in multiples of ``grain``."""
     grains = (total + grain - 1) // grain
     first, last = grains * part // parts * grain, grains * (part + 1) // parts * grain
@@ -78,7 +78,7 @@ def share(total, part, parts, grain):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def address_of(typingctx, array):  # type: ignore[no-untyped-def]
+def address_of(typingctx, array):
     """The address of an array's first element. The array must be handed to ``keep_alive`` after the last use of it."""
 
     def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -89,7 +89,7 @@ def address_of(typingctx, array):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def keep_alive(typingctx, array):  # type: ignore[no-untyped-def]
+def keep_alive(typingctx, array):
     """Nothing at run time: numba frees an array after its last use *by name*, and an address is no use of it."""
 
     def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -99,7 +99,7 @@ def keep_alive(typingctx, array):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def float32_from_bits(typingctx, bits):  # type: ignore[no-untyped-def]
+def float32_from_bits(typingctx, bits):
     """The fp32 value whose bit pattern is the low half of an int64: how a float travels among integer arguments."""
 
     def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -109,7 +109,7 @@ def float32_from_bits(typingctx, bits):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _float32_pointer(typingctx, address):  # type: ignore[no-untyped-def]
+def _float32_pointer(typingctx, address):
     def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
         return b.inttoptr(args[0], ir.FloatType().as_pointer())
 
@@ -117,6 +117,6 @@ def _float32_pointer(typingctx, address):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def float32_view(address, count):  # type: ignore[no-untyped-def]
+def float32_view(address, count):
     """``count`` fp32 values at ``address`` as an array, for code that the compiler vectorises by itself."""
     return carray(_float32_pointer(address), count)

@@ -174,7 +174,8 @@ def complete(client: httpx.Client, body: Mapping[str, Any]) -> Answer:
 def _read_stream(response: httpx.Response) -> Answer:
     if response.status_code != 200:
         return Answer(response.status_code, body=response.read().decode())
-    text, fingerprints, reason = "", set(), ""
+    text, reason = "", ""
+    fingerprints: set[str] = set()
     for line in response.iter_lines():
         if not line:
             continue

@@ -63,7 +63,7 @@ def stream_chat(client: openai.OpenAI, **fields: Any) -> tuple[str, Any]:
 
 @pytest.mark.parametrize("model", [BASE, "ada", f"{BASE}:org/cleo"])
 def test_a_streamed_completion_is_the_whole_one_in_pieces(client: openai.OpenAI, model: str) -> None:
-    fields = {"model": model, "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+    fields: dict[str, Any] = {"model": model, "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
     whole = client.completions.create(**fields)
     text, usage = stream_completion(client, **fields)
     assert text == whole.choices[0].text != ""
@@ -74,7 +74,7 @@ def test_a_streamed_completion_is_the_whole_one_in_pieces(client: openai.OpenAI,
 
 @pytest.mark.parametrize("model", [BASE, "ben"])
 def test_a_streamed_chat_is_the_whole_one_in_pieces(client: openai.OpenAI, model: str) -> None:
-    fields = {"model": model, "messages": MESSAGES, "max_completion_tokens": 12, "temperature": 0}
+    fields: dict[str, Any] = {"model": model, "messages": MESSAGES, "max_completion_tokens": 12, "temperature": 0}
     whole = client.chat.completions.create(**fields)
     text, usage = stream_chat(client, **fields)
     assert text == whole.choices[0].message.content != ""

