@@ -5,7 +5,7 @@ rsLoRA and rank patterns among them. Both sides compute in fp32, so they differ 
 
 **The bound.** transformers in fp64 is the truth; how far its own fp32 is from it (``own``) is measured here, on the
 same rows, and is what fp32 costs on this model. torch's matrix products keep some 32 partial sums for each output, ours
-one chain (that is what makes a row independent of its batch), so a sum of 1536 terms rounds 1536 times in a row instead of
+one chain (that makes a row independent of its batch), so a sum of 1536 terms rounds 1536 times in a row instead of
 48: errors of random sign grow with the square root of the chain's length, sqrt(1536 / 48) = 5.7 times. Doubled, for the
 maximum over half a million logits of two independent error samples, that is 12 times ``own``.
 """
