@@ -7,12 +7,16 @@ everything is loaded, so ``/ready`` answers when there is something to be ready.
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import socket
 from collections.abc import Sequence
 
 from manylora.server.config import ServeConfig
 from manylora.server.http_server import bind, new_loop, serve_until_signal
 from manylora.server.serving import Running, build, load_adapters
+
+_log = logging.getLogger(__name__)
 
 
 def serve(config: ServeConfig) -> int:
@@ -32,6 +36,21 @@ async def _serve(running: Running, config: ServeConfig, sockets: Sequence[socket
     try:
         # Still nobody is connected, so nothing else needs this loop meanwhile.
         load_adapters(running, config)
+        _say_what_to_try(running, config, sockets[0])
         return await serve_until_signal(running.serving, config.api, sockets)
     finally:
         await running.close()
+
+
+def _say_what_to_try(running: Running, config: ServeConfig, sock: socket.socket) -> None:
+    """The first request of somebody who has just started a server, ready to be pasted."""
+    names = [running.serving.base_name, *(info.name for info in running.registry.list())]
+    host, port = sock.getsockname()[:2]
+    host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    body = json.dumps({"model": names[-1], "prompt": "The capital of Sweden is", "max_tokens": 32})
+    key = " -H 'Authorization: Bearer KEY'" if config.api.api_keys else ""
+    _log.info("models: %s (a model's name is all that a request needs)", ", ".join(names))
+    _log.info(
+        "try:  curl -s http://%s:%d/v1/completions -H 'Content-Type: application/json'%s -d '%s'", host, port, key, body
+    )
+    _log.info("see:  http://%s:%d/v1/models  /v1/adapters  /metrics  /openapi.json", host, port)
