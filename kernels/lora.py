@@ -10,82 +10,21 @@ differ between slots and projections, each costing its own pages. Pairs come sor
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 
 from manylora.kernels.cpu import available as cpu_kernels_available
 from manylora.kernels.lora_pool import LoraPool
+from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.reference import pool_matrices
 from manylora.kernels.sites import GLOBAL_PROJECTIONS, SITES
 
 Implementation = Literal["auto", "cpu", "triton", "torch"]
 
 
-@dataclass(frozen=True)
-class LoraSegments:
-    """Pairs (row, slot, scale) sorted by slot: pairs ``offsets[s] .. offsets[s + 1] - 1`` belong to slot ``slots[s]``.
-
-    ``rows`` int32 ``[P]`` (ascending within a segment), ``scales`` fp32 ``[P]``, ``slots`` int32 ``[S]`` (ascending,
-    distinct), ``offsets`` int32 ``[S + 1]``; all on the pool's device. ``slot_list`` is ``slots`` on the host.
-    """
-
-    rows: torch.Tensor
-    scales: torch.Tensor
-    slots: torch.Tensor
-    offsets: torch.Tensor
-    slot_list: tuple[int, ...]
-
-    @classmethod
-    def from_pairs(
-        cls, pairs: Iterable[tuple[int, int, float]], device: torch.device | str = "cpu"
-    ) -> LoraSegments | None:
-        """Sort pairs, in any order, into segments; None if there are none. Slot -1 (a base row) is left out."""
-        ordered = sorted((slot, row, scale) for row, slot, scale in pairs if slot >= 0)
-        if not ordered:
-            return None
-        slots: list[int] = []
-        offsets: list[int] = []
-        for i, (slot, _, _) in enumerate(ordered):
-            if not slots or slots[-1] != slot:
-                slots.append(slot)
-                offsets.append(i)
-        offsets.append(len(ordered))
-        return cls(
-            rows=torch.tensor([row for _, row, _ in ordered], dtype=torch.int32, device=device),
-            scales=torch.tensor([scale for _, _, scale in ordered], dtype=torch.float32, device=device),
-            slots=torch.tensor(slots, dtype=torch.int32, device=device),
-            offsets=torch.tensor(offsets, dtype=torch.int32, device=device),
-            slot_list=tuple(slots),
-        )
-
-    def select(self, kept: torch.Tensor) -> LoraSegments | None:
-        """The segments over the rows ``x[kept]`` (int64, ascending): pairs of other rows dropped, rows renumbered."""
-        renumbered = {row: i for i, row in enumerate(kept.tolist())}
-        bounds, rows, scales = self.offsets.tolist(), self.rows.tolist(), self.scales.tolist()
-        pairs = [
-            (renumbered[rows[i]], slot, scales[i])
-            for s, slot in enumerate(self.slot_list)
-            for i in range(bounds[s], bounds[s + 1])
-            if rows[i] in renumbered
-        ]
-        return LoraSegments.from_pairs(pairs, self.rows.device)
-
-
 class _Kernel(Protocol):
-    def add_(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        site: str,
-        layer: int,
-        rows: torch.Tensor,
-        scales: torch.Tensor,
-        slots: torch.Tensor,
-        offsets: torch.Tensor,
-    ) -> None: ...
+    def add_(self, y: torch.Tensor, x: torch.Tensor, segments: LoraSegments, site: str, layer: int) -> None: ...
 
 
 class TorchLora:
@@ -94,23 +33,13 @@ class TorchLora:
     def __init__(self, pool: LoraPool) -> None:
         self._pool = pool
 
-    def add_(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        site: str,
-        layer: int,
-        rows: torch.Tensor,
-        scales: torch.Tensor,
-        slots: torch.Tensor,
-        offsets: torch.Tensor,
-    ) -> None:
-        bounds = offsets.tolist()
+    def add_(self, y: torch.Tensor, x: torch.Tensor, segments: LoraSegments, site: str, layer: int) -> None:
+        bounds = segments.offsets.tolist()
         columns = self._pool.shapes.site_offsets(site)
-        for s, slot in enumerate(slots.tolist()):
-            members = rows[bounds[s] : bounds[s + 1]].long()
+        for s, slot in enumerate(segments.slot_list):
+            members = segments.rows[bounds[s] : bounds[s + 1]].long()
             inputs = x[members].float()
-            factors = scales[bounds[s] : bounds[s + 1], None]
+            factors = segments.scales[bounds[s] : bounds[s + 1], None]
             for j, projection in enumerate(SITES[site]):
                 matrices = pool_matrices(self._pool, projection, slot, layer)
                 if matrices is None:
@@ -149,7 +78,7 @@ class BatchedLora:
             raise ValueError("x and y need contiguous rows")
         if self.implementation == "cpu" and (x.dtype != torch.float32 or y.dtype != torch.float32):
             raise ValueError(f"the CPU op computes in float32, got x {x.dtype} and y {y.dtype}")
-        self._kernel.add_(y, x, site, layer, segments.rows, segments.scales, segments.slots, segments.offsets)
+        self._kernel.add_(y, x, segments, site, layer)
 
     def add_embedding_(self, y: torch.Tensor, token_ids: torch.Tensor, segments: LoraSegments) -> None:
         """Add the token embedding's deltas: ``y[row] += scale * A[token] B``; ids int64 ``[T]``, y ``[T, hidden]``.

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from manylora.kernels.lora_pool import LoraPool
+from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.sites import RANK_PAGE, SITES
 
 BM = 16
@@ -143,22 +144,13 @@ class TritonLora:
         # The interpreter's dot multiplies raw bit patterns of 16-bit types (kernels-lab); fp32 operands are exact.
         self._wide = pool.dtype == torch.float32 or pool.device.type == "cpu"
 
-    def add_(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        site: str,
-        layer: int,
-        rows: torch.Tensor,
-        scales: torch.Tensor,
-        slots: torch.Tensor,
-        offsets: torch.Tensor,
-    ) -> None:
+    def add_(self, y: torch.Tensor, x: torch.Tensor, segments: LoraSegments, site: str, layer: int) -> None:
         """See ``kernels.lora.BatchedLora.add_``."""
+        rows, scales = segments.rows, segments.scales
         pool, pairs, width = self._pool, rows.numel(), self._pages * RANK_PAGE
         h = torch.empty((SPLITS, pairs, width), dtype=torch.float32, device=x.device)
         columns = pool.shapes.site_offsets(site)
-        for blocks in _row_blocks(rows, slots, offsets):
+        for blocks in _row_blocks(segments):
             for j, projection in enumerate(SITES[site]):
                 a, b = pool.a[projection][:, layer], pool.b[projection][:, layer]
                 ranks, scaling = pool.ranks[projection][:, layer], pool.scaling[projection][:, layer]
@@ -175,17 +167,15 @@ class TritonLora:
                 )  # fmt: skip
 
 
-def _row_blocks(
-    rows: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor
-) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _row_blocks(segments: LoraSegments) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Blocks (slot, first pair, last pair) of at most BM pairs, one list for each launch.
 
     Segments go into one launch as long as they share no row with each other.
     """
-    bounds, members, launches = offsets.tolist(), rows.tolist(), []
+    bounds, members, launches = segments.offsets.tolist(), segments.rows.tolist(), []
     taken: set[int] = set()
     current: list[tuple[int, int, int]] = []
-    for s, slot in enumerate(slots.tolist()):
+    for s, slot in enumerate(segments.slot_list):
         first, last = bounds[s], bounds[s + 1]
         own = set(members[first:last])
         if taken & own:
@@ -195,7 +185,9 @@ def _row_blocks(
         current += [(slot, i, min(i + BM, last)) for i in range(first, last, BM)]
     launches.append(current)
     return [
-        tuple(torch.tensor(column, dtype=torch.int32, device=rows.device) for column in zip(*blocks, strict=True))  # type: ignore[misc]
+        tuple(
+            torch.tensor(column, dtype=torch.int32, device=segments.rows.device) for column in zip(*blocks, strict=True)
+        )  # type: ignore[misc]
         for blocks in launches
         if blocks
     ]

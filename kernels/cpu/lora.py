@@ -15,6 +15,7 @@ from manylora.kernels.cpu.emit import float32_at, int32_at, scale_16
 from manylora.kernels.cpu.threads import KERNEL, barrier, launch
 from manylora.kernels.cpu.tiles import address_of, gemm_few_rows, gemm_rows, keep_alive, share
 from manylora.kernels.lora_pool import LoraPool
+from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.sites import RANK_PAGE, SITES
 
 _HEADER = 14
@@ -135,24 +136,15 @@ class CpuLora:
             ]
         return tuple(fields)
 
-    def add_(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        site: str,
-        layer: int,
-        rows: torch.Tensor,
-        scales: torch.Tensor,
-        slots: torch.Tensor,
-        offsets: torch.Tensor,
-    ) -> None:
+    def add_(self, y: torch.Tensor, x: torch.Tensor, segments: LoraSegments, site: str, layer: int) -> None:
         """Add the segments' deltas of a site to ``y`` fp32 in place; see ``kernels.lora.lora_add_``."""
-        n_pairs, projections = rows.numel(), len(SITES[site])
+        n_pairs, projections = segments.rows.numel(), len(SITES[site])
         if self._h.numel() < n_pairs * 3 * self._h_width:
             self._h = torch.empty(n_pairs * 3 * self._h_width, dtype=torch.float32)
         launch(
             _lora_kernel, x.data_ptr(), x.stride(0) * 4, y.data_ptr(), y.stride(0) * 4, x.shape[1], n_pairs,
-            rows.data_ptr(), scales.data_ptr(), slots.numel(), slots.data_ptr(), offsets.data_ptr(),
+            segments.rows.data_ptr(), segments.scales.data_ptr(), len(segments.slot_list), segments.slots.data_ptr(),
+            segments.offsets.data_ptr(),
             self._h.data_ptr(), self._h_width, projections, *self._fields[site, layer],
-            keep=(x, y, rows, scales, slots, offsets, self._h),
+            keep=(x, y, segments.rows, segments.scales, segments.slots, segments.offsets, self._h),
         )  # fmt: skip

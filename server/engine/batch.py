@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from manylora.kernels.lora import LoraSegments
+from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.ops import PagedSequences
 from manylora.server.engine.request import StepPlan
 from manylora.server.model.forward_batch import ForwardBatch

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from manylora.kernels.lora import LoraSegments
+from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.ops import PagedSequences
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from manylora.kernels.lora import BatchedLora, LoraSegments
+from manylora.kernels.lora import BatchedLora
+from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.ops import Ops
 from manylora.kernels.sites import SITES
 from manylora.server.model.weights import BaseWeights

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from manylora.kernels.cpu import available
-from manylora.kernels.lora import BatchedLora, Implementation, LoraSegments
+from manylora.kernels.lora import BatchedLora, Implementation
 from manylora.kernels.lora_pool import LoraPool
+from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.reference import lora_reference
 from manylora.kernels.sites import SITES
 from tests.kernels.shapes import SHAPES, pool_of, random_pairs
