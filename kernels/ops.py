@@ -56,8 +56,9 @@ class Ops(Protocol):
     dtype: torch.dtype
 
     def together(self) -> contextlib.AbstractContextManager[None]:
-        """Operations within may be queued and run at its end, or at ``flush``, in order: until then nothing else may
-        look at their results."""
+        """Operations within may be queued and run, in order, at the end of the outermost such block or at ``flush``:
+        until then nothing else may look at their results. A result lives until the innermost block it was made in
+        ends, so what is to stay is written into a tensor from outside (``add_to``)."""
 
     def flush(self) -> None:
         """Run what is queued."""
@@ -79,6 +80,9 @@ class Ops(Protocol):
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         """``x / sqrt(mean(x^2) + epsilon) * weight`` (Zhang and Sennrich 2019); ``weight`` is fp32."""
+
+    def head_norm_(self, heads: torch.Tensor, n_heads: int, weight: torch.Tensor, epsilon: float) -> None:
+        """``rms_norm`` in place of each head in ``[rows, n_heads * head_dim]``, a column slice of a wider tensor."""
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """``silu(gate) * up`` of ``[rows, 2 * width]``, gate first (SwiGLU, Shazeer 2020)."""

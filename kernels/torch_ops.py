@@ -73,6 +73,10 @@ class TorchOps:
         wide = x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * weight).to(self.dtype)
 
+    def head_norm_(self, heads: torch.Tensor, n_heads: int, weight: torch.Tensor, epsilon: float) -> None:
+        each = heads.view(heads.shape[0], n_heads, -1)
+        each.copy_(self.rms_norm(each, weight, epsilon))
+
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up

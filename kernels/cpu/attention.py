@@ -1,4 +1,4 @@
-"""Rotary embedding, the KV cache's update, and paged attention on the CPU, in one call a layer.
+"""Rotary embedding and the KV cache's update, then paged attention: two CPU kernels with the same arguments.
 
 A page of keys is kept as ``[kv_head, head_dim, 16]`` (transposed) and a page of values as ``[kv_head, 16, head_dim]``:
 both are panels of the GEMM micro-kernel, so scores and outputs need no gather and no sum across lanes. The query heads
@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from numba import carray, cfunc, njit
 
-from manylora.kernels.cpu.emit import int32_at, scale_8, softmax_8, sum_8
-from manylora.kernels.cpu.threads import KERNEL, barrier, launch
+from manylora.kernels.cpu.emit import int32_at
+from manylora.kernels.cpu.threads import KERNEL, launch
 from manylora.kernels.cpu.tiles import address_of, float32_from_bits, float32_view, gemm_rows, keep_alive, share
+from manylora.kernels.cpu.vectors import scale_8, softmax_8, sum_8
 
 PAGE: int = 16
 QUERY_BLOCK: int = 8
@@ -35,18 +36,15 @@ def _rotate(head, half, cos, sin):
 
 
 @cfunc(KERNEL, cache=True)
-def _attention_kernel(arguments, part, parts):
+def _store_kernel(arguments, part, parts):
+    """Rotate queries and keys in place and store the new keys and values."""
     a = carray(arguments, 20)
-    qkv, qkv_stride, out, out_stride, tokens = a[0], a[1], a[2], a[3], a[4]
+    qkv, qkv_stride, tokens = a[0], a[1], a[4]
     cos, sin, keys, values = a[5], a[6], a[7], a[8]
-    n_sequences, starts, contexts, tables, table_stride, positions = a[9], a[10], a[11], a[12], a[13], a[14]
-    n_heads, n_kv_heads, head_dim, window = a[15], a[16], a[17], a[18]
-    scale = float32_from_bits(a[19])
+    starts, tables, table_stride, positions = a[10], a[12], a[13], a[14]
+    n_heads, n_kv_heads, head_dim = a[15], a[16], a[17]
     half = head_dim // 2
-    group = n_heads // n_kv_heads
     page_bytes = n_kv_heads * head_dim * 64
-
-    # Rotate queries and keys in place and store the new keys and values.
     first, last = share(tokens, part, parts, 1)
     sequence = 0
     for token in range(first, last):
@@ -67,8 +65,18 @@ def _attention_kernel(arguments, part, parts):
             for i in range(head_dim):
                 k_page[16 * i + within] = key[i]
                 v_page[within * head_dim + i] = value[i]
-    if parts > 1:
-        barrier()
+
+
+@cfunc(KERNEL, cache=True)
+def _attend_kernel(arguments, part, parts):
+    a = carray(arguments, 20)
+    qkv, qkv_stride, out, out_stride = a[0], a[1], a[2], a[3]
+    keys, values = a[7], a[8]
+    n_sequences, starts, contexts, tables, table_stride, positions = a[9], a[10], a[11], a[12], a[13], a[14]
+    n_heads, n_kv_heads, head_dim, window = a[15], a[16], a[17], a[18]
+    scale = float32_from_bits(a[19])
+    group = n_heads // n_kv_heads
+    page_bytes = n_kv_heads * head_dim * 64
 
     longest = 0
     for s in range(n_sequences):
@@ -165,8 +173,8 @@ def paged_attention(
     ``window`` 0: none. head_dim % 16 == 0.
     """
     launch(
-        _attention_kernel, qkv.data_ptr(), qkv.stride(0) * 4, out.data_ptr(), out.stride(0) * 4, qkv.shape[0],
+        _store_kernel, qkv.data_ptr(), qkv.stride(0) * 4, out.data_ptr(), out.stride(0) * 4, qkv.shape[0],
         cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), contexts.numel(), starts.data_ptr(),
         contexts.data_ptr(), tables.data_ptr(), tables.stride(0), positions.data_ptr(), n_heads, n_kv_heads, head_dim,
-        window, scale_bits, keep=(qkv, out, starts, contexts, tables, positions),
+        window, scale_bits, then=_attend_kernel, keep=(qkv, out, starts, contexts, tables, positions),
     )  # fmt: skip

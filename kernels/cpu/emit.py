@@ -37,32 +37,32 @@ TILE: Final = 16
 """Columns of a panel tile: two 8-lane vectors."""
 
 
-def _i64(value: int) -> Value:
+def i64(value: int) -> Value:
     return ir.Constant(I64, value)
 
 
-def _load(b: Builder, address: Value, kind: Any, align: int) -> Value:
+def load(b: Builder, address: Value, kind: Any, align: int) -> Value:
     return b.load(b.inttoptr(address, kind.as_pointer()), align=align)
 
 
-def _store(b: Builder, value: Value, address: Value, align: int) -> None:
+def store(b: Builder, value: Value, address: Value, align: int) -> None:
     b.store(value, b.inttoptr(address, value.type.as_pointer()), align=align)
 
 
-def _splat(b: Builder, scalar: Value) -> Value:
+def splat(b: Builder, scalar: Value) -> Value:
     one = b.insert_element(ir.Constant(V8F, ir.Undefined), scalar, ir.Constant(I32, 0))
     return b.shuffle_vector(one, ir.Constant(V8F, ir.Undefined), ir.Constant(V8I, [0] * 8))
 
 
-def _offset(b: Builder, address: Value, n_bytes: int) -> Value:
-    return b.add(address, _i64(n_bytes)) if n_bytes else address
+def offset(b: Builder, address: Value, n_bytes: int) -> Value:
+    return b.add(address, i64(n_bytes)) if n_bytes else address
 
 
-def _function(b: Builder, name: str, result: Any, *arguments: Any) -> Value:
+def function(b: Builder, name: str, result: Any, *arguments: Any) -> Value:
     return cgutils.get_or_insert_function(b.module, ir.FunctionType(result, list(arguments)), name)
 
 
-def _constant(value: float) -> Value:
+def constant(value: float) -> Value:
     return ir.Constant(V8F, [value] * 8)
 
 
@@ -73,38 +73,38 @@ class _Rows:
         self, b: Builder, rows: int, tiles: int, x: Value, x_offsets: Value, c: Value, c_offsets: Value
     ) -> None:
         self._b = b
-        self._fma = _function(b, "llvm.fma.v8f32", V8F, V8F, V8F, V8F)
-        self._x = [b.add(x, _load(b, _offset(b, x_offsets, 8 * r), I64, 8)) for r in range(rows)]
-        self._c = [b.add(c, _load(b, _offset(b, c_offsets, 8 * r), I64, 8)) for r in range(rows)]
+        self._fma = function(b, "llvm.fma.v8f32", V8F, V8F, V8F, V8F)
+        self._x = [b.add(x, load(b, offset(b, x_offsets, 8 * r), I64, 8)) for r in range(rows)]
+        self._c = [b.add(c, load(b, offset(b, c_offsets, 8 * r), I64, 8)) for r in range(rows)]
         self._acc = [[cgutils.alloca_once(b, V8F) for _ in range(2 * tiles)] for _ in range(rows)]
 
     def _each(self) -> Iterator[tuple[Value, Value]]:
         for row, accumulators in zip(self._c, self._acc, strict=True):
             for v, accumulator in enumerate(accumulators):
-                yield _offset(self._b, row, 32 * v), accumulator
+                yield offset(self._b, row, 32 * v), accumulator
 
     def start(self, accumulate: Value) -> None:
         """From the values in memory if ``accumulate`` is not 0, else from zero."""
         b = self._b
-        with b.if_else(b.icmp_signed("!=", accumulate, _i64(0))) as (then, otherwise):
+        with b.if_else(b.icmp_signed("!=", accumulate, i64(0))) as (then, otherwise):
             with then:
                 for place, accumulator in self._each():
-                    b.store(_load(b, place, V8F, 4), accumulator)
+                    b.store(load(b, place, V8F, 4), accumulator)
             with otherwise:
                 for _, accumulator in self._each():
-                    b.store(_constant(0.0), accumulator)
+                    b.store(constant(0.0), accumulator)
 
     def multiply(self, position: Value, vectors: Sequence[Value]) -> None:
         """Add x[position] times the weights of that position (two vectors a tile)."""
         b = self._b
         for row, accumulators in zip(self._x, self._acc, strict=True):
-            factor = _splat(b, _load(b, b.add(row, b.mul(position, _i64(4))), F32, 4))
+            factor = splat(b, load(b, b.add(row, b.mul(position, i64(4))), F32, 4))
             for accumulator, weights in zip(accumulators, vectors, strict=True):
                 b.store(b.call(self._fma, [factor, weights, b.load(accumulator)]), accumulator)
 
     def finish(self) -> None:
         for place, accumulator in self._each():
-            _store(self._b, self._b.load(accumulator), place, 4)
+            store(self._b, self._b.load(accumulator), place, 4)
 
 
 def _gemm_tile(rows: int, tiles: int) -> Callable[..., Any]:
@@ -120,7 +120,7 @@ def _gemm_tile(rows: int, tiles: int) -> Callable[..., Any]:
             state.start(accumulate)
             with cgutils.for_range(b, depth, intp=I64) as loop:
                 row = b.add(panel, b.mul(loop.index, panel_stride))
-                state.multiply(loop.index, [_load(b, _offset(b, row, 32 * v), V8F, 4) for v in range(2 * tiles)])
+                state.multiply(loop.index, [load(b, offset(b, row, 32 * v), V8F, 4) for v in range(2 * tiles)])
             state.finish()
             return context.get_dummy_value()
 
@@ -156,9 +156,9 @@ def _nf4_quad(b: Builder, address: Value, tables: list[Value]) -> list[tuple[Val
 
     Four byte look-ups and two levels of interleaving give 32 exact codes: about three shuffles for eight weights.
     """
-    pshufb = _function(b, "llvm.x86.avx2.pshuf.b", V32B, V32B, V32B)
+    pshufb = function(b, "llvm.x86.avx2.pshuf.b", V32B, V32B, V32B)
     low_nibble = ir.Constant(V32B, [15] * 32)
-    codes = _load(b, address, V32B, 1)
+    codes = load(b, address, V32B, 1)
     shifted = b.bitcast(b.lshr(b.bitcast(codes, V16S), ir.Constant(V16S, [4] * 16)), V32B)
     positions = []
     for nibbles in (b.and_(codes, low_nibble), b.and_(shifted, low_nibble)):
@@ -183,12 +183,12 @@ def decode_nf4(typingctx, packed, absmax, out, out_stride, quads):
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
         packed, absmax, out, out_stride, quads = args
         tables = _byte_tables()
-        scales = [_load(b, _offset(b, absmax, 32 * v), V8F, 4) for v in range(2)]
+        scales = [load(b, offset(b, absmax, 32 * v), V8F, 4) for v in range(2)]
         with cgutils.for_range(b, quads, intp=I64) as loop:
-            row = b.add(out, b.mul(loop.index, b.mul(out_stride, _i64(4))))
-            for vectors in _nf4_quad(b, b.add(packed, b.mul(loop.index, _i64(32))), tables):
+            row = b.add(out, b.mul(loop.index, b.mul(out_stride, i64(4))))
+            for vectors in _nf4_quad(b, b.add(packed, b.mul(loop.index, i64(32))), tables):
                 for half, codes in enumerate(vectors):
-                    _store(b, b.fmul(codes, scales[half]), _offset(b, row, 32 * half), 4)
+                    store(b, b.fmul(codes, scales[half]), offset(b, row, 32 * half), 4)
                 row = b.add(row, out_stride)
         return context.get_dummy_value()
 
@@ -207,19 +207,19 @@ def _fused_nf4(rows: int, tiles: int) -> Callable[..., Any]:
             tables = _byte_tables()
             state = _Rows(b, rows, tiles, x, x_offsets, c, c_offsets)
             state.start(accumulate)
-            weights = [b.add(packed, b.mul(tile_bytes, _i64(t))) for t in range(tiles)]
-            scales = [b.add(absmax, b.mul(absmax_bytes, _i64(t))) for t in range(tiles)]
+            weights = [b.add(packed, b.mul(tile_bytes, i64(t))) for t in range(tiles)]
+            scales = [b.add(absmax, b.mul(absmax_bytes, i64(t))) for t in range(tiles)]
             with cgutils.for_range(b, blocks, intp=I64) as block:
-                at = b.mul(block.index, _i64(64))
-                factors = [_load(b, _offset(b, b.add(s, at), 32 * v), V8F, 4) for s in scales for v in range(2)]
+                at = b.mul(block.index, i64(64))
+                factors = [load(b, offset(b, b.add(s, at), 32 * v), V8F, 4) for s in scales for v in range(2)]
                 first = b.mul(block.index, quads)
                 with cgutils.for_range(b, quads, intp=I64) as loop:
                     quad = b.add(first, loop.index)
-                    decoded = [_nf4_quad(b, b.add(w, b.mul(quad, _i64(32))), tables) for w in weights]
+                    decoded = [_nf4_quad(b, b.add(w, b.mul(quad, i64(32))), tables) for w in weights]
                     for i in range(4):
                         codes = [vector for tile in decoded for vector in tile[i]]
                         scaled = [b.fmul(code, factor) for code, factor in zip(codes, factors, strict=True)]
-                        state.multiply(b.add(b.mul(quad, _i64(4)), _i64(i)), scaled)
+                        state.multiply(b.add(b.mul(quad, i64(4)), i64(i)), scaled)
             state.finish()
             return context.get_dummy_value()
 
@@ -235,7 +235,7 @@ fused_nf4_4x1 = _fused_nf4(4, 1)
 
 def _bf16_row(b: Builder, address: Value) -> tuple[Value, Value]:
     """The 16 bf16 values at ``address`` (order of ``pack_bf16``) as two fp32 vectors; exact."""
-    words = _load(b, address, V8I, 4)
+    words = load(b, address, V8I, 4)
     low = b.shl(words, ir.Constant(V8I, [16] * 8))
     high = b.and_(words, ir.Constant(V8I, [0xFFFF0000] * 8))
     return b.bitcast(low, V8F), b.bitcast(high, V8F)
@@ -247,10 +247,10 @@ def _fused_bf16(rows: int, tiles: int) -> Callable[..., Any]:
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             x, x_offsets, packed, tile_bytes, depth, c, c_offsets = args
             state = _Rows(b, rows, tiles, x, x_offsets, c, c_offsets)
-            state.start(_i64(0))
-            weights = [b.add(packed, b.mul(tile_bytes, _i64(t))) for t in range(tiles)]
+            state.start(i64(0))
+            weights = [b.add(packed, b.mul(tile_bytes, i64(t))) for t in range(tiles)]
             with cgutils.for_range(b, depth, intp=I64) as loop:
-                at = b.mul(loop.index, _i64(32))
+                at = b.mul(loop.index, i64(32))
                 state.multiply(loop.index, [v for w in weights for v in _bf16_row(b, b.add(w, at))])
             state.finish()
             return context.get_dummy_value()
@@ -274,8 +274,8 @@ def decode_bf16(typingctx, packed, out, out_stride, depth):
         packed, out, out_stride, depth = args
         with cgutils.for_range(b, depth, intp=I64) as loop:
             row = b.add(out, b.mul(loop.index, out_stride))
-            for half, values in enumerate(_bf16_row(b, b.add(packed, b.mul(loop.index, _i64(32))))):
-                _store(b, values, _offset(b, row, 32 * half), 4)
+            for half, values in enumerate(_bf16_row(b, b.add(packed, b.mul(loop.index, i64(32))))):
+                store(b, values, offset(b, row, 32 * half), 4)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -285,7 +285,7 @@ def _at(name: str, kind: Any, result: Any, doc: str) -> Any:
     @intrinsic
     def at(typingctx, address, index):
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-            value = _load(b, b.add(args[0], b.mul(args[1], _i64(4))), kind, 4)
+            value = load(b, b.add(args[0], b.mul(args[1], i64(4))), kind, 4)
             return b.sext(value, I64) if kind is I32 else value
 
         return result(types.int64, types.int64), codegen
@@ -296,145 +296,3 @@ def _at(name: str, kind: Any, result: Any, doc: str) -> Any:
 
 int32_at = _at("int32_at", I32, types.int64, "Element ``index`` of the int32 array at ``address``.")
 float32_at = _at("float32_at", F32, types.float32, "Element ``index`` of the fp32 array at ``address``.")
-
-
-@intrinsic
-def scale_16(typingctx, address, factor):
-    """Multiply the 16 fp32 values at ``address`` by ``factor``, in place."""
-
-    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        factor = _splat(b, args[1])
-        for half in range(2):
-            place = _offset(b, args[0], 32 * half)
-            _store(b, b.fmul(_load(b, place, V8F, 4), factor), place, 4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.float32), codegen
-
-
-def _exp(b: Builder, x: Value) -> Value:
-    """e^x of eight lanes, to about 2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a degree-6 polynomial for e^r, times 2^n.
-
-    The reduction and coefficients are those of the Cephes library (expf). Arguments are clamped to [-87.3, 88.3], where
-    fp32 neither underflows nor overflows; NaN stays NaN.
-    """
-    fma = _function(b, "llvm.fma.v8f32", V8F, V8F, V8F, V8F)
-    rint = _function(b, "llvm.rint.v8f32", V8F, V8F)
-    low, high = _constant(-87.3), _constant(88.3)
-    x = b.select(b.fcmp_ordered("<", x, low), low, x)
-    x = b.select(b.fcmp_ordered(">", x, high), high, x)
-    n = b.call(rint, [b.fmul(x, _constant(1.44269504088896341))])
-    r = b.call(fma, [n, _constant(-0.693359375), x])
-    r = b.call(fma, [n, _constant(2.12194440e-4), r])
-    p = _constant(1.9875691500e-4)
-    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        p = b.call(fma, [p, r, _constant(coefficient)])
-    p = b.fadd(b.call(fma, [p, b.fmul(r, r), r]), _constant(1.0))
-    # NaN has no integer: convert 0 there instead, p is NaN all the same.
-    exponent = b.fptosi(b.select(b.fcmp_ordered("ord", n, n), n, _constant(0.0)), V8I)
-    bits = b.shl(b.add(exponent, ir.Constant(V8I, [127] * 8)), ir.Constant(V8I, [23] * 8))
-    return b.fmul(p, b.bitcast(bits, V8F))
-
-
-def _reduce(b: Builder, vector: Value, combine: Callable[[Value, Value], Value]) -> Value:
-    """Fold eight lanes into one, always in the same order: 0+4, 1+5, ... then 0+2, 1+3, then 0+1."""
-    undefined = ir.Constant(V8F, ir.Undefined)
-    for step in (4, 2, 1):
-        mask = [(i + step) % 8 for i in range(8)]
-        vector = combine(vector, b.shuffle_vector(vector, undefined, ir.Constant(V8I, mask)))
-    return b.extract_element(vector, ir.Constant(I32, 0))
-
-
-def _max(b: Builder, left: Value, right: Value) -> Value:
-    return b.select(b.fcmp_unordered(">", left, right), left, right)
-
-
-@intrinsic
-def softmax_8(typingctx, address, vectors, scale):
-    """Replace ``s`` (``8 * vectors`` fp32 values) by ``exp(scale * (s - max s))``; returns nothing, see ``sum_8``."""
-
-    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        address, vectors, scale = args
-        peak = cgutils.alloca_once(b, V8F)
-        b.store(_load(b, address, V8F, 4), peak)
-        with cgutils.for_range(b, vectors, intp=I64) as loop:
-            value = _load(b, b.add(address, b.mul(loop.index, _i64(32))), V8F, 4)
-            b.store(_max(b, value, b.load(peak)), peak)
-        top = _splat(b, _reduce(b, b.load(peak), lambda left, right: _max(b, left, right)))
-        factor = _splat(b, scale)
-        with cgutils.for_range(b, vectors, intp=I64) as loop:
-            place = b.add(address, b.mul(loop.index, _i64(32)))
-            _store(b, _exp(b, b.fmul(b.fsub(_load(b, place, V8F, 4), top), factor)), place, 4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float32), codegen
-
-
-@intrinsic
-def sum_8(typingctx, address, vectors):
-    """The sum of ``8 * vectors`` fp32 values: lane by lane, then across the lanes."""
-
-    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        total = cgutils.alloca_once(b, V8F)
-        b.store(_constant(0.0), total)
-        with cgutils.for_range(b, args[1], intp=I64) as loop:
-            place = b.add(args[0], b.mul(loop.index, _i64(32)))
-            b.store(b.fadd(_load(b, place, V8F, 4), b.load(total)), total)
-        return _reduce(b, b.load(total), b.fadd)
-
-    return types.float32(types.int64, types.int64), codegen
-
-
-@intrinsic
-def scale_8(typingctx, address, vectors, factor):
-    """Multiply ``8 * vectors`` fp32 values by ``factor``, in place."""
-
-    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        factor = _splat(b, args[2])
-        with cgutils.for_range(b, args[1], intp=I64) as loop:
-            place = b.add(args[0], b.mul(loop.index, _i64(32)))
-            _store(b, b.fmul(_load(b, place, V8F, 4), factor), place, 4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float32), codegen
-
-
-@intrinsic
-def rms_norm_8(typingctx, x, weight, out, vectors, epsilon):
-    """``out = x / sqrt(mean(x^2) + epsilon) * weight`` over ``8 * vectors`` fp32 values."""
-
-    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        x, weight, out, vectors, epsilon = args
-        fma = _function(b, "llvm.fma.v8f32", V8F, V8F, V8F, V8F)
-        sqrt = _function(b, "llvm.sqrt.f32", F32, F32)
-        total = cgutils.alloca_once(b, V8F)
-        b.store(_constant(0.0), total)
-        with cgutils.for_range(b, vectors, intp=I64) as loop:
-            value = _load(b, b.add(x, b.mul(loop.index, _i64(32))), V8F, 4)
-            b.store(b.call(fma, [value, value, b.load(total)]), total)
-        count = b.sitofp(b.mul(vectors, _i64(8)), F32)
-        mean = b.fdiv(_reduce(b, b.load(total), b.fadd), count)
-        factor = _splat(b, b.fdiv(ir.Constant(F32, 1.0), b.call(sqrt, [b.fadd(mean, epsilon)])))
-        with cgutils.for_range(b, vectors, intp=I64) as loop:
-            step = b.mul(loop.index, _i64(32))
-            value = b.fmul(_load(b, b.add(x, step), V8F, 4), factor)
-            _store(b, b.fmul(value, _load(b, b.add(weight, step), V8F, 4)), b.add(out, step), 4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64, types.int64, types.float32), codegen
-
-
-@intrinsic
-def silu_mul_8(typingctx, gate, up, out, vectors):
-    """``out = gate * sigmoid(gate) * up`` over ``8 * vectors`` fp32 values."""
-
-    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        gate, up, out, vectors = args
-        with cgutils.for_range(b, vectors, intp=I64) as loop:
-            step = b.mul(loop.index, _i64(32))
-            g = _load(b, b.add(gate, step), V8F, 4)
-            silu = b.fdiv(g, b.fadd(_constant(1.0), _exp(b, b.fneg(g))))
-            _store(b, b.fmul(silu, _load(b, b.add(up, step), V8F, 4)), b.add(out, step), 4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), codegen

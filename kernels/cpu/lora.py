@@ -1,8 +1,8 @@
 """Batched LoRA on the CPU: ``y[row] += scale * (x[row] A_slot) B_slot`` over segments of rows with the same slot.
 
-Two phases with a barrier between them, in one call: the shrink fills ``h`` (shared out by segment, projection and
-page), the expand adds to ``y`` (shared out by columns, so that no two threads write one element even if a row has
-several adapters). The order of every sum is fixed: by page, then by segment.
+Two kernels with the same arguments: the shrink fills ``h`` (shared out by segment, projection and page), the expand
+adds to ``y`` (shared out by columns, so that no two threads write one element even if a row has several adapters). The
+order of every sum is fixed: by page, then by segment.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from numba import carray, cfunc
 
-from manylora.kernels.cpu.emit import float32_at, int32_at, scale_16
-from manylora.kernels.cpu.threads import KERNEL, barrier, launch
+from manylora.kernels.cpu.emit import float32_at, int32_at
+from manylora.kernels.cpu.threads import KERNEL, launch
 from manylora.kernels.cpu.tiles import address_of, gemm_few_rows, gemm_rows, keep_alive, share
+from manylora.kernels.cpu.vectors import scale_16
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.sites import RANK_PAGE, SITES
@@ -23,22 +24,21 @@ _FIELDS = 11
 """Arguments before the projections', and for each projection."""
 
 
+# Arguments: x, x_stride, y, y_stride, depth, n_pairs, rows, scales, n_segments, slots, offsets, h, h_width,
+# n_projections, then each projection's fields. h is [pairs, projections, h_width]; h_width is 16 times the most pages
+# that a slot can have.
 @cfunc(KERNEL, cache=True)
-def _lora_kernel(arguments, part, parts):
+def _shrink_kernel(arguments, part, parts):
     a = carray(arguments, _HEADER + 3 * _FIELDS)
-    x, x_stride, y, y_stride, depth, n_pairs, rows, scales = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
+    x, x_stride, depth, n_pairs, rows, scales = a[0], a[1], a[4], a[5], a[6], a[7]
     n_segments, slots, offsets, h, h_width, n_projections = a[8], a[9], a[10], a[11], a[12], a[13]
-    # h is [pairs, projections, h_width]; h_width is 16 times the most pages that a slot can have.
     h_stride = n_projections * h_width * 4
     x_offsets = np.empty(n_pairs, np.int64)
-    y_offsets = np.empty(n_pairs, np.int64)
     h_offsets = np.empty(n_pairs, np.int64)
     for i in range(n_pairs):
-        row = int32_at(rows, i)
-        x_offsets[i] = row * x_stride
-        y_offsets[i] = row * y_stride
+        x_offsets[i] = int32_at(rows, i) * x_stride
         h_offsets[i] = i * h_stride
-    xo, yo, ho = address_of(x_offsets), address_of(y_offsets), address_of(h_offsets)
+    xo, ho = address_of(x_offsets), address_of(h_offsets)
 
     item = 0
     for s in range(n_segments):
@@ -56,11 +56,25 @@ def _lora_kernel(arguments, part, parts):
                     for i in range(first, last):
                         scale_16(target + i * h_stride, factor * float32_at(scales, i))
                 item += 1
-    if parts > 1:
-        barrier()
+    keep_alive(x_offsets)
+    keep_alive(h_offsets)
+
+
+@cfunc(KERNEL, cache=True)
+def _expand_kernel(arguments, part, parts):
+    a = carray(arguments, _HEADER + 3 * _FIELDS)
+    y, y_stride, n_pairs, rows = a[2], a[3], a[5], a[6]
+    n_segments, slots, offsets, h, h_width, n_projections = a[8], a[9], a[10], a[11], a[12], a[13]
+    h_stride = n_projections * h_width * 4
+    y_offsets = np.empty(n_pairs, np.int64)
+    h_offsets = np.empty(n_pairs, np.int64)
+    for i in range(n_pairs):
+        y_offsets[i] = int32_at(rows, i) * y_stride
+        h_offsets[i] = i * h_stride
+    yo, ho = address_of(y_offsets), address_of(h_offsets)
     for j in range(n_projections):
         p = _HEADER + _FIELDS * j
-        first_tile, last_tile = share(a[p + 9] // 16, part, parts, 1)
+        first_tile, last_tile = share(a[p + 9] // 16, part, parts, 4)
         columns = y + 4 * (a[p + 10] + 16 * first_tile)
         for s in range(n_segments):
             slot, first, last = int32_at(slots, s), int32_at(offsets, s), int32_at(offsets, s + 1)
@@ -97,7 +111,6 @@ def _lora_kernel(arguments, part, parts):
                             yo + 8 * first,
                             1,
                         )
-    keep_alive(x_offsets)
     keep_alive(y_offsets)
     keep_alive(h_offsets)
 
@@ -142,9 +155,9 @@ class CpuLora:
         if self._h.numel() < n_pairs * 3 * self._h_width:
             self._h = torch.empty(n_pairs * 3 * self._h_width, dtype=torch.float32)
         launch(
-            _lora_kernel, x.data_ptr(), x.stride(0) * 4, y.data_ptr(), y.stride(0) * 4, x.shape[1], n_pairs,
+            _shrink_kernel, x.data_ptr(), x.stride(0) * 4, y.data_ptr(), y.stride(0) * 4, x.shape[1], n_pairs,
             segments.rows.data_ptr(), segments.scales.data_ptr(), len(segments.slot_list), segments.slots.data_ptr(),
             segments.offsets.data_ptr(),
             self._h.data_ptr(), self._h_width, projections, *self._fields[site, layer],
-            keep=(x, y, segments.rows, segments.scales, segments.slots, segments.offsets, self._h),
+            then=_expand_kernel, keep=(x, y, segments.rows, segments.scales, segments.slots, segments.offsets, self._h),
         )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,6 +13,7 @@ import torch
 
 from manylora.kernels.cpu import attention, elementwise, linear
 from manylora.kernels.cpu.emit import TILE
+from manylora.kernels.cpu.scratch import Scratch
 from manylora.kernels.cpu.threads import flush, queued
 from manylora.kernels.nf4_code import NF4_CODE
 from manylora.kernels.nf4_tensor import Nf4Tensor
@@ -73,9 +74,12 @@ class NumbaOps:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.dtype = torch.float32
+        self._scratch = Scratch()
 
-    def together(self) -> contextlib.AbstractContextManager[None]:
-        return queued()
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        with self._scratch.scope(), queued():
+            yield
 
     def flush(self) -> None:
         flush()
@@ -98,16 +102,11 @@ class NumbaOps:
         )
 
     def linear(self, x: torch.Tensor, weight: PackedLinear, *, add_to: torch.Tensor | None = None) -> torch.Tensor:
-        if add_to is not None:
-            if weight.bias is not None:
-                self.flush()  # what is queued may still read the stream without the bias
-                add_to += weight.bias
-            linear.nf4_linear(x, weight.packed, weight.absmax, weight.blocksize, add_to, accumulate=True)
-            return add_to
-        out = torch.empty(x.shape[0], weight.out_features)
+        out = self._scratch.empty(x.shape[0], weight.out_features) if add_to is None else add_to
         if weight.bias is not None:
-            out[:] = weight.bias
-        linear.nf4_linear(x, weight.packed, weight.absmax, weight.blocksize, out, accumulate=weight.bias is not None)
+            elementwise.put_bias(weight.bias, out, add=add_to is not None)
+        accumulate = add_to is not None or weight.bias is not None
+        linear.nf4_linear(x, weight.packed, weight.absmax, weight.blocksize, out, accumulate=accumulate)
         return out
 
     def prepare_embedding(self, weight: torch.Tensor, *, head: bool) -> PackedTable:
@@ -126,17 +125,20 @@ class NumbaOps:
     def logits(self, x: torch.Tensor, weight: PackedTable) -> torch.Tensor:
         if weight.tiles is None:
             raise ValueError("this table was not prepared to make logits")
-        out = torch.empty(x.shape[0], weight.tiles.shape[0] * TILE)
+        out = self._scratch.empty(x.shape[0], weight.tiles.shape[0] * TILE)
         linear.bf16_linear(x, weight.tiles, out)
         return out[:, : weight.vocab]
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        out = torch.empty_like(x)
+        out = self._scratch.empty(*x.shape)
         elementwise.rms_norm(x, weight, _bits(epsilon), out)
         return out
 
+    def head_norm_(self, heads: torch.Tensor, n_heads: int, weight: torch.Tensor, epsilon: float) -> None:
+        elementwise.head_norm_(heads, n_heads, weight, _bits(epsilon))
+
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2)
+        out = self._scratch.empty(gate_up.shape[0], gate_up.shape[1] // 2)
         elementwise.silu_mul(gate_up, out)
         return out
 
@@ -161,7 +163,7 @@ class NumbaOps:
         sequences: PagedSequences,
         shape: AttentionShape,
     ) -> torch.Tensor:
-        out = torch.empty(qkv.shape[0], shape.q_size)
+        out = self._scratch.empty(qkv.shape[0], shape.q_size)
         attention.paged_attention(
             qkv, out, *rope, *cache, sequences.starts, sequences.contexts, sequences.tables, sequences.positions,
             shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.window, _bits(shape.head_dim**-0.5),

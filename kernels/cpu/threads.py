@@ -20,10 +20,9 @@ from typing import Any
 
 import llvmlite.binding as llvm
 import numba
-import numpy as np
 import torch
 from llvmlite import ir
-from numba import cfunc, njit, types
+from numba import cfunc, types
 from numba.extending import intrinsic
 
 logger = logging.getLogger(__name__)
@@ -65,17 +64,12 @@ def _find_libgomp() -> ctypes.CDLL | None:
 
 _libgomp = _find_libgomp()
 if _libgomp is not None:
-    for _name in ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"):
-        llvm.add_symbol(_name, ctypes.cast(getattr(_libgomp, _name), ctypes.c_void_p).value)
-    _omp_get_thread_num = types.ExternalFunction("omp_get_thread_num", types.int32())
-    _omp_get_num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
-    barrier = types.ExternalFunction("GOMP_barrier", types.void())
-    """All parts of the running kernel meet here; called by every part or by none, and only if there are several."""
-else:
+    llvm.add_symbol("GOMP_barrier", ctypes.cast(_libgomp.GOMP_barrier, ctypes.c_void_p).value)
+    _barrier = types.ExternalFunction("GOMP_barrier", types.void())
 
-    @njit(nogil=True)
-    def barrier() -> None:
-        """Kernels run in one part here: there is nobody to wait for."""
+_SHARES = 4
+"""Parts of a kernel for each thread. Who is done early takes another, so that a thread that was kept off its core (by
+the HTTP server's own thread, say) holds up the others by a part of a kernel and not by half of it."""
 
 
 @intrinsic
@@ -91,21 +85,37 @@ def _call_kernel(typingctx, kernel, arguments, part, parts):
     return types.void(*[types.int64] * 4), codegen
 
 
+@intrinsic
+def _fetch_add_one(typingctx, array, index):
+    """Add 1 to an element of an int64 array and return what it was, atomically: no two threads get the same number."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Sequence[Any]) -> Any:
+        place = b.gep(args[0], [args[1]])
+        return b.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.CPointer(types.int64), types.int64), codegen
+
+
+# A program is int64: the number of kernels, the parts that each is cut into, then for each kernel its address, the
+# address of its arguments, and the number of its next part.
 @cfunc(types.void(types.CPointer(types.int64)), cache=True)
 def _run_alone(program):
     for i in range(program[0]):
-        _call_kernel(program[1 + 2 * i], program[2 + 2 * i], 0, 1)
+        _call_kernel(program[2 + 3 * i], program[3 + 3 * i], 0, 1)
 
 
 if _libgomp is not None:
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=True)
     def _team_member(program):
-        part, parts = np.int64(_omp_get_thread_num()), np.int64(_omp_get_num_threads())
+        parts = program[1]
         for i in range(program[0]):
-            if i > 0 and parts > 1:
-                barrier()
-            _call_kernel(program[1 + 2 * i], program[2 + 2 * i], part, parts)
+            if i > 0:
+                _barrier()
+            part = _fetch_add_one(program, 4 + 3 * i)
+            while part < parts:
+                _call_kernel(program[2 + 3 * i], program[3 + 3 * i], part, parts)
+                part = _fetch_add_one(program, 4 + 3 * i)
 
     _gomp_parallel = _libgomp.GOMP_parallel
     _gomp_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
@@ -127,17 +137,23 @@ class _Queue(threading.local):
 _queue = _Queue()
 
 
-def launch(kernel: Any, *arguments: int, keep: Sequence[torch.Tensor] = (), parallel: bool = True) -> None:
+def launch(
+    kernel: Any, *arguments: int, then: Any = None, keep: Sequence[torch.Tensor] = (), parallel: bool = True
+) -> None:
     """Run a ``cfunc`` of signature ``KERNEL``, split over torch's threads; returns when all parts are done.
 
-    ``arguments`` are ints (values or addresses). ``parallel=False`` runs a small job here, without waking anyone.
+    ``arguments`` are ints (values or addresses). ``then`` is a second kernel for the same arguments, run after the
+    first has ended everywhere. ``parallel=False`` runs a small job here, without waking anyone.
     The result does not depend on the number of parts: a kernel gives each part outputs of its own.
 
     Within ``queued()`` the kernel runs later, at the latest when that ends; ``keep`` are the tensors behind the
     addresses, which are kept until then.
     """
     packed = (ctypes.c_int64 * len(arguments))(*arguments)
-    _queue.kernels += (kernel.address, ctypes.addressof(packed))
+    address = ctypes.addressof(packed)
+    _queue.kernels += (kernel.address, address, 0)
+    if then is not None:
+        _queue.kernels += (then.address, address, 0)
     _queue.alive += (packed, *keep)
     if _queue.depth == 0:
         flush(parallel=parallel)
@@ -149,8 +165,8 @@ def flush(*, parallel: bool = True) -> None:
     if not kernels:
         return
     _queue.kernels, _queue.alive = [], []
-    program = (ctypes.c_int64 * (1 + len(kernels)))(len(kernels) // 2, *kernels)
     threads = torch.get_num_threads() if parallel and _libgomp is not None else 1
+    program = (ctypes.c_int64 * (2 + len(kernels)))(len(kernels) // 3, threads * _SHARES, *kernels)
     if threads > 1:
         _gomp_parallel(_team_member_address, program, threads, 0)
     else:
@@ -160,8 +176,9 @@ def flush(*, parallel: bool = True) -> None:
 
 @contextlib.contextmanager
 def queued() -> Iterator[None]:
-    """Queue this thread's kernels and run them together: the threads are woken once, and Python's lock is given away
-    once, for many kernels. Nothing may look at a kernel's output before ``flush`` or the end."""
+    """Queue this thread's kernels and run them together, at the end of the outermost such block: the threads are woken
+    once, and Python's lock is given away once, for many kernels. Nothing may look at a kernel's output before that or
+    ``flush``."""
     _queue.depth += 1
     try:
         yield

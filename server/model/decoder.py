@@ -70,33 +70,24 @@ class Decoder:
         x = ops.embed(batch.token_ids, self._embedding)
         if segments is not None and self.lora is not None:
             self.lora.add_embedding_(x, batch.token_ids, segments)
-        for layer, pages in zip(self._layers, cache.layers, strict=True):
-            with ops.together():
-                qkv = layer.qkv(ops.rms_norm(x, layer.input_norm, epsilon), segments)
-                if layer.q_norm is not None and layer.k_norm is not None:
-                    self._norm_heads(qkv, layer)
-                attended = ops.attention(qkv, self._rope, pages, batch.sequences, layer.attention)
-                x = layer.o(attended, segments, add_to=x)
-                gate_up = layer.gate_up(ops.rms_norm(x, layer.post_attention_norm, epsilon), segments)
-                x = layer.down(ops.silu_mul(gate_up), segments, add_to=x)
+        with ops.together():
+            for layer, pages in zip(self._layers, cache.layers, strict=True):
+                with ops.together():
+                    qkv = layer.qkv(ops.rms_norm(x, layer.input_norm, epsilon), segments)
+                    if layer.q_norm is not None and layer.k_norm is not None:
+                        q, k = layer.attention.q_size, layer.attention.kv_size
+                        ops.head_norm_(qkv[:, :q], layer.attention.n_heads, layer.q_norm, epsilon)
+                        ops.head_norm_(qkv[:, q : q + k], layer.attention.n_kv_heads, layer.k_norm, epsilon)
+                    attended = ops.attention(qkv, self._rope, pages, batch.sequences, layer.attention)
+                    x = layer.o(attended, segments, add_to=x)
+                    gate_up = layer.gate_up(ops.rms_norm(x, layer.post_attention_norm, epsilon), segments)
+                    x = layer.down(ops.silu_mul(gate_up), segments, add_to=x)
         return self._logits(x, batch)
 
     def table(self, projection: str) -> torch.Tensor:
         """The base's own ``embed`` or ``lm_head`` matrix, fp32 ``[vocab, hidden]``: a copy, for checks."""
         weight = {"embed": self._embedding, "lm_head": self._head}[projection]
         return self.ops.embed(torch.arange(self.spec.vocab_size, device=self.ops.device), weight)
-
-    def _norm_heads(self, qkv: torch.Tensor, layer: _Layer) -> None:
-        """Qwen3: RMSNorm of every query and key head, before the rotation."""
-        d, shape = self.spec.head_dim, layer.attention
-        bounds = (0, shape.q_size, shape.q_size + shape.kv_size)
-        for weight, first, last in ((layer.q_norm, bounds[0], bounds[1]), (layer.k_norm, bounds[1], bounds[2])):
-            assert weight is not None
-            self.ops.flush()
-            heads = qkv[:, first:last].reshape(-1, d)
-            normed = self.ops.rms_norm(heads, weight, self.spec.rms_norm_eps)
-            self.ops.flush()
-            qkv[:, first:last] = normed.view(qkv.shape[0], -1)
 
     def _logits(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         sampled = batch.sample_rows

@@ -1,0 +1,118 @@
+"""Queued kernels: the same bits as one by one, though results share memory and threads share out parts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from manylora.kernels.cpu import available
+from manylora.kernels.ops import Ops
+from tests.kernels.test_cpu_ops import activations, nf4
+
+pytestmark = pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
+
+LAYERS = 40
+
+
+@pytest.fixture(scope="module")
+def ops() -> Ops:
+    from manylora.kernels.cpu.ops import NumbaOps
+
+    return NumbaOps()
+
+
+@pytest.fixture(scope="module")
+def layer(ops: Ops) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """A block of norm, biased linear, norm of some heads, SiLU, and a biased linear into the residual stream."""
+    up = ops.prepare_linear([nf4(256, 64, seed=1)], activations(1, 256)[0])
+    down = ops.prepare_linear([nf4(64, 128, seed=2)], 0.1 * activations(1, 64, seed=4)[0])
+    norms = [0.1 * activations(1, 64, seed=i)[0] for i in range(LAYERS)]
+    head = activations(1, 32, seed=9)[0]
+
+    def compute(x: torch.Tensor, i: int) -> torch.Tensor:
+        y = ops.linear(ops.rms_norm(x, norms[i], 1e-5), up)
+        ops.head_norm_(y[:, 64:128], 2, head, 1e-5)
+        return ops.linear(ops.silu_mul(y), down, add_to=x)
+
+    return compute
+
+
+def one_by_one(layer: Callable[[torch.Tensor, int], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    x = x.clone()
+    for i in range(LAYERS):
+        x = layer(x, i)
+    return x
+
+
+def together(ops: Ops, layer: Callable[[torch.Tensor, int], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    x = x.clone()
+    with ops.together():
+        for i in range(LAYERS):
+            with ops.together():
+                x = layer(x, i)
+    return x
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 7, 64, 3000])
+def test_together_gives_the_same_bits(
+    ops: Ops, layer: Callable[[torch.Tensor, int], torch.Tensor], rows: int, threads: int
+) -> None:
+    """3000 rows of 256 are more than a block of the scratch memory holds, and come between smaller ones."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = activations(rows, 64, seed=rows)
+        expected = one_by_one(layer, x)
+        assert torch.isfinite(expected).all()
+        for _ in range(3):
+            assert torch.equal(together(ops, layer, x), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_scratch_memory_is_a_threads_own(ops: Ops, layer: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
+    xs = [activations(16, 64, seed=seed) for seed in range(4)]
+    expected = [one_by_one(layer, x) for x in xs]
+    wrong: list[int] = []
+
+    def run(i: int) -> None:
+        for _ in range(20):
+            if not torch.equal(together(ops, layer, xs[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_an_error_leaves_nothing_queued(ops: Ops, layer: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
+    x = activations(4, 64)
+    untouched = x.clone()
+
+    def fail() -> None:
+        with ops.together():
+            layer(x, 0)
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail()
+    ops.flush()
+    assert torch.equal(x, untouched)
+    assert torch.equal(together(ops, layer, x), one_by_one(layer, x))
+
+
+def test_head_norm_is_the_norm_of_each_head(ops: Ops) -> None:
+    wide, weight = activations(5, 256), activations(1, 32, seed=3)[0]
+    expected = wide.clone()
+    for head in range(2, 5):
+        columns = slice(32 * head, 32 * head + 32)
+        expected[:, columns] = ops.rms_norm(wide[:, columns].contiguous(), weight, 1e-5)
+    ops.head_norm_(wide[:, 64:160], 3, weight, 1e-5)
+    assert torch.equal(wide, expected)
