@@ -19,13 +19,17 @@ import logging
 import os
 import platform
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -49,93 +53,133 @@ def line(peer: str, case: Case, seconds: float) -> dict[str, Any]:
     }
 
 
-async def measure_engine(workload: Path, cases: list[Case], repeats: int) -> None:
-    """The engine without HTTP: the best case a server around it could reach. Prints a line per case."""
-    from manylora.server.config import AdapterSpec, EngineConfig, ServeConfig
-    from manylora.server.engine.request import Request, SamplingParams
-    from manylora.server.serving import build, load_adapters
+class Ours:
+    """This project in one process: the engine, and the HTTP server of ``manylora serve`` around that same engine."""
 
-    adapters = tuple(AdapterSpec(f"a{i}", str(workload / "adapters" / f"a{i}")) for i in range(N_ADAPTERS))
-    config = ServeConfig(
-        model=str(workload / "model"), adapters=adapters, engine=EngineConfig(max_context=1024, max_rows=32)
-    )
-    running = build(config, progress=False)
-    load_adapters(running, config)
-    running.engine.start()
-    params = SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0.0, ignore_eos=True)
-    serial = 0
+    def __init__(self, workload: Path) -> None:
+        from manylora.server.config import AdapterSpec, EngineConfig, ServeConfig
+        from manylora.server.serving import build, load_adapters
 
-    async def once(case: Case) -> float:
-        nonlocal serial
+        adapters = tuple(AdapterSpec(f"a{i}", str(workload / "adapters" / f"a{i}")) for i in range(N_ADAPTERS))
+        config = ServeConfig(
+            model=str(workload / "model"),
+            adapters=adapters,
+            served_model_name="base",
+            engine=EngineConfig(max_context=1024, max_rows=32),
+        )
+        self._config = config
+        self._running = build(config, progress=False)
+        load_adapters(self._running, config)
+        self._serial = 0
+
+    async def measure(self, cases: list[Case], repeats: int, *, http: bool) -> None:
+        """Print a line per case; with ``http`` a second one for those of 32 rows.
+
+        The two are measured in turn, back to back (engine, HTTP, HTTP, engine, ...), and the share that HTTP leaves of
+        the engine's throughput is the median of the pairs' shares: the machine may drift between pairs, hardly
+        within one.
+        """
+        from manylora.server.http_server import bind, serve_until_signal
+
+        self._running.engine.start()
+        sockets = bind("127.0.0.1", 0)
+        port = sockets[0].getsockname()[1]
+        server = asyncio.create_task(serve_until_signal(self._running.serving, self._config.api, sockets))
+        client = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", str(Path(http_client.__file__)), str(port), stdin=PIPE, stdout=PIPE
+        )
+        try:
+            for case in cases:
+                await self.engine(case)  # adapters into their slots, memory touched
+                pairs = []
+                with_http = http and case.rows == 32
+                for repeat in range(repeats):
+                    if not with_http:
+                        pairs.append((await self.engine(case), 0.0))
+                    elif repeat % 2 == 0:
+                        pairs.append((await self.engine(case), await self.http(case, client)))
+                    else:
+                        through_http = await self.http(case, client)
+                        pairs.append((await self.engine(case), through_http))
+                print(json.dumps(line(OURS, case, statistics.median(pair[0] for pair in pairs))), flush=True)
+                if with_http:
+                    result = line(f"{OURS} http", case, statistics.median(pair[1] for pair in pairs))
+                    shares = [round(engine / through_http, 3) for engine, through_http in pairs]
+                    print(
+                        json.dumps({**result, "share": round(statistics.median(shares), 3), "shares": shares}),
+                        flush=True,
+                    )
+        finally:
+            assert client.stdin is not None
+            client.stdin.close()
+            await client.wait()
+            os.kill(os.getpid(), signal.SIGTERM)
+            await server
+            await self._running.close()
+
+    async def engine(self, case: Case) -> float:
+        """Seconds for all rows of the case without HTTP: the best that a server around the engine could reach."""
+        from manylora.server.engine.request import Request, SamplingParams
+
+        params = SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0.0, ignore_eos=True)
         start = time.perf_counter()
         streams = []
         for row in range(case.rows):
-            serial += 1
+            self._serial += 1
             name = case.adapter(row)
-            ref = running.registry.acquire(name) if name is not None else None
-            request = Request(f"bench-{serial}", case.prompt(row), params, adapter=ref, arrival_time=time.monotonic())
-            streams.append(running.engine.submit(request))
+            ref = self._running.registry.acquire(name) if name is not None else None
+            arrival = time.monotonic()
+            request = Request(f"bench-{self._serial}", case.prompt(row), params, adapter=ref, arrival_time=arrival)
+            streams.append(self._running.engine.submit(request))
         for _, finish in await asyncio.gather(*(stream.result() for stream in streams)):
             if finish.completion_tokens != OUTPUT_TOKENS:
                 raise RuntimeError(f"a request ended early: {finish}")
         return time.perf_counter() - start
 
-    for case in cases:
-        await once(case)  # adapters into their slots, memory touched
-        times = [await once(case) for _ in range(repeats)]
-        print(json.dumps(line(OURS, case, statistics.median(times))), flush=True)
-    await running.close()
+    async def http(self, case: Case, client: asyncio.subprocess.Process) -> float:
+        """Seconds for all rows as streamed completions, a connection each; the client is a process of its own."""
+        bodies = [
+            {
+                "model": case.adapter(row) or "base",
+                "prompt": case.prompt(row),
+                "max_tokens": OUTPUT_TOKENS,
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            }
+            for row in range(case.rows)
+        ]
+        assert client.stdin is not None
+        assert client.stdout is not None
+        client.stdin.write(json.dumps(bodies).encode() + b"\n")
+        await client.stdin.drain()
+        answer = await client.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the client ended with exit code {await client.wait()}")
+        result = json.loads(answer)
+        if any(count != OUTPUT_TOKENS for count in result["tokens"]):
+            raise RuntimeError(f"a stream ended early: {result['tokens']}")
+        return float(result["seconds"])
 
 
-def measure_http(workload: Path, cases: list[Case], repeats: int) -> None:
-    """The same through ``manylora serve``: streamed completions, a connection each. Prints a line per case."""
-    port = http_client.free_port()
-    adapters = [flag for i in range(N_ADAPTERS) for flag in ("--adapter", f"a{i}={workload / 'adapters' / f'a{i}'}")]
-    command = [str(Path(sys.executable).parent / "manylora"), "serve", "--model", str(workload / "model")]
-    command += ["--served-model-name", "base", "--port", str(port), "--max-context", "1024", "--log-level", "warning"]
-    server = subprocess.Popen([*command, *adapters, "--state-dir", "none"])
-    try:
-        http_client.wait_until_ready(port, server, timeout=600)
-
-        def bodies(case: Case) -> list[dict[str, Any]]:
-            return [
-                {
-                    "model": case.adapter(row) or "base",
-                    "prompt": case.prompt(row),
-                    "max_tokens": OUTPUT_TOKENS,
-                    "temperature": 0,
-                    "ignore_eos": True,
-                    "stream": True,
-                    "stream_options": {"include_usage": True},
-                }
-                for row in range(case.rows)
-            ]
-
-        for case in cases:
-            times = []
-            for _ in range(repeats + 1):
-                start = time.perf_counter()
-                counts = asyncio.run(http_client.stream_all(port, bodies(case)))
-                times.append(time.perf_counter() - start)
-                if any(count != OUTPUT_TOKENS for count in counts):
-                    raise RuntimeError(f"a stream ended early: {counts}")
-            print(json.dumps(line(f"{OURS} http", case, statistics.median(times[1:]))), flush=True)
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
+def run(name: str, command: list[str], log: Path, limit: float) -> Iterator[dict[str, Any]]:
+    """Run one system once; its JSON lines as they come. Ended after ``limit`` seconds; what it has said stands."""
+    with log.open("a") as errors, subprocess.Popen(command, stdout=PIPE, stderr=errors, text=True) as process:
+        timer = threading.Timer(limit, process.terminate)
+        timer.start()
+        n_results = 0
+        assert process.stdout is not None
+        for text in process.stdout:
+            if text.startswith("{"):
+                n_results += 1
+                yield json.loads(text)
+        timer.cancel()
+    if process.returncode != 0 or n_results == 0:
+        print(f"{name}: exit {process.returncode}, {n_results} results; see {log}", file=sys.stderr)
 
 
-def run(name: str, command: list[str], log: Path) -> list[dict[str, Any]]:
-    """Run one system once; its JSON lines."""
-    with log.open("a") as errors:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
-    lines = [json.loads(text) for text in done.stdout.splitlines() if text.startswith("{")]
-    if done.returncode != 0 or not lines:
-        print(f"{name}: exit {done.returncode}, {len(lines)} results; see {log}", file=sys.stderr)
-    return lines
-
-
-def report(results: dict[str, dict[Key, list[float]]]) -> None:
+def report(results: dict[str, dict[Key, list[float]]], shares: dict[Key, list[float]]) -> None:
     """The table: tokens per second (median, and the spread of the rounds), and ours as a multiple of each peer's."""
     keys = [(case.rows, case.adapters) for case in CASES]
     print("\ntokens/s, median of the rounds (min-max)")
@@ -149,10 +193,15 @@ def report(results: dict[str, dict[Key, list[float]]]) -> None:
             for key in keys
         )
         print(f"{peer:24}{row}")
+    for (rows, adapters), values in shares.items():
+        spread = f"{min(values):.0%}-{max(values):.0%} over {len(values)} pairs"
+        print(
+            f"through HTTP at {rows}/{adapters}: {statistics.median(values):.0%} of the engine's throughput ({spread})"
+        )
     ours = results.get(OURS, {})
     print(f"\n{OURS} as a multiple of the peer: median of the rounds' ratios (min-max)")
     for peer, cells in results.items():
-        if peer == OURS:
+        if peer in (OURS, f"{OURS} http"):
             continue
         row = ""
         for key in keys:
@@ -172,38 +221,41 @@ def main() -> None:
     )
     parser.add_argument("--http", action="store_true", help="also measure through HTTP, at 32 streams")
     parser.add_argument("--note", default="", help="kept with the results: what was special about this run")
-    parser.add_argument("--only", choices=("engine", "http"), help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=float, default=1800, metavar="S", help="seconds for one run of one system")
+    parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
-    if options.only == "engine":
-        asyncio.run(measure_engine(options.workload, list(CASES), options.repeats))
-        return
-    if options.only == "http":
-        measure_http(options.workload, [case for case in CASES if case.rows == 32], options.repeats)
-        return
+    if options.ours:
+        from manylora.server.http_server import new_loop
 
+        ours = Ours(options.workload)
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(ours.measure(list(CASES), options.repeats, http=options.http))
+        return
     me = [sys.executable, "-P", __file__, "--workload", str(options.workload), "--repeats", str(options.repeats)]
-    systems = {OURS: [*me, "--only", "engine"]}
-    if options.http:
-        systems[f"{OURS} http"] = [*me, "--only", "http"]
+    systems = {OURS: [*me, "--ours", *(["--http"] if options.http else [])]}
     for text in options.peer:
         name, _, command = text.partition("=")
         systems[name] = shlex.split(command)
 
     results: dict[str, dict[Key, list[float]]] = defaultdict(lambda: defaultdict(list))
+    shares: dict[Key, list[float]] = defaultdict(list)
     log = Path(tempfile.gettempdir()) / f"bench-engine-{os.getpid()}.log"
     run_id = time.strftime("%Y-%m-%dT%H:%M:%S")
     machine = f"{os.cpu_count()} cores, {processor()}"
     RESULTS.parent.mkdir(exist_ok=True)
     for number in range(options.rounds):
-        for name, command in systems.items():
-            print(f"round {number + 1}/{options.rounds}: {name} ...", file=sys.stderr, flush=True)
-            for result in run(name, command, log):
-                results[name][result["rows"], result["adapters"]].append(result["tokens_per_s"])
+        for system, command in systems.items():
+            print(f"round {number + 1}/{options.rounds}: {system} ...", file=sys.stderr, flush=True)
+            for result in run(system, command, log, options.limit):
+                name = result["peer"] if system == OURS else system
+                key = result["rows"], result["adapters"]
+                results[name][key].append(result["tokens_per_s"])
+                shares[key] += result.get("shares", [])
                 kept = {"run": run_id, "round": number, "machine": machine, **result, "peer": name}
                 with RESULTS.open("a") as file:
                     file.write(json.dumps({**kept, "note": options.note} if options.note else kept) + "\n")
-    report(results)
+    report(results, {key: values for key, values in shares.items() if values})
 
 
 def processor() -> str:

@@ -1,37 +1,20 @@
 """A client that costs next to nothing: raw sockets, no parsing but for counting. On a machine whose cores the server
-needs itself, a comfortable client would be what is measured."""
+needs itself, a comfortable client would be what is measured.
+
+    python -P bench/http_client.py PORT
+
+For each line on standard input, a JSON list of completion bodies, sends them all at once and prints a line
+{"seconds": ..., "tokens": [completion tokens of each]}.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import subprocess
+import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from typing import Any
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def wait_until_ready(port: int, server: subprocess.Popen[Any], timeout: float) -> None:
-    """Until /ready answers 200; RuntimeError if the server ends or takes more than ``timeout`` seconds."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise RuntimeError(f"the server ended with exit code {server.returncode}")
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise RuntimeError(f"the server was not ready after {timeout:.0f} s")
 
 
 async def _stream(port: int, body: dict[str, Any]) -> int:
@@ -52,3 +35,16 @@ async def _stream(port: int, body: dict[str, Any]) -> int:
 async def stream_all(port: int, bodies: Sequence[dict[str, Any]]) -> list[int]:
     """Send all completions at once, read each stream to its end; completion tokens of each, as its usage says."""
     return await asyncio.gather(*(_stream(port, body) for body in bodies))
+
+
+def main() -> None:
+    port = int(sys.argv[1])
+    for line in sys.stdin:
+        bodies = json.loads(line)
+        start = time.perf_counter()
+        tokens = asyncio.run(stream_all(port, bodies))
+        print(json.dumps({"seconds": time.perf_counter() - start, "tokens": tokens}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
