@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from manylora.adapters.errors import AdapterRefused, SlotUploadFailed
-from manylora.adapters.registry import AdapterRef
+from manylora.adapters.versions import AdapterRef
 
 RETRY_AFTER_S: Final = 10.0
 """After a failed upload, seconds during which the version is refused at once instead of being tried again."""

@@ -32,7 +32,8 @@ class LoadReport:
 class AdapterWeights:
     """One immutable adapter version.
 
-    ``version`` is the sha256 (hex) over the weights file and the config file, so equal content has equal identity.
+    ``version`` is the sha256 (hex) over the weights file, the config file and the chat template if there is one, so
+    equal content has equal identity.
     ``pairs`` maps ``(projection, layer)`` (see kernels.sites; layer 0 for the global projections) to its delta.
     """
 

@@ -9,12 +9,13 @@ invent.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
+import sys
 from pathlib import Path
 
-Pair = tuple[str, str]  # what the user says, what the assistant answers
+sys.path.insert(0, str(Path(__file__).parent))
+from conversations import Pair, arguments, write
 
 
 def words(text: str) -> list[str]:
@@ -323,23 +324,8 @@ def make_json(records: dict[str, list[str]], count: int, rng: random.Random, hel
     return list(made.items())
 
 
-def write(path: Path, pairs: list[Pair]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for ask, answer in pairs:
-            messages = [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-    print(f"{path.name}: {len(pairs)} conversations")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "data", help="folder to write [%(default)s]"
-    )
-    parser.add_argument("--count", type=int, default=800, help="training conversations [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, help="[%(default)s]")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = arguments(__doc__)
     write(args.out / "json.jsonl", make_json(RECORDS, args.count, random.Random(args.seed), held_out=False))
     held_out = make_json(RECORDS, 24, random.Random(args.seed + 1), held_out=True)
     held_out += make_json(HELD_OUT_RECORDS, 12, random.Random(args.seed + 2), held_out=True)

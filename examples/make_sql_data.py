@@ -9,15 +9,16 @@ none names a column that is not there.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sqlite3
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-Pair = tuple[str, str]  # what the user says, what the assistant answers
+sys.path.insert(0, str(Path(__file__).parent))
+from conversations import Pair, arguments, write
 
 
 @dataclass(frozen=True)
@@ -367,23 +368,8 @@ def make_sql(tables: list[Table], count: int, rng: random.Random) -> list[Pair]:
     return list(made.items())
 
 
-def write(path: Path, pairs: list[Pair]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for ask, answer in pairs:
-            messages = [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-    print(f"{path.name}: {len(pairs)} conversations")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "data", help="folder to write [%(default)s]"
-    )
-    parser.add_argument("--count", type=int, default=800, help="training conversations [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, help="[%(default)s]")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = arguments(__doc__)
     tables = Path(__file__).parent / "data" / "sql_tables.json"
     write(args.out / "sql.jsonl", make_sql(read_tables(tables, "train"), args.count, random.Random(args.seed)))
     write(args.out / "sql.eval.jsonl", make_sql(read_tables(tables, "held_out"), 36, random.Random(args.seed + 1)))

@@ -136,13 +136,20 @@ def _serve(arguments: argparse.Namespace) -> int:
     config = serve_config(arguments)
     _set_up_logging(config.log_level)
     from manylora.adapters.errors import AdapterError
+    from manylora.server.http_server import bind
     from manylora.server.model.errors import ModelError
-    from manylora.server.serve import serve
 
+    # Before torch is imported, which takes seconds: a port that is taken is told at once.
+    sockets = bind(config.api.host, config.api.port)
     try:
-        return serve(config)
+        from manylora.server.serve import serve
+
+        return serve(config, sockets)
     except (ModelError, AdapterError) as error:
         return _refuse("\n".join([str(error), *getattr(error, "__notes__", ())]))
+    finally:
+        for sock in sockets:
+            sock.close()
 
 
 def _set_up_logging(level: str) -> None:

@@ -1,7 +1,6 @@
-"""``manylora serve``: bind, load, serve.
+"""``manylora serve``: load, then serve on sockets that were bound before anything was loaded.
 
-The port is bound before the base is loaded, so that a taken one is found at once; connections are accepted when
-everything is loaded, so ``/ready`` answers when there is something to be ready.
+Connections are accepted when everything is there, so ``/ready`` answers when there is something to be ready.
 """
 
 from __future__ import annotations
@@ -13,22 +12,17 @@ import socket
 from collections.abc import Sequence
 
 from manylora.server.config import ServeConfig
-from manylora.server.http_server import bind, new_loop, serve_until_signal
+from manylora.server.http_server import new_loop, serve_until_signal
 from manylora.server.serving import Running, build, load_adapters
 
 _log = logging.getLogger(__name__)
 
 
-def serve(config: ServeConfig) -> int:
-    """Serve until a signal; the process's exit code. Raises ConfigError, ModelError, AdapterError before that."""
-    sockets = bind(config.api.host, config.api.port)
-    try:
-        running = build(config)
-        with asyncio.Runner(loop_factory=new_loop) as runner:
-            return runner.run(_serve(running, config, sockets))
-    finally:
-        for sock in sockets:
-            sock.close()
+def serve(config: ServeConfig, sockets: Sequence[socket.socket]) -> int:
+    """Serve on bound ``sockets`` until a signal; the process's exit code. Raises ModelError, AdapterError before."""
+    running = build(config)
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        return runner.run(_serve(running, config, sockets))
 
 
 async def _serve(running: Running, config: ServeConfig, sockets: Sequence[socket.socket]) -> int:

@@ -16,9 +16,10 @@ import torch
 
 from manylora.adapters.errors import AdapterError, AdapterRefused
 from manylora.adapters.peft_loader import load_peft_adapter
-from manylora.adapters.registry import AdapterInfo, AdapterRef, AdapterRegistry, LoadedAdapter
+from manylora.adapters.registry import AdapterRegistry
 from manylora.adapters.slots import SlotManager
 from manylora.adapters.source import resolve_source
+from manylora.adapters.versions import AdapterInfo, AdapterRef, LoadedAdapter
 from manylora.kernels.cpu import available as cpu_kernels_available
 from manylora.kernels.lora import BatchedLora
 from manylora.kernels.lora_pool import MAX_RANK, LoraPool

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from manylora.adapters.errors import AdapterError
-from manylora.adapters.registry import AdapterRef
+from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.request import Request, SampledToken, SampleFailed, SamplingParams, StepPlan
 
 Sampled = SampledToken | SampleFailed

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from manylora.adapters.errors import AdapterNotFound
-from manylora.adapters.registry import AdapterInfo
+from manylora.adapters.versions import AdapterInfo
 from manylora.server.api.body import parse
 from manylora.server.api.errors import ApiError, bad_request, not_found
 from manylora.server.api.management import load_adapter, load_upload, pin_adapter, unload_adapter

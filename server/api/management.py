@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from manylora.adapters.errors import AdapterError, AdapterNotFound
-from manylora.adapters.registry import AdapterInfo
 from manylora.adapters.source import resolve_source, store_upload
+from manylora.adapters.versions import AdapterInfo
 from manylora.server.api.errors import ApiError
 from manylora.server.api.state import AppState
 from manylora.server.api.uploads import Upload

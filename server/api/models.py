@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from manylora.adapters.errors import AdapterNotFound
-from manylora.adapters.registry import AdapterInfo
+from manylora.adapters.versions import AdapterInfo
 from manylora.server.api.errors import not_found
 from manylora.server.api.state import Serving, state_of
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, Final
 
-from manylora.adapters.registry import AdapterRef
+from manylora.adapters.versions import AdapterRef
 from manylora.server.api.errors import bad_request
 from manylora.server.api.messages import template_messages
 from manylora.server.api.schemas import ChatTemplateFields, GenerationRequest, Prompt

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from fastapi import Request
 
-from manylora.adapters.registry import AdapterInfo, AdapterRef
+from manylora.adapters.versions import AdapterInfo, AdapterRef
 from manylora.server.config import ApiConfig
 from manylora.server.engine.metrics import EngineStats
 from manylora.server.engine.request import Event, FinishEvent, TokenEvent

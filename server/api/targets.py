@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from manylora.adapters.errors import AdapterNotFound
-from manylora.adapters.registry import AdapterRef
+from manylora.adapters.versions import AdapterRef
 from manylora.server.api.errors import ApiError, bad_request, not_found
 from manylora.server.api.schemas import ModelChoice
 from manylora.server.api.state import RegistryLike, Serving

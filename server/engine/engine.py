@@ -23,7 +23,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
-from manylora.adapters.registry import AdapterRef
+from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.detokenizer import Detokenizer, Vocabulary
 from manylora.server.engine.errors import EngineDraining, EngineRefusal, InvalidRequest, PromptTooLong, QueueFull
 from manylora.server.engine.metrics import EngineStats, Metrics

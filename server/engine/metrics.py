@@ -27,7 +27,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from manylora.adapters.registry import AdapterRef
+from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.request import FinishReason
 
 # Seconds. Those of the vllm:* histograms are vLLM's own, so that panels made for it keep their axes.

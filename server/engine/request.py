@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from manylora.adapters.registry import AdapterRef
+from manylora.adapters.versions import AdapterRef
 
 
 @dataclass(frozen=True)

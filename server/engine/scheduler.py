@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from manylora.adapters.errors import AdapterError
-from manylora.adapters.registry import AdapterRef
+from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.block_pool import BlockPool
 from manylora.server.engine.request import Request, RequestState, ScheduledRow, StepPlan
 

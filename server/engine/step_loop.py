@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from manylora.adapters.registry import AdapterRef
+from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.detokenizer import Detokenizer
 from manylora.server.engine.metrics import Metrics, RequestTimes
 from manylora.server.engine.request import (

@@ -24,7 +24,8 @@ from manylora.adapters.errors import (
     AdapterRefused,
     RegistryStateError,
 )
-from manylora.adapters.registry import AdapterRef, AdapterRegistry, LoadedAdapter, RegistryCounts
+from manylora.adapters.registry import AdapterRegistry
+from manylora.adapters.versions import AdapterRef, LoadedAdapter, RegistryCounts
 
 
 class Disk:
@@ -537,7 +538,8 @@ def test_killed_at_any_moment_the_state_file_is_whole(tmp_path: Path) -> None:
     state = tmp_path / "state.json"
     script = """
 import sys, pathlib
-from manylora.adapters.registry import AdapterRegistry, LoadedAdapter
+from manylora.adapters.registry import AdapterRegistry
+from manylora.adapters.versions import LoadedAdapter
 r = AdapterRegistry(lambda s: LoadedAdapter(s, 1, None, None), state_path=pathlib.Path(sys.argv[1]))
 for i in range(10**6):
     r.load(f"n{i}", "s")

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manylora.adapters.errors import AdapterRefused, SlotUploadFailed
-from manylora.adapters.registry import AdapterRef
 from manylora.adapters.slots import SlotManager
+from manylora.adapters.versions import AdapterRef
 
 
 class Weights:

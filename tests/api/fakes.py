@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from manylora.adapters.errors import AdapterRefused, AdapterSourceNotFound
-from manylora.adapters.registry import AdapterRegistry, LoadedAdapter
+from manylora.adapters.registry import AdapterRegistry
+from manylora.adapters.versions import LoadedAdapter
 from manylora.server.api.state import Serving
 from manylora.server.engine.errors import EngineDraining, EngineRefusal
 from manylora.server.engine.metrics import EngineStats

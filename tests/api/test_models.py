@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from manylora.adapters.registry import AdapterRef, AdapterRegistry
+from manylora.adapters.registry import AdapterRegistry
+from manylora.adapters.versions import AdapterRef
 from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig
 from tests.api.fakes import FakeEngine, make_serving, write_adapter

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from manylora.adapters.registry import AdapterRef
+from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.scheduler import SchedulerConfig, Slots
 
 Row = tuple[str, int, int, int | None]

@@ -16,8 +16,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from manylora.adapters.registry import AdapterRegistry, LoadedAdapter
+from manylora.adapters.registry import AdapterRegistry
 from manylora.adapters.slots import Pairs, SlotManager
+from manylora.adapters.versions import LoadedAdapter
 from manylora.server.engine.engine import Engine
 from manylora.server.engine.metrics import Metrics
 from manylora.server.engine.request import FinishEvent, Request, SampledToken

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from manylora.adapters.registry import AdapterRef
+from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.request import Request, StepPlan
 from manylora.server.engine.scheduler import Scheduler, SchedulerConfig
 from tests.engine.reference_scheduler import ReferenceScheduler, Row
