@@ -25,6 +25,8 @@ from llvmlite import ir
 from numba import cfunc, types
 from numba.extending import intrinsic
 
+from manylora.kernels.cpu.atomics import fetch_add_one, load_counter, pause
+
 logger = logging.getLogger(__name__)
 
 
@@ -63,13 +65,12 @@ def _find_libgomp() -> ctypes.CDLL | None:
 
 
 _libgomp = _find_libgomp()
-if _libgomp is not None:
-    llvm.add_symbol("GOMP_barrier", ctypes.cast(_libgomp.GOMP_barrier, ctypes.c_void_p).value)
-    _barrier = types.ExternalFunction("GOMP_barrier", types.void())
 
 _SHARES = 4
-"""Parts of a kernel for each thread. Who is done early takes another, so that a thread that was kept off its core (by
-the HTTP server's own thread, say) holds up the others by a part of a kernel and not by half of it."""
+"""Parts of a kernel for each thread. Who is done early takes another, so that a thread that was kept off its processor
+(by the HTTP server's own thread, say) holds up the others by a part of a kernel at most."""
+_SPINS = 1000
+"""Rounds of waiting, some 20 microseconds, before a thread offers its processor to whoever else wants it."""
 
 
 @intrinsic
@@ -85,37 +86,39 @@ def _call_kernel(typingctx, kernel, arguments, part, parts):
     return types.void(*[types.int64] * 4), codegen
 
 
-@intrinsic
-def _fetch_add_one(typingctx, array, index):
-    """Add 1 to an element of an int64 array and return what it was, atomically: no two threads get the same number."""
-
-    def codegen(context: Any, b: Any, sig: Any, args: Sequence[Any]) -> Any:
-        place = b.gep(args[0], [args[1]])
-        return b.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(types.CPointer(types.int64), types.int64), codegen
-
-
 # A program is int64: the number of kernels, the parts that each is cut into, then for each kernel its address, the
-# address of its arguments, and the number of its next part.
+# address of its arguments, the number of its next part, and how many parts are done.
 @cfunc(types.void(types.CPointer(types.int64)), cache=True)
 def _run_alone(program):
     for i in range(program[0]):
-        _call_kernel(program[2 + 3 * i], program[3 + 3 * i], 0, 1)
+        _call_kernel(program[2 + 4 * i], program[3 + 4 * i], 0, 1)
 
 
 if _libgomp is not None:
+    llvm.add_symbol("sched_yield", ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value)
+    _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
     @cfunc(types.void(types.CPointer(types.int64)), cache=True)
     def _team_member(program):
-        parts = program[1]
-        for i in range(program[0]):
-            if i > 0:
-                _barrier()
-            part = _fetch_add_one(program, 4 + 3 * i)
+        """Take parts until none is left, wait for the others' to be done, go on to the next kernel.
+
+        Not OpenMP's barrier: that waits for every thread, also for one that has nothing to do and is not even running;
+        and with a second team in the process (torch made one while the model was loaded) it stops spinning almost at
+        once, whatever GOMP_SPINCOUNT says, and each of some four hundred kernels a step then costs a wake-up.
+        """
+        kernels, parts = program[0], program[1]
+        for i in range(kernels):
+            part = fetch_add_one(program, 4 + 4 * i)
             while part < parts:
-                _call_kernel(program[2 + 3 * i], program[3 + 3 * i], part, parts)
-                part = _fetch_add_one(program, 4 + 3 * i)
+                _call_kernel(program[2 + 4 * i], program[3 + 4 * i], part, parts)
+                fetch_add_one(program, 5 + 4 * i)
+                part = fetch_add_one(program, 4 + 4 * i)
+            spins = 0
+            while i + 1 < kernels and load_counter(program, 5 + 4 * i) < parts:
+                pause()
+                spins += 1
+                if spins > _SPINS:
+                    _sched_yield()
 
     _gomp_parallel = _libgomp.GOMP_parallel
     _gomp_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
@@ -151,9 +154,9 @@ def launch(
     """
     packed = (ctypes.c_int64 * len(arguments))(*arguments)
     address = ctypes.addressof(packed)
-    _queue.kernels += (kernel.address, address, 0)
+    _queue.kernels += (kernel.address, address, 0, 0)
     if then is not None:
-        _queue.kernels += (then.address, address, 0)
+        _queue.kernels += (then.address, address, 0, 0)
     _queue.alive += (packed, *keep)
     if _queue.depth == 0:
         flush(parallel=parallel)
@@ -166,7 +169,7 @@ def flush(*, parallel: bool = True) -> None:
         return
     _queue.kernels, _queue.alive = [], []
     threads = torch.get_num_threads() if parallel and _libgomp is not None else 1
-    program = (ctypes.c_int64 * (2 + len(kernels)))(len(kernels) // 3, threads * _SHARES, *kernels)
+    program = (ctypes.c_int64 * (2 + len(kernels)))(len(kernels) // 4, threads * _SHARES, *kernels)
     if threads > 1:
         _gomp_parallel(_team_member_address, program, threads, 0)
     else:
