@@ -53,6 +53,10 @@ def main() -> None:
     parser.add_argument("prompt", nargs="?", help="the same prompt for all four")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where `make demo` listens")
     options = parser.parse_args()
+    try:
+        urllib.request.urlopen(f"{options.url}/ready", timeout=10).close()
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: no server is ready at {options.url} ({error}); start one with `make demo`.\n")
     threads = [
         threading.Thread(target=stream, args=(options.url, model, options.prompt or prompt))
         for model, prompt in PROMPTS.items()
