@@ -170,11 +170,13 @@ def run(name: str, command: list[str], log: Path, limit: float) -> Iterator[dict
         timer.start()
         n_results = 0
         assert process.stdout is not None
-        for text in process.stdout:
-            if text.startswith("{"):
-                n_results += 1
-                yield json.loads(text)
-        timer.cancel()
+        try:
+            for text in process.stdout:
+                if text.startswith("{"):
+                    n_results += 1
+                    yield json.loads(text)
+        finally:
+            timer.cancel()
     if process.returncode != 0 or n_results == 0:
         print(f"{name}: exit {process.returncode}, {n_results} results; see {log}", file=sys.stderr)
 

@@ -81,8 +81,9 @@ class Ops(Protocol):
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         """``x / sqrt(mean(x^2) + epsilon) * weight`` (Zhang and Sennrich 2019); ``weight`` is fp32."""
 
-    def head_norm_(self, heads: torch.Tensor, n_heads: int, weight: torch.Tensor, epsilon: float) -> None:
-        """``rms_norm`` in place of each head in ``[rows, n_heads * head_dim]``, a column slice of a wider tensor."""
+    def head_norm_(self, heads: torch.Tensor, weight: torch.Tensor, epsilon: float) -> None:
+        """``rms_norm`` in place of each head in ``[rows, n_heads * head_dim]``, a column slice of a wider tensor;
+        ``weight`` is ``[head_dim]``."""
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """``silu(gate) * up`` of ``[rows, 2 * width]``, gate first (SwiGLU, Shazeer 2020)."""

@@ -73,8 +73,8 @@ class TorchOps:
         wide = x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * weight).to(self.dtype)
 
-    def head_norm_(self, heads: torch.Tensor, n_heads: int, weight: torch.Tensor, epsilon: float) -> None:
-        each = heads.view(heads.shape[0], n_heads, -1)
+    def head_norm_(self, heads: torch.Tensor, weight: torch.Tensor, epsilon: float) -> None:
+        each = heads.view(heads.shape[0], -1, weight.numel())
         each.copy_(self.rms_norm(each, weight, epsilon))
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import carray, cfunc
+from numba import carray, cfunc, njit
 
 from manylora.kernels.cpu.emit import float32_at, int32_at
 from manylora.kernels.cpu.threads import KERNEL, launch
@@ -24,6 +24,14 @@ _FIELDS = 11
 """Arguments before the projections', and for each projection."""
 
 
+@njit(nogil=True)
+def _row_offsets(rows, n_pairs, stride):
+    offsets = np.empty(n_pairs, np.int64)
+    for i in range(n_pairs):
+        offsets[i] = int32_at(rows, i) * stride
+    return offsets
+
+
 # Arguments: x, x_stride, y, y_stride, depth, n_pairs, rows, scales, n_segments, slots, offsets, h, h_width,
 # n_projections, then each projection's fields. h is [pairs, projections, h_width]; h_width is 16 times the most pages
 # that a slot can have.
@@ -33,11 +41,7 @@ def _shrink_kernel(arguments, part, parts):
     x, x_stride, depth, n_pairs, rows, scales = a[0], a[1], a[4], a[5], a[6], a[7]
     n_segments, slots, offsets, h, h_width, n_projections = a[8], a[9], a[10], a[11], a[12], a[13]
     h_stride = n_projections * h_width * 4
-    x_offsets = np.empty(n_pairs, np.int64)
-    h_offsets = np.empty(n_pairs, np.int64)
-    for i in range(n_pairs):
-        x_offsets[i] = int32_at(rows, i) * x_stride
-        h_offsets[i] = i * h_stride
+    x_offsets, h_offsets = _row_offsets(rows, n_pairs, x_stride), np.arange(n_pairs) * h_stride
     xo, ho = address_of(x_offsets), address_of(h_offsets)
 
     item = 0
@@ -66,11 +70,7 @@ def _expand_kernel(arguments, part, parts):
     y, y_stride, n_pairs, rows = a[2], a[3], a[5], a[6]
     n_segments, slots, offsets, h, h_width, n_projections = a[8], a[9], a[10], a[11], a[12], a[13]
     h_stride = n_projections * h_width * 4
-    y_offsets = np.empty(n_pairs, np.int64)
-    h_offsets = np.empty(n_pairs, np.int64)
-    for i in range(n_pairs):
-        y_offsets[i] = int32_at(rows, i) * y_stride
-        h_offsets[i] = i * h_stride
+    y_offsets, h_offsets = _row_offsets(rows, n_pairs, y_stride), np.arange(n_pairs) * h_stride
     yo, ho = address_of(y_offsets), address_of(h_offsets)
     for j in range(n_projections):
         p = _HEADER + _FIELDS * j

@@ -134,8 +134,8 @@ class NumbaOps:
         elementwise.rms_norm(x, weight, _bits(epsilon), out)
         return out
 
-    def head_norm_(self, heads: torch.Tensor, n_heads: int, weight: torch.Tensor, epsilon: float) -> None:
-        elementwise.head_norm_(heads, n_heads, weight, _bits(epsilon))
+    def head_norm_(self, heads: torch.Tensor, weight: torch.Tensor, epsilon: float) -> None:
+        elementwise.rms_norm(heads, weight, _bits(epsilon), heads)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         out = self._scratch.empty(gate_up.shape[0], gate_up.shape[1] // 2)

@@ -170,30 +170,3 @@ def silu_mul_8(typingctx, gate, up, out, vectors):
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen
-
-
-@intrinsic
-def add_8(typingctx, source, target, vectors):
-    """Add ``8 * vectors`` fp32 values to those at ``target``."""
-
-    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        with cgutils.for_range(b, args[2], intp=I64) as loop:
-            step = b.mul(loop.index, i64(32))
-            place = b.add(args[1], step)
-            store(b, b.fadd(load(b, place, V8F, 4), load(b, b.add(args[0], step), V8F, 4)), place, 4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), codegen
-
-
-@intrinsic
-def copy_8(typingctx, source, target, vectors):
-    """Copy ``8 * vectors`` fp32 values."""
-
-    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        with cgutils.for_range(b, args[2], intp=I64) as loop:
-            step = b.mul(loop.index, i64(32))
-            store(b, load(b, b.add(args[0], step), V8F, 4), b.add(args[1], step), 4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), codegen

@@ -76,8 +76,8 @@ class Decoder:
                     qkv = layer.qkv(ops.rms_norm(x, layer.input_norm, epsilon), segments)
                     if layer.q_norm is not None and layer.k_norm is not None:
                         q, k = layer.attention.q_size, layer.attention.kv_size
-                        ops.head_norm_(qkv[:, :q], layer.attention.n_heads, layer.q_norm, epsilon)
-                        ops.head_norm_(qkv[:, q : q + k], layer.attention.n_kv_heads, layer.k_norm, epsilon)
+                        ops.head_norm_(qkv[:, :q], layer.q_norm, epsilon)
+                        ops.head_norm_(qkv[:, q : q + k], layer.k_norm, epsilon)
                     attended = ops.attention(qkv, self._rope, pages, batch.sequences, layer.attention)
                     x = layer.o(attended, segments, add_to=x)
                     gate_up = layer.gate_up(ops.rms_norm(x, layer.post_attention_norm, epsilon), segments)

@@ -34,7 +34,7 @@ def layer(ops: Ops) -> Callable[[torch.Tensor, int], torch.Tensor]:
 
     def compute(x: torch.Tensor, i: int) -> torch.Tensor:
         y = ops.linear(ops.rms_norm(x, norms[i], 1e-5), up)
-        ops.head_norm_(y[:, 64:128], 2, head, 1e-5)
+        ops.head_norm_(y[:, 64:128], head, 1e-5)
         return ops.linear(ops.silu_mul(y), down, add_to=x)
 
     return compute
@@ -114,5 +114,5 @@ def test_head_norm_is_the_norm_of_each_head(ops: Ops) -> None:
     for head in range(2, 5):
         columns = slice(32 * head, 32 * head + 32)
         expected[:, columns] = ops.rms_norm(wide[:, columns].contiguous(), weight, 1e-5)
-    ops.head_norm_(wide[:, 64:160], 3, weight, 1e-5)
+    ops.head_norm_(wide[:, 64:160], weight, 1e-5)
     assert torch.equal(wide, expected)
