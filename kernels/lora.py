@@ -10,7 +10,8 @@ differ between slots and projections, each costing its own pages. Pairs come sor
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -23,8 +24,13 @@ from manylora.kernels.sites import GLOBAL_PROJECTIONS, SITES
 Implementation = Literal["auto", "cpu", "triton", "torch"]
 
 
-class _Kernel(Protocol):
-    def add_(self, y: torch.Tensor, x: torch.Tensor, segments: LoraSegments, site: str, layer: int) -> None: ...
+class Kernel(Protocol):
+    """An implementation of the op."""
+
+    def route(self, segments: LoraSegments, n_rows: int) -> Any:
+        """What ``add_`` takes for a step's segments over ``n_rows`` rows: made once, used at every site."""
+
+    def add_(self, y: torch.Tensor, x: torch.Tensor, adapters: Any, site: str, layer: int) -> None: ...
 
 
 class TorchLora:
@@ -33,8 +39,11 @@ class TorchLora:
     def __init__(self, pool: LoraPool) -> None:
         self._pool = pool
 
+    def route(self, segments: LoraSegments, n_rows: int) -> LoraSegments:
+        return segments
+
     def add_(self, y: torch.Tensor, x: torch.Tensor, segments: LoraSegments, site: str, layer: int) -> None:
-        bounds = segments.offsets.tolist()
+        bounds = segments.host_offsets.tolist()
         columns = self._pool.shapes.site_offsets(site)
         for s, slot in enumerate(segments.slot_list):
             members = segments.rows[bounds[s] : bounds[s + 1]].long()
@@ -58,15 +67,20 @@ class BatchedLora:
     def __init__(self, pool: LoraPool, implementation: Implementation = "auto") -> None:
         self.pool = pool
         self.implementation = _choose(pool) if implementation == "auto" else implementation
-        self._kernel = _make(pool, self.implementation)
+        self.kernel = _make(pool, self.implementation)
         self.queues = self.implementation == "cpu"
         self._with_global: dict[str, frozenset[int]] = {}
         self._seen_version = -1
 
-    def add_(self, y: torch.Tensor, x: torch.Tensor, segments: LoraSegments, site: str, layer: int) -> None:
-        """Add the segments' deltas of ``site`` in ``layer`` to ``y`` ``[T, N]``, given its input ``x`` ``[T, K]``.
+    def route(self, segments: LoraSegments, n_rows: int) -> Any:
+        """A step's segments in the form that the implementation works with; ``add_`` takes either."""
+        return self.kernel.route(segments, n_rows)
 
-        Raises ValueError if a shape or dtype is not the site's; the message has both.
+    def add_(self, y: torch.Tensor, x: torch.Tensor, adapters: Any, site: str, layer: int) -> None:
+        """Add the deltas of ``site`` in ``layer`` to ``y`` ``[T, N]``, given its input ``x`` ``[T, K]``.
+
+        ``adapters``: the step's `LoraSegments`, or what ``route`` made of them. Raises ValueError if a shape or dtype
+        is not the site's; the message has both.
         """
         shapes = self.pool.shapes
         k, n = shapes.in_features[SITES[site][0]], shapes.site_offsets(site)[-1]
@@ -78,7 +92,7 @@ class BatchedLora:
             raise ValueError("x and y need contiguous rows")
         if self.implementation == "cpu" and (x.dtype != torch.float32 or y.dtype != torch.float32):
             raise ValueError(f"the CPU op computes in float32, got x {x.dtype} and y {y.dtype}")
-        self._kernel.add_(y, x, segments, site, layer)
+        self.kernel.add_(y, x, adapters, site, layer)
 
     def add_embedding_(self, y: torch.Tensor, token_ids: torch.Tensor, segments: LoraSegments) -> None:
         """Add the token embedding's deltas: ``y[row] += scale * A[token] B``; ids int64 ``[T]``, y ``[T, hidden]``.
@@ -87,7 +101,7 @@ class BatchedLora:
         """
         if not self.touches("embed", segments):
             return
-        bounds = segments.offsets.tolist()
+        bounds = segments.host_offsets.tolist()
         for s, slot in enumerate(segments.slot_list):
             matrices = pool_matrices(self.pool, "embed", slot, 0)
             if matrices is None:
@@ -110,6 +124,20 @@ class BatchedLora:
         return not self._with_global[projection].isdisjoint(segments.slot_list)
 
 
+@dataclass(frozen=True)
+class SiteAdapters:
+    """A step's adapters at one site of one layer, for ``Ops.linear``."""
+
+    lora: BatchedLora
+    adapters: Any
+    site: str
+    layer: int
+
+    def add_(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """See ``BatchedLora.add_``."""
+        self.lora.add_(y, x, self.adapters, self.site, self.layer)
+
+
 def _choose(pool: LoraPool) -> Implementation:
     if pool.device.type == "cuda":
         return "triton"
@@ -119,14 +147,14 @@ def _choose(pool: LoraPool) -> Implementation:
     return "torch"
 
 
-def _make(pool: LoraPool, implementation: Implementation) -> _Kernel:
+def _make(pool: LoraPool, implementation: Implementation) -> Kernel:
     # Imported here: numba and triton are there on some machines only.
     if implementation == "cpu":
         from manylora.kernels.cpu.lora import CpuLora
 
         return CpuLora(pool)
     if implementation == "triton":
-        from manylora.kernels.lora_triton import TritonLora
+        from manylora.kernels.cuda.lora_op import TritonLora
 
         return TritonLora(pool)
     return TorchLora(pool)

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class LoraSegments:
     """Pairs (row, slot, scale) sorted by slot: pairs ``offsets[s] .. offsets[s + 1] - 1`` belong to slot ``slots[s]``.
 
-    ``rows`` int32 ``[P]`` (ascending within a segment), ``scales`` fp32 ``[P]``, ``slots`` int32 ``[S]`` (ascending,
-    distinct), ``offsets`` int32 ``[S + 1]``; all on the pool's device. ``slot_list`` is ``slots`` on the host.
+    ``rows`` int32 ``[P]`` (ascending within a segment, none twice), ``scales`` fp32 ``[P]``, ``slots`` int32 ``[S]``
+    (ascending, distinct), ``offsets`` int32 ``[S + 1]``; all on the pool's device. The ``host_*`` are the same on the
+    host, so that scheduling work by them never waits for the device.
     """
 
     rows: torch.Tensor
@@ -21,38 +27,48 @@ class LoraSegments:
     slots: torch.Tensor
     offsets: torch.Tensor
     slot_list: tuple[int, ...]
+    host_rows: Ints
+    host_scales: Floats
+    host_offsets: Ints
+
+    @classmethod
+    def from_arrays(
+        cls, rows: Ints, scales: Floats, slots: Iterable[int], offsets: Ints, device: torch.device | str = "cpu"
+    ) -> LoraSegments:
+        """Pairs that are sorted already."""
+        slot_list = tuple(slots)
+        there = [torch.from_numpy(array).to(device) for array in (rows, scales, np.array(slot_list, np.int32), offsets)]
+        return cls(there[0], there[1], there[2], there[3], slot_list, rows, scales, offsets)
 
     @classmethod
     def from_pairs(
         cls, pairs: Iterable[tuple[int, int, float]], device: torch.device | str = "cpu"
     ) -> LoraSegments | None:
-        """Sort pairs, in any order, into segments; None if there are none. Slot -1 (a base row) is left out."""
-        ordered = sorted((slot, row, scale) for row, slot, scale in pairs if slot >= 0)
+        """Sort pairs, in any order, into segments; None if there are none. Slot -1 (a base row) is left out; the scales
+        of a slot that is named twice for one row add up."""
+        merged: dict[tuple[int, int], float] = {}
+        for row, slot, scale in pairs:
+            if slot >= 0:
+                merged[slot, row] = merged.get((slot, row), 0.0) + scale
+        ordered = sorted(merged)
         if not ordered:
             return None
-        slots: list[int] = []
-        offsets: list[int] = []
-        for i, (slot, _, _) in enumerate(ordered):
-            if not slots or slots[-1] != slot:
-                slots.append(slot)
-                offsets.append(i)
-        offsets.append(len(ordered))
-        return cls(
-            rows=torch.tensor([row for _, row, _ in ordered], dtype=torch.int32, device=device),
-            scales=torch.tensor([scale for _, _, scale in ordered], dtype=torch.float32, device=device),
-            slots=torch.tensor(slots, dtype=torch.int32, device=device),
-            offsets=torch.tensor(offsets, dtype=torch.int32, device=device),
-            slot_list=tuple(slots),
-        )
+        slots = sorted({slot for slot, _ in ordered})
+        offsets = np.searchsorted([slot for slot, _ in ordered], [*slots, slots[-1] + 1]).astype(np.int32)
+        rows = np.array([row for _, row in ordered], np.int32)
+        return cls.from_arrays(rows, np.array([merged[key] for key in ordered], np.float32), slots, offsets, device)
 
     def select(self, kept: torch.Tensor) -> LoraSegments | None:
         """The segments over the rows ``x[kept]`` (int64, ascending): pairs of other rows dropped, rows renumbered."""
         renumbered = {row: i for i, row in enumerate(kept.tolist())}
-        bounds, rows, scales = self.offsets.tolist(), self.rows.tolist(), self.scales.tolist()
         pairs = [
-            (renumbered[rows[i]], slot, scales[i])
+            (renumbered[row], slot, float(scale))
             for s, slot in enumerate(self.slot_list)
-            for i in range(bounds[s], bounds[s + 1])
-            if rows[i] in renumbered
+            for row, scale in zip(
+                self.host_rows[self.host_offsets[s] : self.host_offsets[s + 1]].tolist(),
+                self.host_scales[self.host_offsets[s] : self.host_offsets[s + 1]],
+                strict=True,
+            )
+            if row in renumbered
         ]
         return LoraSegments.from_pairs(pairs, self.rows.device)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from manylora.kernels.nf4_tensor import Nf4Tensor
+
+if TYPE_CHECKING:
+    from manylora.kernels.lora import SiteAdapters
 
 PAGE_SIZE = 16
 """Token positions of a KV page."""
@@ -21,12 +24,14 @@ class PagedSequences:
 
     int32 tensors: ``starts`` ``[S + 1]``, first new token of each sequence; ``contexts`` ``[S]``, length of each with
     its new tokens; ``tables`` ``[S, pages]``, page numbers; ``positions`` ``[T]``, position of each new token.
+    ``host_starts``: ``starts`` once more, where it need not be fetched from the device.
     """
 
     starts: torch.Tensor
     contexts: torch.Tensor
     tables: torch.Tensor
     positions: torch.Tensor
+    host_starts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,16 @@ class Ops(Protocol):
     def prepare_linear(self, weights: Sequence[Nf4Tensor], bias: torch.Tensor | None) -> Any:
         """Fuse NF4 weights of equal K into one linear layer; its output is theirs, one behind the other."""
 
-    def linear(self, x: torch.Tensor, weight: Any, *, add_to: torch.Tensor | None = None) -> torch.Tensor:
-        """``x @ W.T + bias``; with ``add_to`` (the residual stream) it is added to that in place and returned."""
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: Any,
+        *,
+        add_to: torch.Tensor | None = None,
+        adapters: SiteAdapters | None = None,
+    ) -> torch.Tensor:
+        """``x @ W.T + bias`` plus each row's ``adapters``; with ``add_to`` (the residual stream) it is added to that in
+        place and returned."""
 
     def prepare_embedding(self, weight: torch.Tensor, *, head: bool) -> Any:
         """A bf16 ``[vocab, hidden]`` table; ``head`` if ``logits`` is asked of it too (tied embeddings)."""
@@ -91,7 +104,7 @@ class Ops(Protocol):
     def new_kv_cache(
         self, n_layers: int, n_pages: int, shape: AttentionShape
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys ``[pages, kv_heads, head_dim, 16]`` and values ``[pages, kv_heads, 16, head_dim]`` of each layer."""
+        """Keys and values of each layer, in the implementation's own layout; page numbers are the first dimension."""
 
     def attention(
         self,

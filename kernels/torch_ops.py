@@ -1,5 +1,5 @@
-"""The decoder's operations in plain torch: any device, any shape. The CUDA path until its own kernels take over, the
-CPU path where the numba kernels cannot run, and an independent check of them."""
+"""The decoder's operations in plain torch: any device, any shape. The CPU path where the numba kernels cannot run,
+and an independent check of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from manylora.kernels.lora import SiteAdapters
 from manylora.kernels.nf4_tensor import Nf4Tensor
 from manylora.kernels.ops import PAGE_SIZE, AttentionShape, PagedSequences
 
@@ -52,13 +53,23 @@ class TorchOps:
             return TorchLinear((), torch.cat([w.dequantize(self.dtype) for w in here]), moved)
         return TorchLinear(here, None, moved)
 
-    def linear(self, x: torch.Tensor, weight: TorchLinear, *, add_to: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: TorchLinear,
+        *,
+        add_to: torch.Tensor | None = None,
+        adapters: SiteAdapters | None = None,
+    ) -> torch.Tensor:
         if weight.resident is not None:
             matrix = weight.resident
         else:
             matrix = torch.cat([w.dequantize(self.dtype) for w in weight.weights])
         y = F.linear(x, matrix, weight.bias)
-        return y if add_to is None else add_to.add_(y)
+        y = y if add_to is None else add_to.add_(y)
+        if adapters is not None:
+            adapters.add_(y, x)
+        return y
 
     def prepare_embedding(self, weight: torch.Tensor, *, head: bool) -> torch.Tensor:
         return weight.to(self.device)

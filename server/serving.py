@@ -27,6 +27,7 @@ from manylora.kernels.ops import PAGE_SIZE, Ops
 from manylora.kernels.torch_ops import TorchOps
 from manylora.server.api.state import Serving
 from manylora.server.config import ConfigError, EngineConfig, ServeConfig
+from manylora.server.engine.decode_graphs import DecodeGraphs
 from manylora.server.engine.detokenizer import vocabulary_for
 from manylora.server.engine.engine import Engine
 from manylora.server.engine.metrics import Metrics
@@ -89,8 +90,9 @@ def choose_device(name: str) -> torch.device:
 def choose_ops(device: torch.device, spec: ModelSpec, weights: BaseWeights) -> Ops:
     """The fastest operations that this device and these weights allow; the reason is logged where it is not obvious."""
     if device.type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        return TorchOps(device, dtype, resident=False)
+        from manylora.kernels.cuda.ops import CudaOps  # triton, which a CPU need not have
+
+        return CudaOps(device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
     if not cpu_kernels_available():
         reason: str | None = "this processor or installation lacks AVX2, FMA or numba"
     else:
@@ -168,7 +170,7 @@ class _AdapterLoader:
             weights = load_peft_adapter(
                 resolve_source(source), self._pool.shapes, base_name=self._base, base_tensor=self._decoder.table
             )
-            reason = self._pool.fits(weights.pairs)
+            reason = self._pool.fits(weights.pairs) or self._pool.overflows(weights.pairs)
             if reason is not None:
                 raise AdapterRefused(f"in {source}", [reason])
         except AdapterRefused:
@@ -208,7 +210,11 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
     del weights, base  # the decoder holds its own form of them; the base is in memory once
     cache = KVCache(spec, sizes.kv_pages, ops)
     eos = frozenset(tokenizer.eos_token_ids)
-    runner = ModelRunner(decoder, cache, Sampler(spec.vocab_size, device, eos_token_ids=eos))
+    graphs = None
+    if device.type == "cuda":
+        graphs = DecodeGraphs(decoder, cache, max_rows=sizes.max_rows, max_context=sizes.max_context)
+    runner = ModelRunner(decoder, cache, Sampler(spec.vocab_size, device, eos_token_ids=eos), graphs)
+    runner.warm_up(sizes.max_batch_tokens)
     metrics = Metrics(name)
     parts: list[Engine] = []
 

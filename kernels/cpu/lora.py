@@ -149,6 +149,9 @@ class CpuLora:
             ]
         return tuple(fields)
 
+    def route(self, segments: LoraSegments, n_rows: int) -> LoraSegments:
+        return segments
+
     def add_(self, y: torch.Tensor, x: torch.Tensor, segments: LoraSegments, site: str, layer: int) -> None:
         """Add the segments' deltas of a site to ``y`` fp32 in place; see ``kernels.lora.lora_add_``."""
         n_pairs, projections = segments.rows.numel(), len(SITES[site])

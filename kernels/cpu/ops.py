@@ -15,6 +15,7 @@ from manylora.kernels.cpu import attention, elementwise, linear
 from manylora.kernels.cpu.emit import TILE
 from manylora.kernels.cpu.scratch import Scratch
 from manylora.kernels.cpu.threads import flush, queued
+from manylora.kernels.lora import SiteAdapters
 from manylora.kernels.nf4_code import NF4_CODE
 from manylora.kernels.nf4_tensor import Nf4Tensor
 from manylora.kernels.ops import PAGE_SIZE, AttentionShape, PagedSequences
@@ -101,12 +102,23 @@ class NumbaOps:
             sum(weight.shape[0] for weight in weights),
         )
 
-    def linear(self, x: torch.Tensor, weight: PackedLinear, *, add_to: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: PackedLinear,
+        *,
+        add_to: torch.Tensor | None = None,
+        adapters: SiteAdapters | None = None,
+    ) -> torch.Tensor:
         out = self._scratch.empty(x.shape[0], weight.out_features) if add_to is None else add_to
         if weight.bias is not None:
             elementwise.put_bias(weight.bias, out, add=add_to is not None)
         accumulate = add_to is not None or weight.bias is not None
         linear.nf4_linear(x, weight.packed, weight.absmax, weight.blocksize, out, accumulate=accumulate)
+        if adapters is not None:
+            if not adapters.lora.queues:
+                flush()
+            adapters.add_(out, x)
         return out
 
     def prepare_embedding(self, weight: torch.Tensor, *, head: bool) -> PackedTable:

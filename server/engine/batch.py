@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.ops import PagedSequences
-from manylora.server.engine.request import StepPlan
+from manylora.server.engine.request import ScheduledRow, StepPlan
 from manylora.server.model.forward_batch import ForwardBatch
 from manylora.server.model.kv_cache import KVCache
 
@@ -21,11 +23,8 @@ def build_batch(plan: StepPlan, device: torch.device | str = "cpu") -> ForwardBa
     starts = np.zeros(len(rows) + 1, np.int32)
     contexts = np.empty(len(rows), np.int32)
     tables = np.zeros((len(rows), width), np.int32)
-    scales = np.empty(tokens, np.float32)
     sampled: list[int] = []
-    slots: list[int] = []
-    bounds: list[int] = []
-    at = first_adapter_token = 0
+    at = 0
     for i, row in enumerate(rows):
         request, last = row.request, row.start + row.count
         if row.count == 1:
@@ -37,13 +36,6 @@ def build_batch(plan: StepPlan, device: torch.device | str = "cpu") -> ForwardBa
         contexts[i] = last
         pages = request.pages[: KVCache.pages_for(last)]
         tables[i, : len(pages)] = pages
-        if request.slot is None:
-            first_adapter_token = at + row.count
-        else:
-            if not slots or slots[-1] != request.slot:
-                slots.append(request.slot)
-                bounds.append(at)
-            scales[at : at + row.count] = request.adapter_scale
         at += row.count
         starts[i + 1] = at
         if row.sample:
@@ -52,21 +44,45 @@ def build_batch(plan: StepPlan, device: torch.device | str = "cpu") -> ForwardBa
     def there(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
 
-    segments = None
-    if slots:
-        if bounds[0] != first_adapter_token or slots != sorted(set(slots)):
-            raise ValueError(f"the plan's rows are not sorted by slot: {[row.request.slot for row in rows]}")
-        offsets = np.array([*bounds, tokens], np.int32) - first_adapter_token
-        segments = LoraSegments(
-            rows=there(np.arange(first_adapter_token, tokens, dtype=np.int32)),
-            scales=there(scales[first_adapter_token:]),
-            slots=there(np.array(slots, np.int32)),
-            offsets=there(offsets),
-            slot_list=tuple(slots),
-        )
     return ForwardBatch(
         token_ids=there(ids),
-        sequences=PagedSequences(there(starts), there(contexts), there(tables), there(positions)),
+        sequences=PagedSequences(
+            there(starts), there(contexts), there(tables), there(positions), tuple(starts.tolist())
+        ),
         sample_rows=there(np.array(sampled, np.int64)),
-        lora=segments,
+        lora=adapter_segments(rows, device),
+    )
+
+
+def adapter_segments(rows: Sequence[ScheduledRow], device: torch.device | str = "cpu") -> LoraSegments | None:
+    """The adapters of these rows' tokens, which lie one behind the other; None if every row is a base row.
+
+    ValueError if the rows are not sorted by slot, base rows first.
+    """
+    slots: list[int] = []
+    bounds: list[int] = []
+    scales: list[float] = []
+    counts: list[int] = []
+    at = first = 0
+    for row in rows:
+        slot = row.request.slot
+        if slot is None:
+            first = at + row.count
+        else:
+            if not slots or slots[-1] != slot:
+                slots.append(slot)
+                bounds.append(at)
+            scales.append(row.request.adapter_scale)
+            counts.append(row.count)
+        at += row.count
+    if not slots:
+        return None
+    if bounds[0] != first or slots != sorted(set(slots)):
+        raise ValueError(f"the plan's rows are not sorted by slot: {[row.request.slot for row in rows]}")
+    return LoraSegments.from_arrays(
+        np.arange(first, at, dtype=np.int32),
+        np.repeat(np.array(scales, np.float32), counts),
+        slots,
+        np.array([*bounds, at], np.int32) - np.int32(first),
+        device,
     )

@@ -2,28 +2,76 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Sequence
+
 import torch
 
-from manylora.server.engine.batch import build_batch
-from manylora.server.engine.request import SampledToken, SampleFailed, StepPlan
+from manylora.kernels.lora_segments import LoraSegments
+from manylora.server.engine.batch import adapter_segments, build_batch
+from manylora.server.engine.decode_graphs import DecodeGraphs
+from manylora.server.engine.request import Request, SampledToken, SampleFailed, SamplingParams, ScheduledRow, StepPlan
 from manylora.server.engine.sampler import Sampler
 from manylora.server.model.decoder import Decoder
 from manylora.server.model.kv_cache import KVCache
 
+logger = logging.getLogger(__name__)
+
 
 class ModelRunner:
-    """The engine's ``Runner`` over a decoder and its KV cache."""
+    """The engine's ``Runner`` over a decoder and its KV cache.
 
-    def __init__(self, decoder: Decoder, cache: KVCache, sampler: Sampler) -> None:
-        self._decoder, self._cache, self._sampler = decoder, cache, sampler
+    With ``graphs``, rows that decode one token are computed apart from prompts: replayed from a captured graph, and by
+    kernels whose results do not depend on a prompt that happens to be computed in the same step.
+    """
+
+    def __init__(self, decoder: Decoder, cache: KVCache, sampler: Sampler, graphs: DecodeGraphs | None = None) -> None:
+        self._decoder, self._cache, self._sampler, self._graphs = decoder, cache, sampler, graphs
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """Compute the plan's tokens; fp32 logits ``[rows that sample, vocab]``, in the order of the plan."""
         return self._decoder.forward(build_batch(plan, self._decoder.ops.device), self._cache)
 
+    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> dict[str, SampledToken | SampleFailed]:
         """See ``step_loop.Runner``."""
-        logits = self.logits(plan)
-        rows = [row.request for row in plan.rows if row.sample]
-        return {row.request_id: token for row, token in zip(rows, self._sampler.sample(logits, rows), strict=True)}
+        decoding, segments = self._decoding(plan)
+        if self._graphs is None or not decoding:
+            return self._sample(self.logits(plan), plan.rows)
+        # Prompts first: their rows are sampled while nothing else waits for the graph's output.
+        rest = [row for row in plan.rows if row.count != 1]
+        sampled = self._sample(self.logits(StepPlan(tuple(rest))), rest) if rest else {}
+        return sampled | self._sample(self._graphs.run(decoding, segments), decoding)
+
+    def warm_up(self, max_tokens: int) -> None:
+        """Compute steps of every kind, so that nothing is compiled while serving; ``max_tokens`` of a step."""
+        if self._graphs is None:
+            return
+        self._graphs.warm_up()
+        began = time.monotonic()
+        lora = self._decoder.lora
+        slots: tuple[int | None, ...] = (None,) if lora is None else (None, 0)
+        lengths = [length for length in (2, 17, 33, 65, 257, 513) if length <= max_tokens]
+        for length in lengths:
+            for slot in slots:
+                # All of its keys and values go to page 0, which no request has yet.
+                request = Request("warm-up", [0] * length, SamplingParams())
+                request.pages, request.slot = [0] * KVCache.pages_for(length), slot
+                row = ScheduledRow(request, 0, length)
+                self._sample(self.logits(StepPlan((row,))), (row,))
+        logger.info("prompt kernels ready in %.1f s", time.monotonic() - began)
+
+    def _decoding(self, plan: StepPlan) -> tuple[list[ScheduledRow], LoraSegments | None]:
+        """The rows for the graphs, with their adapters; none if they cannot be run there."""
+        if self._graphs is None:
+            return [], None
+        decoding = [row for row in plan.rows if row.count == 1]
+        segments = adapter_segments(decoding, self._decoder.ops.device) if decoding else None
+        return (decoding, segments) if self._graphs.takes(decoding, segments) else ([], None)
+
+    def _sample(self, logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> dict[str, SampledToken | SampleFailed]:
+        """``logits`` has a row for each of ``rows`` that samples."""
+        requests = [row.request for row in rows if row.sample]
+        return {r.request_id: token for r, token in zip(requests, self._sampler.sample(logits, requests), strict=True)}

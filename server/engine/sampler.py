@@ -11,19 +11,23 @@ Not on the rows beside it, nor on what was preempted. Therefore
 The order of operations is vLLM's: min_tokens and logit_bias, penalties, temperature, min_p, top_k, top_p. The draw is
 the inverse of the cumulative distribution over the tokens from the most to the least likely, of which only as long a
 beginning is sorted as the draw needs.
+
+On a CUDA device rows are drawn there, to the same effect (``kernels.cuda.sampling``); only rows that ask for
+log-probabilities, or have more edits than fit, come to the host.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from manylora.kernels.cuda.sampling_buffers import GREEDY_BELOW, Edits, Row
 from manylora.server.engine.request import (
     Request,
     SampledToken,
@@ -33,12 +37,12 @@ from manylora.server.engine.request import (
     TokenLogprobs,
 )
 
+if TYPE_CHECKING:
+    from manylora.server.engine.device_sampler import DeviceSampler
+
 _Floats = npt.NDArray[np.float32]
 _Doubles = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
-
-GREEDY_BELOW: Final = 1e-5
-"""Temperatures under this are greedy, as in vLLM: dividing by them would overflow."""
 
 _DEPTHS: Final = (8.0, 20.0, math.inf)
 """How far below the maximum, in units of the temperature, tokens are looked at: at first, then, then all."""
@@ -68,7 +72,7 @@ class Sampler:
 
     Args:
         vocab_size: columns of the logits.
-        device: where the logits are. Those of rows that need more than an argmax are copied to the host.
+        device: where the logits are, and, unless it is the CPU, where tokens are drawn.
         eos_token_ids: with the request's ``stop_token_ids``, what ``min_tokens`` bans until then.
     """
 
@@ -81,6 +85,9 @@ class Sampler:
         self._edits: WeakKeyDictionary[Request, _Edits] = WeakKeyDictionary()
         self._edited: _Floats = np.empty(vocab_size, np.float32)
         self._scratch: _Floats = np.empty(vocab_size, np.float32)
+        self._on_device: DeviceSampler | None = None
+        if self._device.type != "cpu":
+            self._device_sampler()
 
     def sample(self, logits: torch.Tensor, rows: Sequence[Request]) -> list[SampledToken | SampleFailed]:
         """The next token of each row, or why there is none. ``logits``: fp32 ``[len(rows), vocab_size]``, unchanged.
@@ -101,19 +108,49 @@ class Sampler:
         return self._sample_on_device(logits, rows)
 
     def _sample_on_device(self, logits: torch.Tensor, rows: Sequence[Request]) -> list[SampledToken | SampleFailed]:
-        """One maximum over the batch on the device; the logits of the rows that need more come to the host."""
-        highest, best = (t.tolist() for t in logits.max(dim=-1))
-        needed = [i for i, row in enumerate(rows) if not _is_plain(row.params)]
-        host: _Floats = logits[needed].cpu().numpy() if needed else np.empty((0, self.vocab_size), np.float32)
-        copies = dict(zip(needed, host, strict=True))
-        nothing: _Floats = np.empty(0, np.float32)
-        return [self._row(copies.get(i, nothing), best[i], highest[i], row) for i, row in enumerate(rows)]
+        """Tokens are drawn on the device; the logits of the rows that need more come to the host."""
+        sampler, room = self._device_sampler(), self._device_sampler().max_edits
+        drawn: list[Row | None] = []
+        for request in rows:
+            row = self._device_row(request) if request.params.logprobs is None else None
+            n_edits = len(row.edits.token) if row is not None and row.edits is not None else 0
+            drawn.append(row if n_edits <= room else None)
+            room -= n_edits if n_edits <= room else 0
+        if any(row is not None for row in drawn):
+            sampler.start(logits, drawn)
+        needed = [i for i, row in enumerate(drawn) if row is None]
+        results: list[SampledToken | SampleFailed | None] = [None] * len(rows)
+        if needed:
+            host: _Floats = logits[needed].cpu().numpy()
+            for i, copy in zip(needed, host, strict=True):
+                best = int(copy.argmax())
+                results[i] = self._row(copy, best, float(copy[best]), rows[i])
+        if len(needed) < len(rows):
+            for i, (token, status, highest) in enumerate(sampler.finish(len(rows))):
+                if drawn[i] is not None:
+                    results[i] = SampledToken(token) if status == 0 else _failure(highest)
+        return [result for result in results if result is not None]
+
+    def _device_sampler(self) -> DeviceSampler:
+        if self._on_device is None:
+            from manylora.server.engine.device_sampler import DeviceSampler  # triton, which a CPU need not have
+
+            self._on_device = DeviceSampler(self.vocab_size, self._device)
+        return self._on_device
+
+    def _device_row(self, request: Request) -> Row:
+        params = request.params
+        edits = self._edits_of(request).entries(request) if _has_edits(params) else None
+        if params.temperature < GREEDY_BELOW:
+            return Row(temperature=0.0, edits=edits)
+        point = uniform(request.sampling_seed, len(request.output_token_ids))
+        return Row(params.temperature, params.top_k, params.top_p, params.min_p, point, edits)
 
     def _row(self, logits: _Floats, best: int, highest: float, request: Request) -> SampledToken | SampleFailed:
         """One row, given its first maximum; ``logits`` is looked at only if the row is not plainly greedy."""
         params = request.params
         if not math.isfinite(highest):
-            return SampleFailed(f"The model's output for this request is not finite (largest logit: {highest}).")
+            return _failure(highest)
         if _is_plain(params):
             return SampledToken(best)
         edited = logits
@@ -121,18 +158,21 @@ class Sampler:
             edited = self._edit(logits, request)
             best = int(edited.argmax())
             if not math.isfinite(edited[best]):
-                return SampleFailed("logit_bias, the penalties and min_tokens together leave no token to choose.")
+                return _failure(highest)
         token = best if params.temperature < GREEDY_BELOW else self._draw(edited, float(edited[best]), request)
         return SampledToken(token, None if params.logprobs is None else self._logprobs(logits, highest, token, params))
 
     def _edit(self, logits: _Floats, request: Request) -> _Floats:
         """A copy with bans, biases and penalties applied."""
+        np.copyto(self._edited, logits)
+        self._edits_of(request).apply(self._edited, request)
+        return self._edited
+
+    def _edits_of(self, request: Request) -> _Edits:
         edits = self._edits.get(request)
         if edits is None:
             edits = self._edits[request] = _Edits(request, self._eos, self.vocab_size)
-        np.copyto(self._edited, logits)
-        edits.apply(self._edited, request)
-        return self._edited
+        return edits
 
     def _draw(self, logits: _Floats, highest: float, request: Request) -> int:
         """Inverse of the cumulative distribution at ``uniform(seed, position)``."""
@@ -223,6 +263,38 @@ class _Edits:
             self._count(request.output_token_ids)
             self._penalise(logits, request.params)
 
+    def entries(self, request: Request) -> Edits:
+        """What ``apply`` would change, by token."""
+        params, n = request.params, 0
+        if self._penalises:
+            self._count(request.output_token_ids)
+            n = len(self._index)
+        added: dict[int, np.float32] = {}
+        if len(request.output_token_ids) < params.min_tokens:
+            added = dict.fromkeys(self._banned.tolist(), np.float32(-np.inf))
+        for token, value in zip(self._bias_tokens.tolist(), self._bias_values, strict=True):
+            added[token] = added.get(token, np.float32(-0.0)) + value  # -0.0 + x is x, whatever x is
+        others = [token for token in added if token not in self._index]
+        size = n + len(others)
+        tokens = np.concatenate((self._tokens[:n], np.array(others, np.int64))).astype(np.int32)
+        edits = Edits(
+            tokens,
+            np.full(size, -0.0, np.float32),
+            np.ones(size, np.float32),
+            np.zeros(size, np.float32),
+            np.zeros(size, np.float32),
+        )
+        for token, value in added.items():
+            if token in self._index:
+                edits.bias[self._index[token]] = value
+        edits.bias[n:] = [added[token] for token in others]
+        if n:
+            counts = self._counts[:n]
+            edits.repetition[:n] = params.repetition_penalty
+            edits.frequency[:n] = np.float32(params.frequency_penalty) * counts
+            edits.presence[:n] = np.float32(params.presence_penalty) * (counts > 0)
+        return edits
+
     def _count(self, output: Sequence[int]) -> None:
         for token in output[self._n_counted :]:
             index = self._index.setdefault(token, len(self._index))
@@ -243,6 +315,13 @@ class _Edits:
         values -= np.float32(params.frequency_penalty) * counts
         values -= np.float32(params.presence_penalty) * (counts > 0)
         logits[tokens] = values
+
+
+def _failure(highest: float) -> SampleFailed:
+    """Why there is no token: the largest raw logit is not finite or, if it is, the edits left none."""
+    if not math.isfinite(highest):
+        return SampleFailed(f"The model's output for this request is not finite (largest logit: {highest}).")
+    return SampleFailed("logit_bias, the penalties and min_tokens together leave no token to choose.")
 
 
 def _is_plain(params: SamplingParams) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from manylora.kernels.lora import BatchedLora
@@ -66,22 +68,25 @@ class Decoder:
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         """Compute the batch's tokens, storing their keys and values in ``cache``; logits fp32 ``[sampled, vocab]``."""
-        ops, epsilon, segments = self.ops, self.spec.rms_norm_eps, batch.lora
+        ops, epsilon = self.ops, self.spec.rms_norm_eps
         x = ops.embed(batch.token_ids, self._embedding)
-        if segments is not None and self.lora is not None:
-            self.lora.add_embedding_(x, batch.token_ids, segments)
+        adapters = batch.routed
+        if batch.lora is not None and self.lora is not None:
+            self.lora.add_embedding_(x, batch.token_ids, batch.lora)
+            if adapters is None:
+                adapters = self.lora.route(batch.lora, x.shape[0])
         with ops.together():
             for layer, pages in zip(self._layers, cache.layers, strict=True):
                 with ops.together():
-                    qkv = layer.qkv(ops.rms_norm(x, layer.input_norm, epsilon), segments)
+                    qkv = layer.qkv(ops.rms_norm(x, layer.input_norm, epsilon), adapters)
                     if layer.q_norm is not None and layer.k_norm is not None:
                         q, k = layer.attention.q_size, layer.attention.kv_size
                         ops.head_norm_(qkv[:, :q], layer.q_norm, epsilon)
                         ops.head_norm_(qkv[:, q : q + k], layer.k_norm, epsilon)
                     attended = ops.attention(qkv, self._rope, pages, batch.sequences, layer.attention)
-                    x = layer.o(attended, segments, add_to=x)
-                    gate_up = layer.gate_up(ops.rms_norm(x, layer.post_attention_norm, epsilon), segments)
-                    x = layer.down(ops.silu_mul(gate_up), segments, add_to=x)
+                    x = layer.o(attended, adapters, add_to=x)
+                    gate_up = layer.gate_up(ops.rms_norm(x, layer.post_attention_norm, epsilon), adapters)
+                    x = layer.down(ops.silu_mul(gate_up), adapters, add_to=x)
         return self._logits(x, batch)
 
     def table(self, projection: str) -> torch.Tensor:
@@ -91,12 +96,17 @@ class Decoder:
 
     def _logits(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         sampled = batch.sample_rows
-        if sampled.numel() == 0:
-            return torch.empty(0, self.spec.vocab_size, dtype=torch.float32, device=self.ops.device)
-        hidden = self.ops.rms_norm(x[sampled], self._final_norm, self.spec.rms_norm_eps)
+        if sampled is not None:
+            if sampled.numel() == 0:
+                return torch.empty(0, self.spec.vocab_size, dtype=torch.float32, device=self.ops.device)
+            x = x[sampled]
+        hidden = self.ops.rms_norm(x, self._final_norm, self.spec.rms_norm_eps)
         logits = self.ops.logits(hidden, self._head)
-        if batch.lora is not None and self.lora is not None and self.lora.touches("lm_head", batch.lora):
-            segments = batch.lora.select(sampled)
-            if segments is not None:
-                self.lora.add_(logits, hidden, segments, "lm_head", 0)
+        if self.lora is None:
+            return logits
+        adapters: Any = batch.routed
+        if batch.lora is not None and self.lora.touches("lm_head", batch.lora):
+            adapters = batch.lora if sampled is None else batch.lora.select(sampled)
+        if adapters is not None:
+            self.lora.add_(logits, hidden, adapters, "lm_head", 0)
         return logits

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from manylora.kernels.lora import BatchedLora
-from manylora.kernels.lora_segments import LoraSegments
+from manylora.kernels.lora import BatchedLora, SiteAdapters
 from manylora.kernels.ops import Ops
 from manylora.kernels.sites import SITES
 from manylora.server.model.weights import BaseWeights
@@ -29,13 +28,12 @@ class SiteLinear:
         self._weight: Any = ops.prepare_linear(tensors, bias)
         self.nbytes: int = self._weight.nbytes
 
-    def __call__(
-        self, x: torch.Tensor, segments: LoraSegments | None, *, add_to: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """``x`` ``[T, K]`` -> ``[T, N]``; with ``add_to`` the result is added to that residual stream in place."""
-        y = self._ops.linear(x, self._weight, add_to=add_to)
-        if segments is not None and self._lora is not None:
-            if not self._lora.queues:
-                self._ops.flush()
-            self._lora.add_(y, x, segments, self._site, self._layer)
-        return y
+    def __call__(self, x: torch.Tensor, adapters: Any | None, *, add_to: torch.Tensor | None = None) -> torch.Tensor:
+        """``x`` ``[T, K]`` -> ``[T, N]``; with ``add_to`` the result is added to that residual stream in place.
+
+        ``adapters``: what ``BatchedLora.route`` made of the step's segments; None if every row is a base row.
+        """
+        of_site = None
+        if adapters is not None and self._lora is not None:
+            of_site = SiteAdapters(self._lora, adapters, self._site, self._layer)
+        return self._ops.linear(x, self._weight, add_to=add_to, adapters=of_site)

@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA devices; they run in Triton's interpreter as well."""
