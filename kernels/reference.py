@@ -44,3 +44,20 @@ def lora_reference(
                 a, b, scaling = matrices
                 out[row, columns[j] : columns[j + 1]] += scale * scaling * (x[row].double() @ a.double() @ b.double())
     return out
+
+
+def lora_magnitude(
+    x: torch.Tensor, pool: LoraPool, pairs: Iterable[tuple[int, int, float]], site: str, layer: int
+) -> torch.Tensor:
+    """``sum |scale * scaling * (x A)| @ |B|`` over the pairs of each row, fp64 ``[rows, N]``: what an error of the
+    shrink's result, as by rounding it to 16 bits, is relative to."""
+    columns = pool.shapes.site_offsets(site)
+    out = torch.zeros(x.shape[0], columns[-1], dtype=torch.float64, device=x.device)
+    for row, slot, scale in pairs:
+        for j, projection in enumerate(SITES[site]):
+            matrices = pool_matrices(pool, projection, slot, layer) if slot >= 0 else None
+            if matrices is not None:
+                a, b, scaling = matrices
+                h = (scale * scaling * (x[row].double() @ a.double())).abs()
+                out[row, columns[j] : columns[j + 1]] += h @ b.double().abs()
+    return out

@@ -150,6 +150,10 @@ class DecodeGraphs:
         graph.replay()
         return graph.output[: len(rows)]
 
+    def replay(self, rows: int, *, adapters: bool) -> None:
+        """Compute the step that the buffers hold once more (benchmarks); ``rows``: one of ``buckets``."""
+        self._graph(rows, adapters).replay()
+
     def _fill(self, rows: Sequence[ScheduledRow], bucket: int) -> None:
         host, count = self._host, len(rows)
         host.token_ids[:count] = torch.tensor([row.request.token_at(row.start) for row in rows])

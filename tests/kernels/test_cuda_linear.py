@@ -21,7 +21,7 @@ from manylora.kernels.cuda.nf4_words import Nf4Words, pack
 from manylora.kernels.cuda.scratch import Scratch
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_segments import LoraSegments
-from manylora.kernels.reference import lora_reference
+from manylora.kernels.reference import lora_magnitude, lora_reference
 from manylora.kernels.sites import SITES, LoraShapes
 from manylora.server.model.synthetic import synthetic_adapter, synthetic_nf4
 from tests.kernels.ordered_dot import ordered_dot  # noqa: F401 - a fixture
@@ -85,33 +85,17 @@ class Site:
         """The result in fp64, and how far off it may be."""
         w = self.words.dequantize().double()
         y, magnitude = x.double() @ w.T, x.double().abs() @ w.abs().T
+        if self.bias is not None:
+            y, magnitude = y + self.bias.double(), magnitude + self.bias.double().abs()
+        of_adapters = torch.zeros_like(y)
         if pairs is not None:
             assert self.pool is not None
             y = lora_reference(y, x, self.pool, pairs, self.site, layer)
-            magnitude = magnitude + self._delta_magnitude(x, pairs, layer)
-        if self.bias is not None:
-            y, magnitude = y + self.bias.double(), magnitude + self.bias.double().abs()
-        bound = magnitude * (self.k + 300) * 2.0**-24
-        if torch.bfloat16 == DTYPE:
-            bound = bound + magnitude * 2.0**-8
-        return y, bound
-
-    def _delta_magnitude(self, x: torch.Tensor, pairs: Pairs, layer: int) -> torch.Tensor:
-        assert self.pool is not None
-        absolute = LoraPool(
-            SHAPES,
-            max_slots=self.pool.max_slots,
-            max_pages=self.pool.max_pages,
-            max_rank=self.pool.max_rank,
-            device=DEVICE,
-        )
-        for p in self.pool.a:
-            absolute.a[p], absolute.b[p] = self.pool.a[p].abs(), self.pool.b[p].abs()
-            absolute.page_table[p], absolute.ranks[p] = self.pool.page_table[p], self.pool.ranks[p]
-            absolute.scaling[p] = self.pool.scaling[p].abs()
-        zero = torch.zeros(x.shape[0], self.n, device=DEVICE)
-        positive = [(row, slot, abs(scale)) for row, slot, scale in pairs]
-        return lora_reference(zero, x.abs(), absolute, positive, self.site, layer)
+            of_adapters = lora_magnitude(x, self.pool, pairs, self.site, layer)
+        # fp32: h is a sum of K products, whose magnitudes are about sqrt(K) times their sum's.
+        rounding = 2.0**-7 if torch.bfloat16 == DTYPE else 2.0**-24
+        in_h = rounding if torch.bfloat16 == DTYPE else self.k * self.k**0.5 * 2.0**-24
+        return y, magnitude * (self.k + 300) * 2.0**-24 + rounding * y.abs() + in_h * of_adapters
 
 
 def close(y: torch.Tensor, expected: tuple[torch.Tensor, torch.Tensor]) -> bool:
