@@ -2,6 +2,7 @@
 # make test   one command to a tested checkout
 # make check  style, types and import contracts; warnings are errors
 # make bench  this project on the workload of bench/ (peers: see bench/engine.py --help)
+# make gpu-check  on a machine with an NVIDIA GPU: checks the CUDA kernels, then measures them (needs torch and triton alone)
 # make loadtest  locust against a running server (HOST, USERS, SECONDS)
 # Each sets up .venv/ by itself, from pyproject.toml and the exact versions in constraints.txt.
 
@@ -17,7 +18,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # Keeps the repository's folders `kernels` and `adapters` from being imported by those names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test check bench loadtest workload clean
+.PHONY: demo test check bench gpu-check loadtest workload clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV)/ (a few minutes the first time) ..."
@@ -55,6 +56,10 @@ build/workload: $(VENV)/.dev
 
 bench: build/workload
 	$(BIN)/python -P bench/engine.py --workload build/workload --http
+
+# With the machine's own Python, which is where a GPU build of torch is; ARGS=--tune chooses launch configurations first.
+gpu-check:
+	$(PYTHON) -P bench/gpu_check.py $(ARGS)
 
 loadtest: $(VENV)/.dev
 	$(BIN)/locust -f loadtest/locustfile.py --headless --host $(HOST) --users $(USERS) --spawn-rate $(USERS) --run-time $(SECONDS)s

@@ -31,6 +31,8 @@ class TileConfig:
     nb: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """Of a thread; None leaves it to the compiler. Set where a few fewer let a processor hold another program."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def dense_linear(x: torch.Tensor, weight: torch.Tensor, *, wide: bool, out: torc
     bm = next((tile for tile in _ROW_TILES if m <= tile), _ROW_TILES[-1])
     dense_linear_kernel[(triton.cdiv(m, bm), triton.cdiv(n, BN))](
         out, x, weight, m, n, k, x.stride(0), weight.stride(0), out.stride(0),
-        BM=bm, BN=BN, BK=BK, EVEN=k % BK == 0, WIDE=wide, num_warps=4, num_stages=4,
+        BM=bm, BN=BN, BK=BK, EVEN=k % BK == 0, WIDE=wide, num_warps=4, num_stages=1 if wide else 4,
     )  # fmt: skip
     return out
 

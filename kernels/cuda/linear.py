@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -66,13 +67,16 @@ class LinearKernels:
             "planes", n_tiles * m_tiles * splits * tile.bn * tile.bm if splits > 1 else 1, torch.float32
         )
         tickets = self._scratch.zeros("tickets", n_tiles * m_tiles)
-        launch = dict(
+        launch: dict[str, Any] = dict(
             BM=tile.bm, BN=tile.bn, NB=tile.nb, SPLITS=splits, EVEN=k % (64 * tile.nb) == 0, NESTED=weight.nested,
             BIAS=bias is not None, ADD=add_to is not None, ROWS=ROWS, SHARE=SHARE, BK=BK,
-            FAST=self._fast, WIDE=self._wide, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            FAST=self._fast, WIDE=self._wide, num_warps=tile.num_warps, num_stages=1 if self._wide else tile.num_stages,
         )  # fmt: skip
         of_weight = (weight.words, weight.scales, weight.code, weight.outer, weight.first, weight.offset, weight.values)
         grid = n_tiles * m_tiles * splits
+        if tile.max_registers is not None and launch["EVEN"] and (adapters is None or not adapters.op.pool.vectors):
+            # The other variants need more and would spill.
+            launch["maxnreg"] = tile.max_registers
         if adapters is None:
             # Pointers and sizes that this variant never looks at.
             nothing = (y,) * 14

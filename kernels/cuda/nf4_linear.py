@@ -23,7 +23,9 @@ from manylora.kernels.cuda.decode import decode, nested_scale
 from manylora.kernels.cuda.lora import expand, load_b, pieces_of_tile, shrink
 
 
-@triton.jit(do_not_specialize=["M", "column_1", "column_2", "layer", "stride_level"])
+@triton.jit(
+    do_not_specialize=["M", "column_1", "column_2", "layer", "stride_level"], do_not_specialize_on_alignment=["p_done"]
+)
 def nf4_linear_kernel(
     p_y, p_x, p_words, p_scales, p_code, p_outer, p_first, p_offset, p_values, p_bias, p_add, p_planes, p_tickets,
     p_a, p_b, p_scaling, p_gain, p_adapter_bias,

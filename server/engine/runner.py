@@ -45,6 +45,7 @@ class ModelRunner:
         sampled = self._sample(self.logits(StepPlan(tuple(rest))), rest) if rest else {}
         return sampled | self._sample(self._graphs.run(decoding, segments), decoding)
 
+    @torch.inference_mode()
     def warm_up(self, max_tokens: int) -> None:
         """Compute steps of every kind, so that nothing is compiled while serving; ``max_tokens`` of a step."""
         if self._graphs is None:
