@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from manylora.kernels.cuda import attention, dense_linear, elementwise, sampling, sass
 from manylora.kernels.cuda.configs import TileConfig, shipped
-from manylora.kernels.cuda.linear import _DEQUANTIZE_BN
+from manylora.kernels.cuda.linear import DEQUANTIZE_BN, is_capped
 from manylora.kernels.cuda.lora import expand_kernel, shrink_kernel
 from manylora.kernels.cuda.lora_op import BK, EXPAND_BM, EXPAND_BN, ROWS, SHARE, WORKERS
 from manylora.kernels.cuda.nf4_linear import dequantize_kernel, nf4_linear_kernel
@@ -192,6 +192,7 @@ def _one_linear(
         "SLOT_PAGES": SLOT_PAGES if lora else 1, "VECTORS": False, "FAST": True, "WIDE": False,
         **changes,
     }  # fmt: skip
+    capped = is_capped(even=constants["EVEN"], splits=constants["SPLITS"], vectors=constants["VECTORS"])
     scales, kind = "nested" if nested else "fp32 scales", "adapters" if lora else "base"
     return Variant(
         f"nf4_linear {tile.bm} rows {dtype} {scales} {kind}{detail}",
@@ -201,13 +202,13 @@ def _one_linear(
         tile.num_warps,
         tile.num_stages,
         tile.bn * BLOCK * tile.nb / (tile.num_warps * 32),
-        max_registers=None if constants["VECTORS"] or not constants["EVEN"] else tile.max_registers,
+        max_registers=tile.max_registers if capped else None,
     )
 
 
 def _dequantize() -> Iterator[Variant]:
     for nested, dtype in product((True, False), ("bf16", "fp16")):
-        constants = {"BN": _DEQUANTIZE_BN, "NESTED": nested, "FAST": True}
+        constants = {"BN": DEQUANTIZE_BN, "NESTED": nested, "FAST": True}
         types = _types(dequantize_kernel, constants, dtype, nested)
         label = f"dequantize {dtype} {'nested' if nested else 'fp32 scales'}"
         yield Variant(label, dequantize_kernel, types, constants, 4, 3)

@@ -15,7 +15,7 @@ from manylora.kernels.cuda.nf4_words import Nf4Words
 from manylora.kernels.cuda.scratch import Scratch
 from manylora.kernels.lora_routing import LoraRouting
 
-_DEQUANTIZE_BN = 64
+DEQUANTIZE_BN = 64
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class LinearAdapters:
     site: str
     layer: int
     done: torch.Tensor
+
+
+def is_capped(*, even: bool, splits: int, vectors: bool) -> bool:
+    """Whether a tile's ``max_registers`` is for a variant of the kernel: the others need more, and would spill."""
+    return even and splits > 1 and not vectors
 
 
 class LinearKernels:
@@ -74,9 +79,8 @@ class LinearKernels:
         )  # fmt: skip
         of_weight = (weight.words, weight.scales, weight.code, weight.outer, weight.first, weight.offset, weight.values)
         grid = n_tiles * m_tiles * splits
-        if tile.max_registers is not None and launch["EVEN"] and (adapters is None or not adapters.op.pool.vectors):
-            # The other variants need more and would spill.
-            launch["maxnreg"] = tile.max_registers
+        if is_capped(even=launch["EVEN"], splits=splits, vectors=adapters is not None and adapters.op.pool.vectors):
+            launch["maxnreg"] = tile.max_registers  # None: up to the compiler
         if adapters is None:
             # Pointers and sizes that this variant never looks at.
             nothing = (y,) * 14
@@ -105,8 +109,8 @@ class LinearKernels:
         """W ``[N, K]`` in scratch memory: valid until the next call."""
         n, k = weight.shape
         out = self._scratch.empty("dequantized", n * k, dtype)[: n * k].view(n, k)
-        dequantize_kernel[(triton.cdiv(n, _DEQUANTIZE_BN), k // 64)](
+        dequantize_kernel[(triton.cdiv(n, DEQUANTIZE_BN), k // 64)](
             out, weight.words, weight.scales, weight.code, weight.outer, weight.first, weight.offset, weight.values,
-            n, k, BN=_DEQUANTIZE_BN, NESTED=weight.nested, FAST=self._fast,
+            n, k, BN=DEQUANTIZE_BN, NESTED=weight.nested, FAST=self._fast,
         )  # fmt: skip
         return out
