@@ -45,7 +45,7 @@ SHAPES = LoraShapes(
     },
 )
 """Tiles of 128 columns straddle q, k and v; K is 3 or 10 blocks of 64, neither a multiple of the 4 of an iteration;
-down's K has two shares of the shrink and more than one split."""
+down's K has two shares of the shrink."""
 
 Pairs = list[tuple[int, int, float]]
 
@@ -232,6 +232,16 @@ def test_adapters_match_fp64(make: Callable[[int], Pairs], site: str, rows: int,
     untouched = sorted(set(range(rows)) - {row for row, slot, _ in pairs if slot in held})
     assert torch.equal(y[untouched], base[untouched]), "a base row differs from the kernel without adapters"
     assert not torch.equal(y, base)
+
+
+def test_adapters_after_several_splits(pool: LoraPool) -> None:
+    """Whoever adds up the splits of a tile also expands: each tile exactly once."""
+    one = Site("down", pool=pool)
+    x, pairs = one.x(18), _composed(18)
+    for splits in (2, 3):
+        y = one.run(x, pairs, splits=splits)
+        assert close(y, one.exact(x, pairs)), splits
+        assert torch.equal(y[1::2], one.run(x, splits=splits)[1::2]), "base rows"
 
 
 def test_many_rows_over_many_tiles_of_tokens(pool: LoraPool) -> None:
