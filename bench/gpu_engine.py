@@ -248,7 +248,7 @@ def run(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> dic
     engine = build_engine(spec, device, dtype, max_rows=rows)
     try:
         began = time.monotonic()
-        engine.runner.warm_up(20 if quick else 96)
+        engine.runner.warm_up(20 if quick else 96, 128)
         warm, before = time.monotonic() - began, compiled_kernels() if device.type == "cuda" else 0
         requests = make_requests(engine, count, length, new, seed=1)
         steps = engine.generate(requests)

@@ -24,6 +24,7 @@ from manylora.kernels.cpu import available as cpu_kernels_available
 from manylora.kernels.lora import BatchedLora
 from manylora.kernels.lora_pool import MAX_RANK, LoraPool
 from manylora.kernels.ops import PAGE_SIZE, Ops
+from manylora.kernels.sites import LAYER_PROJECTIONS, PROJECTIONS, RANK_PAGE
 from manylora.kernels.torch_ops import TorchOps
 from manylora.server.api.state import Serving
 from manylora.server.config import ConfigError, EngineConfig, ServeConfig
@@ -125,11 +126,25 @@ def choose_sizes(config: EngineConfig, spec: ModelSpec, ops: Ops) -> Sizes:
     max_rows = config.max_rows or (32 if on_cpu else 128)
     max_batch_tokens = config.max_batch_tokens or max(max_rows, 256 if on_cpu else 2048)
     max_slots = config.max_device_adapters or 32
+    # Two pages a slot serve ranks up to 32 everywhere; larger ones share what smaller ones leave.
+    max_pages = max(2 * max_slots, -(-config.max_rank // RANK_PAGE))
     page_bytes = KVCache.bytes_per_page(spec, ops.dtype)
     if config.kv_memory is not None:
         kv_pages = config.kv_memory // page_bytes
     else:
-        kv_pages = min(_free_memory(ops.device) // 4 // page_bytes, max_rows * KVCache.pages_for(max_context))
+        free = _free_memory(ops.device)
+        if not on_cpu:
+            # There the base and the adapters' pages are still to come; on the CPU the base is there already, and pages
+            # are committed as they are first used.
+            base, adapters = _base_bytes(spec), max_pages * _adapter_page_bytes(spec, ops.dtype)
+            if base + adapters > free:
+                raise ConfigError(
+                    "--max-device-adapters",
+                    f"the base ({base // _MIB} MiB) and {max_pages} pages of adapters ({adapters // _MIB} MiB) need "
+                    f"more than the {free // _MIB} MiB that are free on {ops.device}; lower it, or --max-rank",
+                )
+            free -= base + adapters
+        kv_pages = min(free // (4 if on_cpu else 2) // page_bytes, max_rows * KVCache.pages_for(max_context))
     if kv_pages * PAGE_SIZE < max_context:
         needed = KVCache.pages_for(max_context) * page_bytes
         if config.max_context is not None or kv_pages < 1:
@@ -144,11 +159,25 @@ def choose_sizes(config: EngineConfig, spec: ModelSpec, ops: Ops) -> Sizes:
         max_batch_tokens=max_batch_tokens,
         max_context=max_context,
         max_slots=max_slots,
-        # Two pages a slot serve ranks up to 32 everywhere; larger ones share what smaller ones leave.
-        max_pages=max(2 * max_slots, -(-config.max_rank // 16)),
+        max_pages=max_pages,
         max_rank=config.max_rank,
         kv_pages=kv_pages,
     )
+
+
+def _base_bytes(spec: ModelSpec) -> int:
+    """Of the base on a device: NF4 with nested scales, 16-bit tables."""
+    shapes = spec.lora_shapes()
+    weights = sum(shapes.in_features[p] * shapes.out_features[p] for p in LAYER_PROJECTIONS) * spec.n_layers
+    tables = (1 if spec.tie_embeddings else 2) * spec.vocab_size * spec.hidden_size * 2
+    return weights // 2 + weights // 64 + weights // 4096 + tables
+
+
+def _adapter_page_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Of one page of every projection, in all layers."""
+    shapes = spec.lora_shapes()
+    widths = sum((shapes.in_features[p] + shapes.out_features[p]) * shapes.layers_of(p) for p in PROJECTIONS)
+    return widths * RANK_PAGE * dtype.itemsize
 
 
 def _free_memory(device: torch.device) -> int:
@@ -214,7 +243,7 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
     if device.type == "cuda":
         graphs = DecodeGraphs(decoder, cache, max_rows=sizes.max_rows, max_context=sizes.max_context)
     runner = ModelRunner(decoder, cache, Sampler(spec.vocab_size, device, eos_token_ids=eos), graphs)
-    runner.warm_up(sizes.max_batch_tokens)
+    runner.warm_up(sizes.max_batch_tokens, sizes.max_context)
     metrics = Metrics(name)
     parts: list[Engine] = []
 

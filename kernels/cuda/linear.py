@@ -75,7 +75,7 @@ class LinearKernels:
         launch: dict[str, Any] = dict(
             BM=tile.bm, BN=tile.bn, NB=tile.nb, SPLITS=splits, EVEN=k % (64 * tile.nb) == 0, NESTED=weight.nested,
             BIAS=bias is not None, ADD=add_to is not None, ROWS=ROWS, SHARE=SHARE, BK=BK,
-            FAST=self._fast, WIDE=self._wide, num_warps=tile.num_warps, num_stages=1 if self._wide else tile.num_stages,
+            FAST=self._fast, WIDE=self._wide, num_warps=tile.num_warps, num_stages=tile.num_stages if self._fast else 1,
         )  # fmt: skip
         of_weight = (weight.words, weight.scales, weight.code, weight.outer, weight.first, weight.offset, weight.values)
         grid = n_tiles * m_tiles * splits

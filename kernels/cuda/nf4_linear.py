@@ -105,9 +105,6 @@ def nf4_linear_kernel(
             p_scale += NB
 
         finished = SPLITS == 1
-        if LORA:
-            # Asked for before the ticket, whose ordering (acq_rel) also stands between this and what it guards.
-            n_done = tl.load(p_done, volatile=True) if SPLITS > 1 else -1
         if SPLITS > 1:
             i_ticket = i_tile * m_tiles + i_m // BM
             p_plane = p_planes + (i_ticket * SPLITS).to(tl.int64) * (BN * BM)
@@ -124,7 +121,9 @@ def nf4_linear_kernel(
         if finished:
             if LORA:  # two conditions: this one is decided when compiling  # noqa: SIM102
                 if piece < last_piece:
-                    # With several splits seldom entered: the shrink has a hundredth of the bytes and began first.
+                    # An atomic, because its result is one value for the whole program (a load could see the counter
+                    # change between two warps, which would then part ways before a barrier), and to order what follows.
+                    n_done = tl.atomic_add(p_done, 0, sem="acquire")
                     while n_done < n_entries:
                         n_done = tl.atomic_add(p_done, 0, sem="acquire")
                     tl.debug_barrier()

@@ -64,7 +64,7 @@ class EagerGraph:
         self.output = compute()
 
     def replay(self) -> None:
-        self.output.copy_(self._compute())
+        self._compute()
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class _Inputs:
 
     @classmethod
     def on(cls, device: torch.device, rows: int, *, pinned: bool) -> _Inputs:
+        rows = -(-rows // 4) * 4  # so that each part begins at a multiple of 16 bytes, whatever the number of rows
         block = torch.zeros(4 * rows, dtype=torch.int32, device=device, pin_memory=pinned)
         return cls(block, block[: 2 * rows].view(torch.int64), block[2 * rows : 3 * rows], block[3 * rows :])
 
@@ -104,6 +105,7 @@ class DecodeGraphs:
         self._host_tables = torch.zeros(rows, width, dtype=torch.int32, pin_memory=on_cuda)
         self._in_table: list[list[int]] = [[] for _ in range(rows)]
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=self._device)
+        self._logits = torch.zeros(rows, decoder.spec.vocab_size, dtype=torch.float32, device=self._device)
         self._routing = self._make_routing(rows)
         self._graphs: dict[tuple[int, bool], Graph] = {}
         self._pool: Any = None
@@ -196,7 +198,8 @@ class DecodeGraphs:
                 lora=None,
                 routed=self._routing.routing if adapters and self._routing is not None else None,
             )
-            return self._decoder.forward(batch, self._cache)
+            # Into one place for all graphs: each would keep its own otherwise.
+            return self._logits[:rows].copy_(self._decoder.forward(batch, self._cache))
 
         if not self._captures:
             return EagerGraph(compute)

@@ -132,12 +132,24 @@ def test_what_graphs_cannot_hold_is_computed_without_them(runner: Runner) -> Non
     assert runner.seen == [3]
 
 
+def test_a_chunk_of_one_token_is_no_decode_step(runner: Runner) -> None:
+    """A prompt that gets the last token of a step's budget is not sampled."""
+    r, long = request(0, 3, 0), request(1, 9, None)
+    runner.step(prompt(r), ScheduledRow(long, 0, 4))
+    runner.step(last_token(r), ScheduledRow(long, 4, 1))
+    assert runner.seen == [1]
+    assert len(r.output_token_ids) == 2
+    assert long.output_token_ids == []
+    runner.step(last_token(r), ScheduledRow(long, 5, 4))
+    assert len(long.output_token_ids) == 1
+
+
 def test_warm_up_leaves_no_trace(runner: Runner) -> None:
     r = request(1, 4, 0)
     runner.step(prompt(r))
     before = runner.decode_logits(r)
     fresh = Runner()
-    fresh.runner.warm_up(20)
+    fresh.runner.warm_up(20, 12)
     again = request(1, 4, 0)
     fresh.step(prompt(again))
     assert again.output_token_ids == r.output_token_ids
