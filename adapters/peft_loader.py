@@ -21,7 +21,7 @@ from manylora.adapters.peft_config import ParsedConfig, PeftLoraConfig, parse_co
 from manylora.adapters.peft_tensors import SortedTensors, check_copy_shape, check_shape, module_paths, sort_tensors
 from manylora.adapters.safetensors_file import TORCH_DTYPES, SafetensorsCorrupt, TensorEntry, read_header
 from manylora.adapters.weights import AdapterWeights, LoadReport
-from manylora.kernels.lora_pool import LoraPair
+from manylora.kernels.lora_weights import LoraPair, LoraWeights
 from manylora.kernels.sites import GLOBAL_PROJECTIONS, PROJECTIONS, LoraShapes
 
 CONFIG_FILE: Final = "adapter_config.json"
@@ -117,7 +117,7 @@ def load_peft_adapter(
         raise AdapterRefused(f"in {path}", reasons)
     return AdapterWeights(
         version=files.version(),
-        pairs=pairs,
+        lora=LoraWeights(pairs),
         report=_report(pairs, parsed.base_model, warnings),
         chat_template=files.chat_template,
     )

@@ -30,18 +30,16 @@ RETRY_AFTER_S: Final = 10.0
 FRESH_FOR_S: Final = 5.0
 """Seconds during which a slot that was just filled is kept for the request that waited for it."""
 
-Pairs = Mapping[tuple[str, int], Any]
-
 
 class Pool(Protocol):
     """What is asked of ``kernels.lora_pool.LoraPool``."""
 
     @property
     def max_slots(self) -> int: ...
-    def fits(self, pairs: Pairs, /) -> str | None: ...
-    def pages_needed(self, pairs: Pairs, /) -> Mapping[str, int]: ...
+    def fits(self, weights: Any, /) -> str | None: ...
+    def pages_needed(self, weights: Any, /) -> Mapping[str, int]: ...
     def free_pages(self) -> Mapping[str, int]: ...
-    def write(self, slot: int, pairs: Pairs, /) -> None: ...
+    def write(self, slot: int, weights: Any, /) -> None: ...
     def clear(self, slot: int, /) -> None: ...
 
 
@@ -142,12 +140,12 @@ class SlotManager:
             slot.fresh = False
             return slot.index
         self._raise_if_failed(key)
-        pairs: Pairs = ref.weights.pairs
-        if (reason := self._pool.fits(pairs)) is not None:
+        weights: Any = ref.weights.lora
+        if (reason := self._pool.fits(weights)) is not None:
             raise AdapterRefused(f"`{ref.name}` (version {ref.version[:12]})", [reason])
-        pages = self._pool.pages_needed(pairs)
+        pages = self._pool.pages_needed(weights)
         if self._make_room(pages):
-            self._start_upload(key, ref, pairs, pages)
+            self._start_upload(key, ref, weights, pages)
         return None
 
     def release(self, ref: AdapterRef) -> None:
@@ -243,9 +241,9 @@ class SlotManager:
         # Stable: least recently used first among the unpinned, then among the pinned.
         return sorted(idle, key=lambda slot: self._pinned(slot.ref))
 
-    def _start_upload(self, key: tuple[str, str], ref: AdapterRef, pairs: Pairs, pages: Mapping[str, int]) -> None:
+    def _start_upload(self, key: tuple[str, str], ref: AdapterRef, weights: Any, pages: Mapping[str, int]) -> None:
         index = self._free[-1]
-        upload = self._executor.submit(self._write, index, pairs)  # first, as it raises if the executor is shut down
+        upload = self._executor.submit(self._write, index, weights)  # first, as it raises if the executor is shut down
         self._free.pop()
         for kind, count in pages.items():
             self._free_pages[kind] -= count
@@ -255,10 +253,10 @@ class SlotManager:
         self.counters.misses += 1
         upload.add_done_callback(lambda _future: self._on_ready())
 
-    def _write(self, index: int, pairs: Pairs) -> float:
+    def _write(self, index: int, weights: Any) -> float:
         """On the executor's thread: the upload itself; returns its seconds."""
         start = time.perf_counter()
-        self._pool.write(index, pairs)
+        self._pool.write(index, weights)
         return time.perf_counter() - start
 
     def _settle(self) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from manylora.kernels.lora_pool import LoraPair
+from manylora.kernels.lora_weights import LoraWeights
 
 
 @dataclass(frozen=True)
@@ -34,19 +33,22 @@ class AdapterWeights:
 
     ``version`` is the sha256 (hex) over the weights file, the config file and the chat template if there is one, so
     equal content has equal identity.
-    ``pairs`` maps ``(projection, layer)`` (see kernels.sites; layer 0 for the global projections) to its delta.
     """
 
     version: str
-    pairs: Mapping[tuple[str, int], LoraPair]
+    lora: LoraWeights
     report: LoadReport
     chat_template: str | None = field(default=None)
     """The adapter directory's own chat template, used for its requests if present."""
 
+    not_composable: str | None = None
+    """Why it can only be asked for alone and at scale 1, e.g. "it is a DoRA, whose outputs are not linear in its
+    scale"; None if it may be rescaled and combined with others."""
+
     @property
     def nbytes(self) -> int:
-        return sum(pair.nbytes for pair in self.pairs.values())
+        return self.lora.nbytes
 
     @property
     def max_rank(self) -> int:
-        return max((pair.rank for pair in self.pairs.values()), default=0)
+        return self.lora.max_rank

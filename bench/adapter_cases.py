@@ -22,9 +22,10 @@ from manylora.kernels.cuda.linear import LinearAdapters, LinearKernels
 from manylora.kernels.cuda.lora_op import TritonLora
 from manylora.kernels.cuda.nf4_words import Nf4Words, pack
 from manylora.kernels.cuda.scratch import Scratch
-from manylora.kernels.lora_pool import LoraPair, LoraPool
+from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_routing import LoraRouting
 from manylora.kernels.lora_segments import LoraSegments
+from manylora.kernels.lora_weights import LoraPair, LoraWeights
 from manylora.kernels.reference import lora_reference, pool_matrices
 from manylora.kernels.sites import LAYER_PROJECTIONS, RANK_PAGE, SITES, LoraShapes
 from manylora.server.model.families import ModelSpec
@@ -211,7 +212,7 @@ def _random_pool(bench: Bench, shapes: LoraShapes, slots: int, rank: int) -> Lor
     }
     pairs = {(p, layer): nothing[p] for p in LAYER_PROJECTIONS for layer in range(shapes.n_layers)}
     for slot in range(slots):
-        pool.write(slot, pairs)
+        pool.write(slot, LoraWeights(pairs))
     # Filled on the device: 64 adapters of random numbers would take the host longer than all measurements.
     random = torch.Generator(bench.device).manual_seed(3)
     for site in LAYER_SITES:

@@ -23,7 +23,8 @@ from manylora.adapters.versions import AdapterRef
 from manylora.kernels.cuda.nf4_words import pack
 from manylora.kernels.cuda.ops import CudaOps
 from manylora.kernels.lora import BatchedLora
-from manylora.kernels.lora_pool import LoraPair, LoraPool
+from manylora.kernels.lora_pool import LoraPool
+from manylora.kernels.lora_weights import LoraWeights
 from manylora.kernels.nf4_tensor import Nf4Tensor
 from manylora.kernels.ops import PAGE_SIZE
 from manylora.kernels.torch_ops import TorchLinear, TorchOps
@@ -73,7 +74,7 @@ class Engine:
     graphs: DecodeGraphs
     pool: LoraPool
     scheduler: Scheduler
-    adapters: list[dict[tuple[str, int], LoraPair]]
+    adapters: list[LoraWeights]
     refs: list[AdapterRef]
     uploads: ThreadPoolExecutor
 
@@ -126,7 +127,7 @@ def build_engine(spec: ModelSpec, device: torch.device, dtype: torch.dtype, *, m
         )
         for i, rank in enumerate(RANKS)
     ]
-    refs = [AdapterRef(f"a{i}", f"{i:064x}", SimpleNamespace(pairs=pairs)) for i, pairs in enumerate(adapters)]
+    refs = [AdapterRef(f"a{i}", f"{i:064x}", SimpleNamespace(lora=lora)) for i, lora in enumerate(adapters)]
     return Engine(spec, decoder, runner, graphs, pool, Scheduler(config, slots), adapters, refs, uploads)
 
 
@@ -154,8 +155,8 @@ def check_against_torch(engine: Engine, requests: Sequence[Request], dtype: torc
     epsilon = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-21}[dtype]
     bound = 6 * epsilon * (8 * engine.spec.n_layers) ** 0.5
     pool = LoraPool(engine.spec.lora_shapes(), max_slots=len(RANKS), max_pages=20, max_rank=64, device=device)
-    for slot, pairs in enumerate(engine.adapters):
-        pool.write(slot, pairs)
+    for slot, weights in enumerate(engine.adapters):
+        pool.write(slot, weights)
     ops = _Exact(device, dtype)
     base = synthetic_base(engine.spec, device=device)
     decoder = Decoder(engine.spec, base, ops, BatchedLora(pool, "torch"), max_context=128)

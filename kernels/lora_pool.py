@@ -10,35 +10,10 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from manylora.kernels.lora_weights import LoraPair, LoraWeights
 from manylora.kernels.sites import PROJECTIONS, RANK_PAGE, SITES, LoraShapes
 
 MAX_RANK: Final = 256
-
-
-@dataclass(frozen=True)
-class LoraPair:
-    """One module's low-rank delta: ``delta_W = scale * b @ a`` (LoRA, Hu et al. 2021, eq. 3).
-
-    ``a``: ``[rank, in_features]``; ``b``: ``[out_features, rank]``; both in the dtype of the file, contiguous, on the
-    CPU. ``scale`` is the module's own alpha/r (or alpha/sqrt(r) with rsLoRA), kept apart so that it is never rounded
-    into 16-bit weights.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        return int(self.a.shape[0])
-
-    @property
-    def nbytes(self) -> int:
-        return self.a.numel() * self.a.element_size() + self.b.numel() * self.b.element_size()
-
-
-Pairs = Mapping[tuple[str, int], LoraPair]
-"""An adapter's deltas by ``(projection, layer)``."""
 
 
 class PoolFull(RuntimeError):
@@ -164,27 +139,27 @@ class LoraPool:
             part = store.b[row * columns[j] : row * columns[j + 1]]
             self.b[p] = part.view(self.max_pages, layers, RANK_PAGE, shapes.out_features[p])
 
-    def pages_needed(self, pairs: Pairs) -> dict[str, int]:
+    def pages_needed(self, weights: LoraWeights) -> dict[str, int]:
         """Pages an adapter takes of each projection it touches: by its largest rank there."""
         ranks: dict[str, int] = {}
-        for (projection, _), pair in pairs.items():
+        for (projection, _), pair in weights.pairs.items():
             ranks[projection] = max(ranks.get(projection, 0), pair.rank)
         return {p: -(-rank // RANK_PAGE) for p, rank in ranks.items()}
 
-    def fits(self, pairs: Pairs) -> str | None:
+    def fits(self, weights: LoraWeights) -> str | None:
         """Why the adapter could never be resident, or None if it could."""
-        rank = max((pair.rank for pair in pairs.values()), default=0)
+        rank = max((pair.rank for pair in weights.pairs.values()), default=0)
         if rank > self.max_rank:
             return f"its rank {rank} is above the server's --max-rank {self.max_rank}"
-        for projection, pages in self.pages_needed(pairs).items():
+        for projection, pages in self.pages_needed(weights).items():
             if pages > self.max_pages:
                 return f"it needs {pages} pages of `{projection}`, the pool has {self.max_pages}"
         return None
 
-    def has_room(self, pairs: Pairs) -> bool:
+    def has_room(self, weights: LoraWeights) -> bool:
         """Whether ``write`` would find its pages now."""
         with self._lock:
-            return all(len(self._free[p]) >= n for p, n in self.pages_needed(pairs).items())
+            return all(len(self._free[p]) >= n for p, n in self.pages_needed(weights).items())
 
     def free_pages(self) -> dict[str, int]:
         """Free pages of each projection."""
@@ -200,12 +175,12 @@ class LoraPool:
             total += taken * (self.a[p][0].nbytes + self.b[p][0].nbytes)
         return total
 
-    def write(self, slot: int, pairs: Pairs) -> None:
+    def write(self, slot: int, weights: LoraWeights) -> None:
         """Copy an adapter into an empty slot; it is computed with from the next step that names the slot.
 
         Raises PoolFull, with nothing changed, if pages are missing; ValueError for a slot that is taken.
         """
-        needed = self.pages_needed(pairs)
+        needed = self.pages_needed(weights)
         with self._lock:
             if slot in self._held:
                 raise ValueError(f"slot {slot} holds an adapter; clear it first")
@@ -215,17 +190,17 @@ class LoraPool:
             held = {p: [self._free[p].pop() for _ in range(n)] for p, n in needed.items()}
             self._held[slot] = held
         if self._uploads is None:
-            self._fill(slot, held, pairs)
+            self._fill(slot, held, weights)
         else:
             # On a stream of its own, so that no step waits for the copies; the slot is named only after this returns.
             # A slot that was just cleared is cleared on the other stream: that must come first.
             self._uploads.wait_event(self._cleared)
             with torch.cuda.stream(self._uploads):
-                self._fill(slot, held, pairs)
+                self._fill(slot, held, weights)
             self._uploads.synchronize()
         self.version += 1
 
-    def _fill(self, slot: int, held: Mapping[str, list[int]], pairs: Pairs) -> None:
+    def _fill(self, slot: int, held: Mapping[str, list[int]], weights: LoraWeights) -> None:
         for p, pages in held.items():
             layers = self.shapes.layers_of(p)
             for i, page in enumerate(pages):
@@ -235,13 +210,13 @@ class LoraPool:
                     to_a, to_b = a, b
                     a, b = (torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (to_a, to_b))
                 for layer in range(layers):
-                    _fill_page(a[layer], b[layer], pairs.get((p, layer)), i * RANK_PAGE)
+                    _fill_page(a[layer], b[layer], weights.pairs.get((p, layer)), i * RANK_PAGE)
                 if on_device:
                     to_a.copy_(a, non_blocking=True)
                     to_b.copy_(b, non_blocking=True)
             ranks, scaling = [0] * layers, [0.0] * layers
             for layer in range(layers):
-                if (pair := pairs.get((p, layer))) is not None:
+                if (pair := weights.pairs.get((p, layer))) is not None:
                     ranks[layer], scaling[layer] = pair.rank, pair.scale
             self.page_table[p][slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
             self.ranks[p][slot] = torch.tensor(ranks, dtype=torch.int32)
@@ -262,10 +237,10 @@ class LoraPool:
         with self._lock:
             return dict(self._held.get(slot, {}))
 
-    def overflows(self, pairs: Pairs) -> str | None:
+    def overflows(self, weights: LoraWeights) -> str | None:
         """Why the adapter cannot be held in the pool's type (float16 ends at 65504), or None."""
         highest = torch.finfo(self.dtype).max
-        for (projection, layer), pair in pairs.items():
+        for (projection, layer), pair in weights.pairs.items():
             for name, matrix in (("A", pair.a), ("B", pair.b)):
                 if matrix.numel() and float(matrix.abs().max()) > highest:
                     return (

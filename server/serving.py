@@ -199,7 +199,7 @@ class _AdapterLoader:
             weights = load_peft_adapter(
                 resolve_source(source), self._pool.shapes, base_name=self._base, base_tensor=self._decoder.table
             )
-            reason = self._pool.fits(weights.pairs) or self._pool.overflows(weights.pairs)
+            reason = self._pool.fits(weights.lora) or self._pool.overflows(weights.lora)
             if reason is not None:
                 raise AdapterRefused(f"in {source}", [reason])
         except AdapterRefused:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from manylora.kernels.lora_pool import LoraPair
+from manylora.kernels.lora_weights import LoraPair, LoraWeights
 from manylora.kernels.nf4_code import NF4_CODE
 from manylora.kernels.nf4_tensor import NestedAbsmax, Nf4Tensor
 from manylora.kernels.sites import LAYER_PROJECTIONS, LoraShapes
@@ -93,7 +93,7 @@ def synthetic_adapter(
     seed: int = 0,
     projections: Collection[str] = LAYER_PROJECTIONS,
     dtype: torch.dtype = torch.bfloat16,
-) -> dict[tuple[str, int], LoraPair]:
+) -> LoraWeights:
     """A random adapter with a delta of about a tenth of the base's magnitude on each of ``projections``."""
     random = torch.Generator().manual_seed(seed)
     pairs = {}
@@ -103,4 +103,4 @@ def synthetic_adapter(
             a = torch.randn(rank, k, generator=random) / k**0.5
             b = torch.randn(n, rank, generator=random) / rank**0.5
             pairs[p, layer] = LoraPair(a.to(dtype), b.to(dtype), 0.1 + 0.01 * layer)
-    return pairs
+    return LoraWeights(pairs)

@@ -73,7 +73,7 @@ def test_deltas_equal_those_of_peft(name: str, tmp_path: Path) -> None:
     save_peft(tmp_path, **CONFIGS[name])
     adapter = load_peft_adapter(tmp_path, SHAPES)
     paths = {place: path for path, place in module_paths(SHAPES).items()}
-    ours = {paths[place]: pair.scale * (pair.b @ pair.a) for place, pair in adapter.pairs.items()}
+    ours = {paths[place]: pair.scale * (pair.b @ pair.a) for place, pair in adapter.lora.pairs.items()}
     theirs = peft_deltas(load_peft(tmp_path))
     assert set(ours) == set(theirs)
     for module, delta in theirs.items():

@@ -142,7 +142,7 @@ def test_refused_with_its_reason(name: str, tmp_path: Path) -> None:
 
 def test_the_plain_one_is_accepted(tmp_path: Path) -> None:
     adapter = load_peft_adapter(write_dir(tmp_path), SHAPES, base_name="/models/Tiny/")
-    assert set(adapter.pairs) == {(p, layer) for p in ("q", "v") for layer in (0, 1)}
+    assert set(adapter.lora.pairs) == {(p, layer) for p in ("q", "v") for layer in (0, 1)}
     assert adapter.report.warnings == ()
     assert adapter.max_rank == 4
     assert adapter.nbytes == adapter.report.nbytes
@@ -283,16 +283,16 @@ def test_the_directory_may_go_away(tmp_path: Path) -> None:
     weights = tmp_path / "a" / "adapter_model.safetensors"
     weights.write_bytes(b"\0" * weights.stat().st_size)
     shutil.rmtree(tmp_path / "a")
-    assert torch.equal(adapter.pairs["q", 0].a, tensors[f"{Q0}.lora_A.weight"])
+    assert torch.equal(adapter.lora.pairs["q", 0].a, tensors[f"{Q0}.lora_A.weight"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_dtype_of_the_file_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = plain_tensors(dtype=dtype)
     adapter = load_peft_adapter(write_dir(tmp_path, tensors=tensors), SHAPES)
-    assert torch.equal(adapter.pairs["q", 0].b, tensors[f"{Q0}.lora_B.weight"])
+    assert torch.equal(adapter.lora.pairs["q", 0].b, tensors[f"{Q0}.lora_B.weight"])
     assert adapter.report.dtype == str(dtype).removeprefix("torch.")
-    assert all(t.is_contiguous() for pair in adapter.pairs.values() for t in (pair.a, pair.b))
+    assert all(t.is_contiguous() for pair in adapter.lora.pairs.values() for t in (pair.a, pair.b))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ class Weights:
     """``pages`` by kind stand for the pairs."""
 
     def __init__(self, **pages: int) -> None:
-        self.pairs: Any = pages
+        self.lora: Any = pages
 
 
 def adapter(name: str, version: str = "v", **pages: int) -> AdapterRef:
@@ -422,7 +422,7 @@ def test_random_traffic_with_real_threads(seed: int) -> None:
             if len(held) < 3 and rng.random() < 0.8:
                 slot = slots.acquire(ref)
                 if slot is not None:
-                    assert pool.held[slot] == ref.weights.pairs, "a slot that is not this adapter's"
+                    assert pool.held[slot] == ref.weights.lora, "a slot that is not this adapter's"
                     held.append(ref)
             elif held and rng.random() < 0.9:
                 slots.release(held.pop(rng.randrange(len(held))))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from manylora.adapters.registry import AdapterRegistry
-from manylora.adapters.slots import Pairs, SlotManager
+from manylora.adapters.slots import SlotManager
 from manylora.adapters.versions import LoadedAdapter
 from manylora.server.engine.engine import Engine
 from manylora.server.engine.metrics import Metrics
@@ -30,7 +30,7 @@ from tests.fakes import FakeRunner, FakeTokenizer, request
 @dataclass(frozen=True)
 class _Weights:
     version: str
-    pairs: Pairs
+    lora: Any
 
 
 def load(source: str) -> LoadedAdapter:
@@ -45,24 +45,24 @@ class _Pool:
         self.max_slots = max_slots
         self.content: dict[int, str] = {}
 
-    def fits(self, pairs: Pairs) -> str | None:
+    def fits(self, lora: Any) -> str | None:
         return None
 
-    def pages_needed(self, pairs: Pairs) -> Mapping[str, int]:
+    def pages_needed(self, lora: Any) -> Mapping[str, int]:
         return {"q": 1}
 
     def free_pages(self) -> Mapping[str, int]:
         return {"q": self.max_slots - len(self.content)}
 
-    def has_room(self, pairs: Pairs) -> bool:
+    def has_room(self, lora: Any) -> bool:
         return len(self.content) < self.max_slots
 
-    def write(self, slot: int, pairs: Pairs) -> None:
+    def write(self, slot: int, lora: Any) -> None:
         time.sleep(0.001)
-        if pairs["content", 0] == "unwritable":
+        if lora["content", 0] == "unwritable":
             raise MemoryError("no room on the device")
         assert slot not in self.content
-        self.content[slot] = pairs["content", 0]
+        self.content[slot] = lora["content", 0]
 
     def clear(self, slot: int) -> None:
         self.content.pop(slot, None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from manylora.kernels.lora_pool import LoraPair, LoraPool
+from manylora.kernels.lora_pool import LoraPool
+from manylora.kernels.lora_weights import LoraPair, LoraWeights
 from manylora.kernels.sites import LoraShapes
 
 SHAPES = LoraShapes(
@@ -18,12 +19,10 @@ SHAPES = LoraShapes(
 )  # fmt: skip
 
 
-def random_pairs(
-    rank: int, projections: tuple[str, ...], seed: int, scale: float = 1.0
-) -> dict[tuple[str, int], LoraPair]:
+def random_weights(rank: int, projections: tuple[str, ...], seed: int, scale: float = 1.0) -> LoraWeights:
     """An adapter with non-zero A and B on the given projections, in all their layers."""
     random = torch.Generator().manual_seed(seed)
-    return {
+    pairs = {
         (p, layer): LoraPair(
             torch.randn(rank, SHAPES.in_features[p], generator=random),
             torch.randn(SHAPES.out_features[p], rank, generator=random),
@@ -32,11 +31,12 @@ def random_pairs(
         for p in projections
         for layer in range(SHAPES.layers_of(p))
     }
+    return LoraWeights(pairs)
 
 
-def pool_of(*adapters: dict[tuple[str, int], LoraPair], max_pages: int = 40) -> LoraPool:
+def pool_of(*adapters: LoraWeights, max_pages: int = 40) -> LoraPool:
     """A pool with the adapters in slots 0, 1, ..."""
     pool = LoraPool(SHAPES, max_slots=max(len(adapters), 1), max_pages=max_pages)
-    for slot, pairs in enumerate(adapters):
-        pool.write(slot, pairs)
+    for slot, weights in enumerate(adapters):
+        pool.write(slot, weights)
     return pool

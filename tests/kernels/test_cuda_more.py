@@ -15,9 +15,10 @@ from manylora.kernels.cuda.lora_op import ROWS, TritonLora
 from manylora.kernels.cuda.nf4_words import pack
 from manylora.kernels.cuda.sampling import launch
 from manylora.kernels.cuda.sampling_buffers import Row, SamplingBuffers
-from manylora.kernels.lora_pool import LoraPair, LoraPool
+from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_routing import StaticRouting
 from manylora.kernels.lora_segments import LoraSegments
+from manylora.kernels.lora_weights import LoraPair, LoraWeights
 from manylora.kernels.sites import SITES
 from manylora.server.model.synthetic import synthetic_nf4
 from tests.kernels.shapes import SHAPES
@@ -51,7 +52,7 @@ def pool_of(adapters: Mapping[int, Adapter]) -> LoraPool:
     for tensor in (*pool.a.values(), *pool.b.values()):
         tensor.fill_(float("nan"))
     for slot, pairs in adapters.items():
-        pool.write(slot, pairs)
+        pool.write(slot, LoraWeights(pairs))
     return pool
 
 
@@ -110,7 +111,7 @@ def test_deltas_are_those_of_the_files(site: str, layer: int) -> None:
     pool = pool_of({0: adapter(61, *projections, seed=4), 2: adapter(5, *projections, seed=5)})
     pool.clear(0)  # pages out of order, and with another's numbers in them
     for slot, one in adapters.items():
-        pool.write(slot, one)
+        pool.write(slot, LoraWeights(one))
     op, x = TritonLora(pool), rows_of(7, SHAPES.in_features[projections[0]])
     pairs = [(0, 0, 1.0), (1, 1, 0.5), (2, 3, 1.0), (4, 3, -1.5), (4, 1, 1.0), (6, 0, 2.0)]
     segments = LoraSegments.from_pairs(pairs, DEVICE)
@@ -177,7 +178,7 @@ def test_a_static_routing_follows_every_change_of_the_batch() -> None:
         assert agrees(added(op, static.routing, x, "o", 1), from_the_file(x, adapters, pairs, "o", 1)), pairs
     pool.clear(0)
     adapters[0] = adapter(3, "o", seed=4)
-    pool.write(0, adapters[0])
+    pool.write(0, LoraWeights(adapters[0]))
     static.fill(LoraSegments.from_pairs(everyone, DEVICE))
     assert agrees(added(op, static.routing, x, "o", 1), from_the_file(x, adapters, everyone, "o", 1))
     assert static.routing.buffer.data_ptr() == address

@@ -15,7 +15,7 @@ from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.reference import lora_reference
 from manylora.kernels.sites import SITES
-from tests.kernels.shapes import SHAPES, pool_of, random_pairs
+from tests.kernels.shapes import SHAPES, pool_of, random_weights
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down", "lm_head")
 IMPLEMENTATIONS: list[object] = [
@@ -73,12 +73,12 @@ BATCHES = (_identical, _distinct, _uniform, _skewed, _with_base_rows, _unsorted,
 @pytest.fixture(scope="module")
 def pool() -> LoraPool:
     return pool_of(
-        random_pairs(1, ("q",), 1, 0.5),
-        random_pairs(8, ("q", "v"), 2, 2.0),
-        random_pairs(16, ALL, 3),
-        random_pairs(64, ("q", "k", "v", "gate", "down"), 4, 0.25),
-        random_pairs(20, ("k", "gate", "down", "lm_head"), 5),
-        random_pairs(33, ("o", "up"), 6),
+        random_weights(1, ("q",), 1, 0.5),
+        random_weights(8, ("q", "v"), 2, 2.0),
+        random_weights(16, ALL, 3),
+        random_weights(64, ("q", "k", "v", "gate", "down"), 4, 0.25),
+        random_weights(20, ("k", "gate", "down", "lm_head"), 5),
+        random_weights(33, ("o", "up"), 6),
     )
 
 
@@ -152,7 +152,7 @@ def test_a_row_alone_gives_the_same_bits_as_in_a_batch(implementation: Implement
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("rank", [1, 15, 16, 17, 64, 256])
 def test_rank(implementation: Implementation, rank: int) -> None:
-    pool = pool_of(random_pairs(4, ("o",), 1), random_pairs(rank, ("o",), 2))
+    pool = pool_of(random_weights(4, ("o",), 1), random_weights(rank, ("o",), 2))
     pairs = [(row, row % 2, 1.0) for row in range(ROWS)]
     segments = LoraSegments.from_pairs(pairs)
     assert segments is not None
@@ -165,11 +165,11 @@ def test_rank(implementation: Implementation, rank: int) -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_reused_slot_keeps_nothing_of_its_last_adapter(implementation: Implementation) -> None:
-    pool = pool_of(random_pairs(64, ALL, 1), max_pages=4)
+    pool = pool_of(random_weights(64, ALL, 1), max_pages=4)
     for tensor in (*pool.a.values(), *pool.b.values()):
         tensor[tensor == 0] = float("nan")  # what was never written must never be read
     pool.clear(0)
-    pool.write(0, random_pairs(5, ("q",), 2))
+    pool.write(0, random_weights(5, ("q",), 2))
     pairs = [(row, 0, 1.0) for row in range(3)]
     segments = LoraSegments.from_pairs(pairs)
     assert segments is not None
@@ -184,7 +184,9 @@ def test_a_reused_slot_keeps_nothing_of_its_last_adapter(implementation: Impleme
 
 
 def test_embedding_delta(pool: LoraPool) -> None:
-    pool = pool_of(random_pairs(8, ("embed",), 1, 0.5), random_pairs(40, ("embed", "q"), 2), random_pairs(4, ("q",), 3))
+    pool = pool_of(
+        random_weights(8, ("embed",), 1, 0.5), random_weights(40, ("embed", "q"), 2), random_weights(4, ("q",), 3)
+    )
     ids = torch.randint(0, 100, (12,), generator=torch.Generator().manual_seed(1))
     pairs = [(0, 0, 1.0), (3, 0, 0.5), (4, 1, 1.0), (5, 2, 1.0), (11, 1, 2.0)]
     segments = LoraSegments.from_pairs(pairs)
