@@ -83,8 +83,8 @@ class LoraWeights:
 
     @property
     def nbytes(self) -> int:
-        parts = (*self.pairs.values(), *self.vectors.values(), *self.tables.values())
-        return sum(part.nbytes for part in parts)
+        groups = (self.pairs.values(), self.vectors.values(), self.tables.values())
+        return sum(part.nbytes for group in groups for part in group)
 
     @property
     def max_rank(self) -> int:
