@@ -24,6 +24,9 @@ class StateEntry:
     pinned: bool
     version: str
     """What the source contained when it was last loaded."""
+    alias_of: str | None = None
+    """The name whose version this one was given, if it is an alias: then ``version`` is what was asked for, not
+    whatever ``source`` holds."""
 
 
 def read_state(path: Path) -> list[StateEntry]:
@@ -60,7 +63,7 @@ def write_state(path: Path, entries: Iterable[StateEntry]) -> None:
 
     Raises RegistryStateError if it cannot be written; the old file is then still there.
     """
-    document = {"format": _FORMAT, "adapters": [vars(entry) for entry in entries]}
+    document = {"format": _FORMAT, "adapters": [_as_json(entry) for entry in entries]}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -82,12 +85,20 @@ def write_state(path: Path, entries: Iterable[StateEntry]) -> None:
         ) from error
 
 
+def _as_json(entry: StateEntry) -> dict[str, Any]:
+    """Without ``alias_of`` where there is none, so that a list without aliases can be read by versions before them."""
+    return {key: value for key, value in vars(entry).items() if value is not None}
+
+
 def _entry(path: Path, index: int, value: Any) -> StateEntry:
     kinds = {"name": str, "source": str, "pinned": bool, "version": str}
-    if not isinstance(value, dict) or set(value) != set(kinds):
-        raise _unusable(path, f"adapters[{index}] must have exactly the keys {sorted(kinds)}, got {value!r:.200}")
-    for key, kind in kinds.items():
-        if not isinstance(value[key], kind):
+    if not isinstance(value, dict) or set(value) - {"alias_of"} != set(kinds):
+        raise _unusable(
+            path,
+            f"adapters[{index}] must have exactly the keys {sorted(kinds)}, and may have alias_of, got {value!r:.200}",
+        )
+    for key, kind in (kinds | {"alias_of": str}).items():
+        if key in value and not isinstance(value[key], kind):
             raise _unusable(path, f"adapters[{index}].{key} must be a {kind.__name__}, got {value[key]!r:.200}")
     return StateEntry(**value)
 

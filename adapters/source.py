@@ -22,7 +22,11 @@ REQUIRED_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
 OPTIONAL_FILES: Final = ("chat_template.jinja", "tokenizer_config.json")
 HUB_PATTERNS: Final = (*REQUIRED_FILES, "chat_template*", "tokenizer_config.json")
 
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_HUB_ID: Final = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)*)?"
+)
+_UNFINISHED: Final = ".upload-"
+_ARCHIVES: Final = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _CHUNK: Final = 1 << 20
 
 
@@ -35,14 +39,15 @@ def resolve_source(
 ) -> Path:
     """The local directory that ``source`` means.
 
-    An existing path is that directory. Anything else that looks like ``org/name`` is a hub id, and its adapter files
-    (``HUB_PATTERNS``) are downloaded into the hub's own cache, or found there when offline.
+    An existing path is that directory. Anything else that looks like ``org/name`` or ``org/name@revision`` (a branch,
+    tag or commit) is a hub id, and its adapter files (``HUB_PATTERNS``) are downloaded into the hub's own cache, or
+    found there when offline.
 
     Args:
         allowed_roots: with any, a path must lie inside one of them after following symbolic links, and so must the
             adapter's files. ``None``: any path (for the command line, whose user can read the files anyway).
         allow_hub: whether hub ids are accepted.
-        download: hub id to local directory; ``None`` is huggingface_hub's.
+        download: hub id, with its revision if it has one, to local directory; ``None`` is huggingface_hub's.
 
     Raises:
         AdapterSourceForbidden: outside ``allowed_roots``, whether or not it exists, or a hub id that is not allowed.
@@ -52,7 +57,7 @@ def resolve_source(
         raise AdapterSourceNotFound("The adapter's source is empty or holds a NUL character.")
     path = Path(os.path.abspath(os.path.expanduser(source)))
     is_hub_id = _HUB_ID.fullmatch(source) is not None
-    if not path.exists() and is_hub_id:
+    if not os.path.exists(path) and is_hub_id:  # unlike Path.exists, False for a name that is too long
         if not allow_hub:
             raise AdapterSourceForbidden(f"{source} is not a directory, and this server does not load from the hub.")
         return Path((download or _download)(source))
@@ -60,9 +65,10 @@ def resolve_source(
         _confine(path, allowed_roots)
         for name in (*REQUIRED_FILES, *OPTIONAL_FILES):
             _confine(path / name, allowed_roots)
-    if not path.is_dir():
-        what = "is a file, not a directory" if path.exists() else "does not exist"
-        hint = "" if path.exists() or "/" in source else " (a hub id has the form org/name)"
+    if not os.path.isdir(path):
+        exists = os.path.exists(path)
+        what = "is a file, not a directory" if exists else "does not exist"
+        hint = "" if exists or "/" in source else " (a hub id has the form org/name)"
         raise AdapterSourceNotFound(f"{path} {what}{hint}. Give the directory that holds {REQUIRED_FILES[0]}.")
     return path
 
@@ -80,7 +86,7 @@ def store_upload(name: str, files: Mapping[str, bytes | BinaryIO], root: Path, l
     """
     _check_file_names(name, files)
     root.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".upload-", dir=root))
+    temporary = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=root))
     try:
         digest = hashlib.sha256(b"manylora upload 1\n")
         left = limit_bytes
@@ -108,6 +114,11 @@ def store_upload(name: str, files: Mapping[str, bytes | BinaryIO], root: Path, l
     return target
 
 
+def is_unfinished_upload(name: str) -> bool:
+    """Whether ``store_upload`` names a directory so while it writes it."""
+    return name.startswith(_UNFINISHED)
+
+
 def _check_file_names(name: str, files: Mapping[str, object]) -> None:
     missing = [file for file in REQUIRED_FILES if file not in files]
     unexpected = sorted(file for file in files if file not in REQUIRED_FILES and file not in OPTIONAL_FILES)
@@ -118,6 +129,8 @@ def _check_file_names(name: str, files: Mapping[str, object]) -> None:
         problems.append(f"unexpected: {', '.join(unexpected)}")
     if any(file.endswith((".bin", ".pt", ".pth", ".pkl")) for file in unexpected):
         problems.append("pickle files are never loaded, save as safetensors")
+    if any(file.lower().endswith(_ARCHIVES) for file in unexpected):
+        problems.append("archives are not unpacked, send the files themselves")
     if problems:
         raise AdapterUploadInvalid(
             f"The upload of adapter `{name}` must have exactly the files {', '.join(REQUIRED_FILES)} and may have "
@@ -153,12 +166,15 @@ def _download(hub_id: str) -> str:
 
     # The HTTP client's own error, by the one name under which both httpx's and its successor's can be had.
     http_error = errors.HTTPError  # type: ignore[attr-defined]
+    name, _, revision = hub_id.partition("@")
     try:
-        return snapshot_download(hub_id, allow_patterns=list(HUB_PATTERNS))
+        return snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_PATTERNS))
     except errors.GatedRepoError as error:
         raise AdapterSourceNotFound(
             f"{hub_id} is gated on the hub: ask for access there and set HF_TOKEN for this server."
         ) from error
+    except errors.RevisionNotFoundError as error:
+        raise AdapterSourceNotFound(f"{name} is on the hub, but has no revision {revision!r}.") from error
     except errors.RepositoryNotFoundError as error:
         raise AdapterSourceNotFound(
             f"{hub_id} is neither a directory here nor a repository on the hub (if it is private, set HF_TOKEN)."

@@ -33,16 +33,19 @@ class Disk:
 
     def __init__(self, **content: str) -> None:
         self.content = content
+        self.loads: list[str] = []
         self.freed: list[AdapterRef] = []
+        self.retired: list[AdapterRef] = []
 
     def load(self, source: str) -> LoadedAdapter:
+        self.loads.append(source)
         version = self.content.get(source)
         if version is None:
             raise AdapterRefused(source, ["it is gone"])
         return LoadedAdapter(version=version, nbytes=10, report=f"report of {version}", weights=object())
 
     def registry(self, **kwargs: Any) -> AdapterRegistry:
-        return AdapterRegistry(self.load, on_freed=self.freed.append, **kwargs)
+        return AdapterRegistry(self.load, on_freed=self.freed.append, on_retired=self.retired.append, **kwargs)
 
 
 def test_no_torch() -> None:
@@ -120,8 +123,8 @@ def test_replace_under_load() -> None:
     new = registry.acquire("a")
     assert (old.version, new.version) == ("v1", "v2")
     assert [i.version for i in registry.list(draining=True)] == ["v2", "v1"]
-    assert registry.is_pinned(new)
-    assert not registry.is_pinned(old)
+    assert registry.is_pinned(new.version)
+    assert not registry.is_pinned(old.version)
     registry.release(old)
     assert disk.freed == [old]
     registry.release(new)
@@ -174,14 +177,197 @@ def test_going_back_and_forth_between_versions() -> None:
     registry.check_integrity()
 
 
-def test_two_names_of_equal_content_live_and_die_apart() -> None:
-    disk = Disk(src="v1")
+def test_two_names_of_equal_content_are_one_version() -> None:
+    disk = Disk(src="v1", copy="v1")
     registry = disk.registry()
     registry.load("a", "src")
-    registry.load("b", "src")
+    registry.load("b", "copy")
+    assert registry.counts() == RegistryCounts(ready=2, draining=0, requests_in_flight=0, nbytes=10)
+    assert registry.sources("v1") == ("src", "copy")
+    a, b = registry.acquire("a"), registry.acquire("b")
+    assert (a.version, a.source, b.version, b.source) == ("v1", "src", "v1", "copy")
+    assert a != b
     registry.unload("a")
-    assert disk.freed == [AdapterRef("a", "v1")]
-    assert registry.acquire("b").version == "v1"
+    assert registry.sources("v1") == ("copy", "src"), "a name's before a draining request's"
+    registry.release(a)
+    assert disk.retired == [a]
+    assert disk.freed == []
+    assert registry.is_live("v1")
+    registry.unload("b")
+    assert registry.is_live("v1")
+    registry.release(b)
+    assert disk.retired == [a, b]
+    assert disk.freed == [b], "freed once, with the last of its names"
+    assert not registry.is_live("v1")
+    registry.check_integrity()
+
+
+def test_references_are_counted_by_name() -> None:
+    registry = Disk(src="v1").registry()
+    registry.load("a", "src")
+    registry.load("b", "src")
+    ref = registry.acquire("a")
+    assert (registry.info("a").requests_in_flight, registry.info("b").requests_in_flight) == (1, 0)
+    with pytest.raises(RuntimeError, match="released more than acquired"):
+        registry.release(AdapterRef("b", "v1"))
+    registry.release(ref)
+
+
+def test_pins_and_keeping() -> None:
+    registry = Disk(src="v1", new="v2").registry()
+    registry.load("a", "src")
+    registry.load("b", "src")
+    assert not registry.is_pinned("v1")
+    assert not registry.must_keep("v1")
+    registry.pin("b", True)
+    assert registry.is_pinned("v1"), "by any of its names"
+    assert registry.must_keep("v1")
+    registry.unload("b")
+    assert not registry.must_keep("v1")
+    ref = registry.acquire("a")
+    assert not registry.must_keep("v1"), "it can be read again"
+    registry.load("a", "new", replace=True)
+    assert registry.must_keep("v1"), "it was replaced, and its files may be gone"
+    registry.release(ref)
+    assert not registry.must_keep("v1")
+
+
+def test_what_requests_need_is_in_the_reference() -> None:
+    def load(source: str) -> LoadedAdapter:
+        return LoadedAdapter("v1", 10, None, object(), {"q": 2}, "it is a DoRA", "template")
+
+    registry = AdapterRegistry(load)
+    registry.load("a", "src")
+    registry.alias("b", "a")
+    for name in "ab":
+        ref = registry.acquire(name)
+        assert (ref.name, ref.footprint, ref.nbytes) == (name, {"q": 2}, 10)
+        assert (ref.not_composable, ref.chat_template) == ("it is a DoRA", "template")
+
+
+# --- aliases ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_alias_is_a_version_and_stays_one() -> None:
+    disk = Disk(src="v1", new="v2")
+    registry = disk.registry()
+    registry.load("a", "src")
+    loads = len(disk.loads)
+    info = registry.alias("prod", "a")
+    assert (info.name, info.version, info.source, info.alias_of) == ("prod", "v1", "src", "a")
+    assert len(disk.loads) == loads, "nothing is loaded"
+    registry.load("a", "new", replace=True)
+    assert registry.info("prod").version == "v1", "replacing the other does not move it"
+    registry.unload("a")
+    assert registry.acquire("prod").version == "v1"
+    assert [ref.version for ref in disk.freed] == ["v2"]
+    registry.check_integrity()
+
+
+def test_aliases_that_are_refused() -> None:
+    registry = Disk(src="v1").registry(reserved=["base"])
+    registry.load("a", "src")
+    registry.load("taken", "src")
+    with pytest.raises(AdapterNotFound, match="`nobody`"):
+        registry.alias("b", "nobody")
+    with pytest.raises(AdapterExists):
+        registry.alias("taken", "a")
+    for name in ("a", "base", "a b"):
+        with pytest.raises(AdapterNameInvalid):
+            registry.alias(name, "a", replace=True)
+    assert registry.alias("taken", "a", replace=True, pinned=True).pinned
+
+
+def test_aliases_survive_a_restart_as_the_version_they_were_given(tmp_path: Path) -> None:
+    disk, state = Disk(src="v1", new="v2"), tmp_path / "state.json"
+    registry = disk.registry(state_path=state)
+    registry.load("zz", "src")
+    registry.alias("b", "zz", pinned=True)
+    again = disk.registry(state_path=state)
+    disk.loads.clear()
+    assert again.restore() == []
+    assert disk.loads == ["src"], "the alias needs no load of its own"
+    info = again.info("b")
+    assert (info.version, info.alias_of, info.pinned) == ("v1", "zz", True)
+    again.load("zz", "new", replace=True)
+    third = disk.registry(state_path=state)
+    assert third.restore() == []
+    assert (third.info("zz").version, third.info("b").version) == ("v2", "v1"), "read from where it came from"
+    disk.content["src"] = "changed"
+    fourth = disk.registry(state_path=state)
+    ((name, error),) = fourth.restore()
+    assert name == "b"
+    assert "src held version v1 when it was loaded, and holds version changed now" in error
+    remembered = {entry["name"]: entry for entry in json.loads(state.read_text())["adapters"]}
+    assert remembered["b"]["alias_of"] == "zz"
+
+
+def test_what_is_not_to_be_remembered_is_not(tmp_path: Path) -> None:
+    disk, state = Disk(src="v1"), tmp_path / "state.json"
+    registry = disk.registry(state_path=state)
+    registry.load("a", "src", remember=False)
+    assert not state.exists()
+    registry.load("b", "src")
+    registry.load("b", "src", replace=True, remember=False)
+    assert json.loads(state.read_text())["adapters"] == []
+    registry.pin("a", True)
+    assert [entry["name"] for entry in json.loads(state.read_text())["adapters"]] == ["a"], "somebody asked for it"
+
+
+def test_sources_in_use(tmp_path: Path) -> None:
+    disk, state = Disk(one="v1", two="v2", three="v3"), tmp_path / "state.json"
+    disk.registry(state_path=state).load("unrestored", "three")
+    registry = disk.registry(state_path=state)
+    registry.load("a", "one")
+    ref = registry.acquire("a")
+    registry.load("a", "two", replace=True)
+    assert registry.sources_in_use() == {"one", "two", "three"}
+    registry.release(ref)
+    registry.unload("unrestored")
+    assert registry.sources_in_use() == {"two"}
+
+
+# --- host memory -----------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """What HostTier does for the registry."""
+
+    def __init__(self) -> None:
+        self.kept: set[str] = set()
+
+    def put(self, version: str, weights: Any, nbytes: int) -> None:
+        self.kept.add(version)
+
+    def drop(self, version: str) -> None:
+        self.kept.discard(version)
+
+
+def test_weights_go_to_the_host_tier_and_leave_it_with_their_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, store = Disk(src="v1", new="v2"), Store()
+    registry = disk.registry(host=store, state_path=tmp_path / "state.json")
+    registry.load("a", "src")
+    registry.load("b", "src")
+    ref = registry.acquire("a")
+    assert store.kept == {"v1"}
+    registry.unload("a")
+    registry.unload("b")
+    assert store.kept == {"v1"}
+    registry.release(ref)
+    assert store.kept == set()
+    registry.load("a", "src")
+
+    def full(_handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RegistryStateError):
+        registry.load("b", "src")
+    with pytest.raises(RegistryStateError):
+        registry.load("c", "new")
+    assert store.kept == {"v1"}, "what could not be recorded is not kept, unless others have it"
 
 
 def test_failed_replace_leaves_the_old_version_serving() -> None:
@@ -255,7 +441,7 @@ def test_concurrent_loads_of_a_name_do_not_interleave() -> None:
     _run_all([partial(attempt, i) for i in range(8)])
     assert most == 1
     assert outcomes.count("exists") == 7
-    assert registry._name_locks == {}
+    assert len(registry._name_locks) == 0
 
 
 class InterruptingLock:
@@ -309,25 +495,32 @@ def test_no_moment_within_acquire_or_release_is_unsafe(interrupted: str, other: 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_threads_free_every_version_once_and_never_in_use(seed: int) -> None:
+    """Names and contents overlap, so that versions are shared, freed and loaded again all the time."""
     names, lock = ["a", "b", "c"], threading.Lock()
-    in_use = Counter[object]()  # by payload: the same version may be loaded, freed and loaded again
-    freed = Counter[object]()
-    made: list[object] = []
+    # By the reference itself: the same name may have the same version again after both were gone.
+    in_use, retired, freed = Counter[int](), Counter[int](), Counter[int]()
+    refs: list[AdapterRef] = []  # kept, so that no identity is used again
+
+    def mark_of(ref: AdapterRef) -> int:
+        refs.append(ref)
+        return id(ref)
 
     def load(source: str) -> LoadedAdapter:
-        payload = object()
+        return LoadedAdapter(source, 1, None, None)
+
+    def on_retired(ref: AdapterRef) -> None:
         with lock:
-            made.append(payload)
-        return LoadedAdapter(source, 1, None, payload)
+            retired[mark_of(ref)] += 1
+            assert in_use[mark_of(ref)] == 0
 
     def on_freed(ref: AdapterRef) -> None:
         with lock:
-            freed[ref.weights] += 1
-            assert in_use[ref.weights] == 0
+            freed[mark_of(ref)] += 1
+            assert retired[mark_of(ref)] == 1
 
-    registry = AdapterRegistry(load, on_freed=on_freed)
+    registry = AdapterRegistry(load, on_freed=on_freed, on_retired=on_retired)
     errors: list[BaseException] = []
-    taken = set[object]()
+    taken = set[int]()
 
     def worker(worker_seed: int) -> None:
         rng = random.Random(worker_seed)
@@ -335,23 +528,25 @@ def test_random_threads_free_every_version_once_and_never_in_use(seed: int) -> N
         for _ in range(400):
             name = rng.choice(names)
             try:
-                match rng.choice(["acquire", "acquire", "acquire", "release", "release", "load", "unload", "pin"]):
+                match rng.choice([*["acquire"] * 3, *["release"] * 2, "load", "alias", "unload", "pin"]):
                     case "acquire":
                         ref = registry.acquire(name)
                         with lock:
-                            in_use[ref.weights] += 1
-                            assert freed[ref.weights] == 0, "acquired after it was freed"
-                            taken.add(ref.weights)
+                            in_use[mark_of(ref)] += 1
+                            assert retired[mark_of(ref)] == 0, "acquired after it was freed"
+                            taken.add(mark_of(ref))
                         held.append(ref)
                     case "release" if held:
                         ref = held.pop(rng.randrange(len(held)))
                         with lock:
-                            in_use[ref.weights] -= 1
+                            in_use[mark_of(ref)] -= 1
                         registry.release(ref)
                     case "load":
                         registry.load(name, f"v{rng.randrange(3)}", replace=rng.random() < 0.8)
+                    case "alias":
+                        registry.alias(f"alias-{name}", name, replace=rng.random() < 0.8)
                     case "unload":
-                        registry.unload(name)
+                        registry.unload(rng.choice([name, f"alias-{name}"]))
                     case "pin":
                         registry.pin(name, rng.random() < 0.5)
             except (AdapterNotFound, AdapterExists):
@@ -359,7 +554,7 @@ def test_random_threads_free_every_version_once_and_never_in_use(seed: int) -> N
             registry.check_integrity()
         for ref in held:
             with lock:
-                in_use[ref.weights] -= 1
+                in_use[mark_of(ref)] -= 1
             registry.release(ref)
 
     def guarded(worker_seed: int) -> None:
@@ -376,9 +571,10 @@ def test_random_threads_free_every_version_once_and_never_in_use(seed: int) -> N
         registry.unload(info.name)
     registry.check_integrity()
     assert registry.counts() == RegistryCounts(0, 0, 0, 0)
+    assert set(retired.values()) == {1}
     assert set(freed.values()) == {1}
-    assert taken <= set(freed), "every version that was ever used was freed"
-    assert set(freed) <= set(made)
+    assert taken <= set(retired), "every use that there ever was has retired"
+    assert set(freed) < set(retired), "some were shared"
 
 
 def _run_all(targets: list[Callable[[], None]]) -> None:

@@ -4,28 +4,71 @@ from __future__ import annotations
 
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manylora.adapters.errors import AdapterRefused, SlotUploadFailed
+from manylora.adapters.awaited_reads import KEPT_FOR_S, MAX_READS
+from manylora.adapters.errors import AdapterRefused, AdapterSourceChanged, SlotUploadFailed
+from manylora.adapters.lease import Lease
 from manylora.adapters.slots import SlotManager
 from manylora.adapters.versions import AdapterRef
 
 
-class Weights:
-    """``pages`` by kind stand for the pairs."""
-
-    def __init__(self, **pages: int) -> None:
-        self.lora: Any = pages
+def adapter(name: str, version: str | None = None, **pages: int) -> AdapterRef:
+    return AdapterRef(name, version or f"{name}-v", footprint=pages or {"q": 1})
 
 
-def adapter(name: str, version: str = "v", **pages: int) -> AdapterRef:
-    return AdapterRef(name, version, Weights(**(pages or {"q": 1})))
+class FakeHost:
+    """Has every version in memory but those in ``on_disk``, which must be read; counts leases.
+
+    The weights are what the pool is given: the version, and its pages by kind.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+        self.on_disk: set[str] = set()
+        self.fail_with: BaseException | None = None
+        self.leases: Counter[str] = Counter()
+        self.lookups: Counter[bool] = Counter()
+        self.prefetched: list[AdapterRef] = []
+        self.lock = threading.Lock()
+
+    def __contains__(self, version: object) -> bool:
+        return version not in self.on_disk
+
+    def take(self, ref: AdapterRef) -> Lease | None:
+        return None if ref.version in self.on_disk else self._lease(ref)
+
+    def read(self, ref: AdapterRef) -> Future[Lease]:
+        def read() -> Lease:
+            if self.fail_with is not None:
+                raise self.fail_with
+            self.on_disk.discard(ref.version)
+            return self._lease(ref)
+
+        return self.executor.submit(read)
+
+    def prefetch(self, ref: AdapterRef) -> None:
+        self.prefetched.append(ref)
+
+    def count_lookup(self, *, hit: bool) -> None:
+        self.lookups[hit] += 1
+
+    def _lease(self, ref: AdapterRef) -> Lease:
+        def release() -> None:
+            with self.lock:
+                self.leases[ref.version] -= 1
+
+        with self.lock:
+            self.leases[ref.version] += 1
+        return Lease(SimpleNamespace(lora=(ref.version, dict(ref.footprint))), release)
 
 
 class FakePool:
@@ -35,27 +78,23 @@ class FakePool:
         self.max_slots = max_slots
         self.total = pages or {"q": 100}
         self.held: dict[int, Mapping[str, int]] = {}
+        self.version: dict[int, str] = {}
         self.log: list[tuple[str, int]] = []
         self.fail_with: BaseException | None = None
         self.lock = threading.Lock()
-
-    def fits(self, pairs: Any) -> str | None:
-        return next((f"it needs {n} pages of {p}" for p, n in pairs.items() if n > self.total[p]), None)
-
-    def pages_needed(self, pairs: Any) -> Mapping[str, int]:
-        return dict(pairs)
 
     def free_pages(self) -> Mapping[str, int]:
         with self.lock:
             return {p: n - sum(h.get(p, 0) for h in self.held.values()) for p, n in self.total.items()}
 
-    def write(self, slot: int, pairs: Any) -> None:
+    def write(self, slot: int, weights: tuple[str, Mapping[str, int]]) -> None:
+        version, pairs = weights
         free = self.free_pages()
         with self.lock:
             assert slot not in self.held, "written over"
             assert 0 <= slot < self.max_slots
             assert all(free[p] >= n for p, n in pairs.items()), "pages were promised twice"
-            self.held[slot] = dict(pairs)
+            self.held[slot], self.version[slot] = dict(pairs), version
             self.log.append(("write", slot))
         if self.fail_with is not None:
             raise self.fail_with
@@ -78,7 +117,7 @@ class ManualExecutor(Executor):
         def run() -> None:
             try:
                 future.set_result(fn(*args, **kwargs))
-            except RuntimeError as error:
+            except (RuntimeError, AdapterSourceChanged) as error:
                 future.set_exception(error)
 
         self.queue.append(run)
@@ -93,18 +132,21 @@ class ManualExecutor(Executor):
 
 
 class Rig:
-    def __init__(
-        self, max_slots: int = 2, pinned: Callable[[AdapterRef], bool] = lambda _: False, **pages: int
-    ) -> None:
+    def __init__(self, max_slots: int = 2, pinned: Callable[[str], bool] = lambda _: False, **pages: int) -> None:
         self.pool = FakePool(max_slots, **pages)
         self.executor = ManualExecutor()
+        self.disk = ManualExecutor()
+        self.host = FakeHost(self.disk)
+        self.live: set[str] = set()
         self.ready = 0
         self.now = 0.0
         self.slots = SlotManager(
             self.pool,
+            self.host,
             executor=self.executor,
             on_ready=self._on_ready,
             pinned=pinned,
+            live=self.live.__contains__,
             retry_after_s=10,
             clock=lambda: self.now,
         )
@@ -213,7 +255,7 @@ def test_what_nobody_came_for_makes_way(why: str) -> None:
 
 
 def test_pinned_make_way_last() -> None:
-    rig = Rig(2, pinned=lambda ref: ref.name == "a")
+    rig = Rig(2, pinned=lambda version: version == "a-v")
     a, b, c, d = (adapter(name) for name in "abcd")
     rig.use(a)
     rig.use(b)
@@ -261,7 +303,7 @@ def test_uploads_that_fit_run_side_by_side() -> None:
 
 def test_what_could_never_fit_is_refused() -> None:
     rig = Rig(2, q=4)
-    with pytest.raises(AdapterRefused, match="it needs 5 pages of q"):
+    with pytest.raises(AdapterRefused, match="it needs 5 of `q`, the device has 4"):
         rig.slots.acquire(adapter("a", q=5))
 
 
@@ -324,7 +366,7 @@ def test_dropped_and_loaded_again_before_it_was_cleared() -> None:
     assert rig.slots.acquire(again) == slot
     rig.slots.release(a)
     rig.slots.release(again)
-    assert rig.slots.resident()[0].weights is again.weights, "the old host copy is let go"
+    assert rig.slots.resident() == [again]
 
 
 def test_failed_upload_of_a_dropped_version_leaves_no_trace() -> None:
@@ -365,10 +407,165 @@ def test_integrity_names_the_numbers() -> None:
 def test_a_shut_down_executor_changes_nothing() -> None:
     executor = ThreadPoolExecutor(1)
     executor.shutdown()
-    slots = SlotManager(FakePool(2), executor=executor, on_ready=lambda: None)
+    host = FakeHost(executor)
+    slots = SlotManager(FakePool(2), host, executor=executor, on_ready=lambda: None)
     with pytest.raises(RuntimeError):
         slots.acquire(adapter("a"))
     slots.check_integrity(idle=True)
+    assert host.leases.total() == 0
+
+
+# --- host memory under the slots -----------------------------------------------------------------------------------
+
+
+def test_weights_are_leased_for_the_upload_and_no_longer() -> None:
+    rig, a = Rig(1), adapter("a")
+    assert rig.slots.acquire(a) is None
+    assert rig.host.leases["a-v"] == 1
+    rig.executor.run_all()
+    assert rig.host.leases["a-v"] == 0, "let go as soon as it is on the device"
+    rig.slots.acquire(a)
+    assert rig.slots.acquire(adapter("b")) is None
+    assert rig.host.leases["b-v"] == 0, "nothing is leased while there is no room"
+    assert rig.host.lookups == {True: 1}
+
+
+def test_a_read_takes_no_slot_and_lets_others_by() -> None:
+    rig = Rig(1)
+    cold, warm = adapter("cold"), adapter("warm")
+    rig.host.on_disk.add(cold.version)
+    assert rig.slots.acquire(cold) is None
+    assert rig.slots.awaits_read(cold)
+    assert rig.slots.acquire(cold) is None, "asking again starts no second read"
+    assert len(rig.disk.queue) == 1
+    rig.use(warm)
+    rig.disk.run_all()
+    assert rig.ready == 2, "the read's end wakes the loop as well"
+    assert rig.slots.acquire(cold) is None
+    assert not rig.slots.awaits_read(cold)
+    rig.executor.run_all()
+    assert rig.slots.acquire(cold) is not None
+    assert rig.host.lookups == {True: 1, False: 1}
+    assert rig.host.leases.total() == 0
+
+
+def test_what_was_read_stays_in_memory_for_who_waits_for_a_slot() -> None:
+    rig = Rig(1)
+    a, cold = adapter("a"), adapter("cold")
+    rig.host.on_disk.add(cold.version)
+    rig.bring_in(a)
+    rig.slots.acquire(cold)
+    rig.disk.run_all()
+    for _ in range(4):
+        rig.now += KEPT_FOR_S - 1
+        assert rig.slots.acquire(cold) is None
+        assert rig.host.leases[cold.version] == 1
+    rig.slots.release(a)
+    rig.use(cold)
+    rig.slots.check_integrity(idle=True)
+    assert rig.host.leases.total() == 0
+
+
+@pytest.mark.parametrize("how", ["time", "idle", "drop", "drop while it is read"])
+def test_what_was_read_for_nobody_is_let_go(how: str) -> None:
+    rig = Rig(1)
+    a, cold = adapter("a"), adapter("cold")
+    rig.host.on_disk.add(cold.version)
+    rig.bring_in(a)
+    rig.slots.acquire(cold)
+    if how != "drop while it is read":
+        rig.disk.run_all()
+        rig.slots.resident()
+        assert rig.host.leases[cold.version] == 1
+    match how:
+        case "time":
+            rig.now += KEPT_FOR_S + 1
+            rig.slots.resident()
+        case "idle":
+            rig.slots.release(a)
+            rig.slots.check_integrity(idle=True)
+        case _:
+            rig.slots.drop(cold)
+            rig.disk.run_all()
+    assert rig.host.leases.total() == 0
+
+
+def test_reads_are_few_and_take_turns() -> None:
+    rig = Rig(1)
+    rig.bring_in(adapter("a"))
+    refs = [adapter(f"cold{i}") for i in range(MAX_READS + 3)]
+    rig.host.on_disk.update(ref.version for ref in refs)
+    for ref in refs:
+        rig.slots.acquire(ref)
+        assert rig.slots.awaits_read(ref)
+    assert len(rig.disk.queue) == MAX_READS
+    rig.disk.run_all()
+    rig.slots.drop(refs[0])
+    # The place that is free is that of the one that was turned away first, whoever asks before it.
+    for late in reversed(refs[MAX_READS:]):
+        rig.slots.acquire(late)
+    assert len(rig.disk.queue) == 1
+    rig.disk.run_all()
+    rig.slots.acquire(refs[MAX_READS])
+    assert not rig.slots.awaits_read(refs[MAX_READS])
+    assert rig.slots.awaits_read(refs[MAX_READS + 1])
+
+
+def test_a_failed_read_says_why_and_is_forgotten_with_the_weights_in_memory() -> None:
+    rig, a = Rig(1), adapter("a")
+    rig.host.on_disk.add(a.version)
+    rig.host.fail_with = AdapterSourceChanged("a", "/dir", "v" * 64, "w" * 64)
+    rig.slots.acquire(a)
+    rig.disk.run_all()
+    for _ in range(2):
+        with pytest.raises(SlotUploadFailed, match=r"`a`.*/dir held version v{12} .* holds version w{12}"):
+            rig.slots.acquire(a)
+    assert rig.disk.queue == []
+    assert rig.slots.counters.failures == 1
+    rig.host.on_disk.clear()  # loaded anew, by another name for instance
+    rig.use(a)
+
+
+def test_prefetch_leaves_alone_what_is_on_the_device_or_on_its_way() -> None:
+    rig = Rig(2)
+    a, cold, other = adapter("a"), adapter("cold"), adapter("other")
+    rig.host.on_disk.update((cold.version, other.version))
+    rig.use(a)
+    rig.slots.acquire(cold)
+    for ref in (a, cold, other):
+        rig.slots.prefetch(ref)
+    assert rig.host.prefetched == [other]
+
+
+# --- one slot for all names of a content ------------------------------------------------------------------------------
+
+
+def test_names_of_one_version_share_its_slot() -> None:
+    rig = Rig(2)
+    a, b = adapter("a", "same"), adapter("b", "same")
+    assert rig.bring_in(a) == rig.slots.acquire(b)
+    assert rig.slots.references() == 2
+    assert rig.names() == ["a", "b"]
+    assert rig.slots.resident_versions() == {"same"}
+    rig.slots.release(b)
+    rig.slots.release(a)
+    assert len(rig.pool.held) == 1
+
+
+def test_a_name_that_retires_leaves_the_slot_to_the_others() -> None:
+    rig = Rig(2)
+    a, b = adapter("a", "same"), adapter("b", "same")
+    rig.live.add("same")
+    slot = rig.bring_in(a)
+    rig.slots.release(a)
+    rig.slots.drop(a)
+    assert rig.slots.resident() == []
+    assert rig.slots.resident_versions() == {"same"}, "b was not used yet, and still has it"
+    assert rig.slots.acquire(b) == slot
+    rig.slots.release(b)
+    rig.live.clear()
+    rig.slots.drop(b)
+    assert rig.pool.held == {}
 
 
 @settings(deadline=None, max_examples=200)
@@ -402,7 +599,7 @@ def test_against_a_simulator(max_slots: int, uses: list[tuple[str, bool]]) -> No
             else:
                 rig.slots.release(ref)
         assert rig.names() == simulated
-        assert set(rig.pool.held) == {rig.slots._slots[n, "v"].index for n in simulated}
+        assert set(rig.pool.held) == {rig.slots._slots[f"{n}-v"].index for n in simulated}
         rig.slots.check_integrity()
 
 
@@ -415,14 +612,17 @@ def test_random_traffic_with_real_threads(seed: int) -> None:
     held: list[AdapterRef] = []
     with ThreadPoolExecutor(3) as executor:
         pause = threading.Event()
-        slots = SlotManager(pool, executor=executor, on_ready=lambda: None, retry_after_s=0)
+        host = FakeHost(executor)
+        slots = SlotManager(pool, host, executor=executor, on_ready=lambda: None, retry_after_s=0)
         for _ in range(1500):
             ref = rng.choice(refs)
+            if rng.random() < 0.3:
+                host.on_disk.add(ref.version)
             pool.fail_with = RuntimeError("broken") if rng.random() < 0.1 else None
             if len(held) < 3 and rng.random() < 0.8:
                 slot = slots.acquire(ref)
                 if slot is not None:
-                    assert pool.held[slot] == ref.weights.lora, "a slot that is not this adapter's"
+                    assert pool.version[slot] == ref.version, "a slot that is not this adapter's"
                     held.append(ref)
             elif held and rng.random() < 0.9:
                 slots.release(held.pop(rng.randrange(len(held))))
@@ -436,5 +636,6 @@ def test_random_traffic_with_real_threads(seed: int) -> None:
     for ref in refs:
         slots.drop(ref)
     assert pool.free_pages() == pool.total
+    assert host.leases.total() == 0
     assert slots.counters.hits > 0
     assert slots.counters.failures > 0

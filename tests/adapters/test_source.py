@@ -92,11 +92,41 @@ def test_hub_ids(root: Path) -> None:
 
     assert resolve_source("org/some-adapter_1.2", allowed_roots=[root], download=download) == Path("/cache/snapshot")
     assert asked == ["org/some-adapter_1.2"]
+    for revision in ("main", "v1.0", "0123abc", "refs/pr/7"):
+        assert resolve_source(f"org/name@{revision}", allowed_roots=[root], download=download) == Path(
+            "/cache/snapshot"
+        )
+        assert asked[-1] == f"org/name@{revision}"
     with pytest.raises(AdapterSourceForbidden, match="does not load from the hub"):
         resolve_source("org/name", allow_hub=False, download=no_hub)
-    for source in ("org/name/more", "/org/name", "../org/name", "./name", "org/..", "org/na me"):
+    for source in (
+        "org/name/more",
+        "/org/name",
+        "../org/name",
+        "./name",
+        "org/..",
+        "org/na me",
+        "org/name@",
+        "org/name@-x",
+    ):
         with pytest.raises((AdapterSourceNotFound, AdapterSourceForbidden)):
             resolve_source(source, allowed_roots=[root], download=no_hub)
+
+
+def test_a_revision_goes_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[tuple[str, str | None]] = []
+
+    def snapshot(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert not any("*" in pattern and "chat" not in pattern for pattern in allow_patterns)
+        asked.append((name, revision))
+        return "/cache/snapshot"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    resolve_source("org/name@v2")
+    resolve_source("org/name")
+    assert asked == [("org/name", "v2"), ("org/name", None)]
 
 
 def test_hub_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +164,8 @@ def test_upload_with_a_chat_template(tmp_path: Path) -> None:
         (FILES | {"../x": b""}, r"unexpected: \.\./x"),
         (FILES | {"adapter_model.bin": b""}, "pickle files are never loaded"),
         (FILES | {"big": b"x"}, "unexpected: big"),
+        ({"adapter.zip": b"PK"}, r"unexpected: adapter\.zip; archives are not unpacked"),
+        (FILES | {"more.TAR.GZ": b"x"}, "archives are not unpacked"),
     ],
 )
 def test_wrong_files(files: dict[str, bytes], message: str, tmp_path: Path) -> None:

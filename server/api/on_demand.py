@@ -1,0 +1,108 @@
+"""Requests that name adapters which are not loaded yet: load them first, without holding up anybody else.
+
+Only the event loop's thread comes here; the disk is read on threads of its own. Requests for one name share its load.
+What was not found, or could not be served, is not looked for again for a few seconds, so that a flood of unknown names
+costs a look-up in a table each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Final
+
+from manylora.adapters.errors import AdapterError, AdapterNotFound, without_frames
+from manylora.adapters.on_demand import OnDemand
+from manylora.server.api.errors import ApiError
+from manylora.server.api.state import AppState
+from manylora.server.api.targets import Lease, Target
+
+REMEMBERED_FOR_S: Final = 3.0
+"""Seconds during which a name that could not be loaded is not tried again."""
+MAX_REMEMBERED: Final = 4096
+"""Such names that are remembered; beyond, the oldest are tried again."""
+MAX_LOADING: Final = 64
+"""Names looked for at a time; a request for one more is told to come again."""
+
+_ATTEMPTS: Final = 3
+"""To take hold of what was loaded, before others' loads make the server forget it."""
+
+
+class OnDemandLoads:
+    """``ensure`` a name is loaded. ``executor`` runs ``source.load``."""
+
+    def __init__(self, source: OnDemand, executor: Executor, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._source = source
+        self._executor = executor
+        self._clock = clock
+        self._loading: dict[str, asyncio.Task[AdapterError | bool]] = {}
+        self._failed: OrderedDict[str, tuple[float, AdapterError | bool]] = OrderedDict()
+
+    async def ensure(self, name: str) -> bool:
+        """Load ``name``; whether there is such a folder. Raises AdapterError if it cannot be served, ApiError 503 if
+        too many are being loaded."""
+        until, outcome = self._failed.get(name, (0.0, False))
+        if self._clock() >= until:
+            task = self._loading.get(name)
+            if task is None:
+                if len(self._loading) >= MAX_LOADING:
+                    raise ApiError(
+                        503,
+                        f"{MAX_LOADING} adapters are being looked for already; try again.",
+                        headers={"Retry-After": "1"},
+                    )
+                task = self._loading[name] = asyncio.create_task(self._load(name))
+            # Shielded: a client that goes away does not end what others wait for.
+            outcome = await asyncio.shield(task)
+        if isinstance(outcome, AdapterError):
+            raise outcome
+        return outcome
+
+    async def _load(self, name: str) -> AdapterError | bool:
+        outcome: AdapterError | bool
+        try:
+            outcome = await asyncio.get_running_loop().run_in_executor(self._executor, self._source.load, name)
+        except AdapterError as error:
+            without_frames(error)
+            outcome = error
+        finally:
+            del self._loading[name]
+        if outcome is not True:
+            self._failed.pop(name, None)
+            self._failed[name] = (self._clock() + REMEMBERED_FOR_S, outcome)
+            if len(self._failed) > MAX_REMEMBERED:
+                self._failed.popitem(last=False)
+        return outcome
+
+
+async def lease(state: AppState, target: Target, count: int) -> Lease:
+    """``target.lease``, after loading what is named and not there, if that is on. Raises ApiError, AdapterError."""
+    loads = state.on_demand
+    if loads is not None and not state.serving.engine.is_draining:
+        for _ in range(_ATTEMPTS):
+            loaded = [await _ensure_one(state, loads, wanted.names) for wanted in target.adapters]
+            if not any(loaded):
+                break
+            try:
+                return target.lease(state.serving, count)
+            except ApiError as error:
+                if error.status != 404:
+                    raise
+    return target.lease(state.serving, count)
+
+
+async def _ensure_one(state: AppState, loads: OnDemandLoads, names: tuple[str, ...]) -> bool:
+    """Whether one of ``names`` had to be loaded, and could be."""
+    for name in names:
+        try:
+            state.serving.registry.info(name)
+        except AdapterNotFound:
+            continue
+        return False
+    for name in names:
+        if await loads.ensure(name):
+            return True
+    return False
