@@ -15,11 +15,15 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class LoraSegments:
-    """Pairs (row, slot, scale) sorted by slot: pairs ``offsets[s] .. offsets[s + 1] - 1`` belong to slot ``slots[s]``.
+    """Pairs (row, slot, scale), those of a slot together: ``offsets[s] .. offsets[s + 1] - 1`` belong to ``slots[s]``.
 
     ``rows`` int32 ``[P]`` (ascending within a segment, none twice), ``scales`` fp32 ``[P]``, ``slots`` int32 ``[S]``
-    (ascending, distinct), ``offsets`` int32 ``[S + 1]``; all on the pool's device. The ``host_*`` are the same on the
-    host, so that scheduling work by them never waits for the device.
+    (distinct, in any order), ``offsets`` int32 ``[S + 1]``; all on the pool's device. The ``host_*`` are the same on
+    the host, so that scheduling work by them never waits for the device.
+
+    A row may be in several segments. Its deltas are added up in the order of the segments, so whoever makes them must
+    put the same adapters in the same order each time if the row is to have the same bits each time: the engine sorts
+    by version, as slots change.
     """
 
     rows: torch.Tensor
@@ -35,7 +39,7 @@ class LoraSegments:
     def from_arrays(
         cls, rows: Ints, scales: Floats, slots: Iterable[int], offsets: Ints, device: torch.device | str = "cpu"
     ) -> LoraSegments:
-        """Pairs that are sorted already."""
+        """Pairs that lie together already."""
         slot_list = tuple(slots)
         there = [torch.from_numpy(array).to(device) for array in (rows, scales, np.array(slot_list, np.int32), offsets)]
         return cls(there[0], there[1], there[2], there[3], slot_list, rows, scales, offsets)
@@ -44,8 +48,8 @@ class LoraSegments:
     def from_pairs(
         cls, pairs: Iterable[tuple[int, int, float]], device: torch.device | str = "cpu"
     ) -> LoraSegments | None:
-        """Sort pairs, in any order, into segments; None if there are none. Slot -1 (a base row) is left out; the scales
-        of a slot that is named twice for one row add up."""
+        """Sort pairs, in any order, into segments by ascending slot; None if there are none. Slot -1 (a base row) is
+        left out; the scales of a slot that is named twice for one row add up."""
         merged: dict[tuple[int, int], float] = {}
         for row, slot, scale in pairs:
             if slot >= 0:
@@ -59,16 +63,19 @@ class LoraSegments:
         return cls.from_arrays(rows, np.array([merged[key] for key in ordered], np.float32), slots, offsets, device)
 
     def select(self, kept: torch.Tensor) -> LoraSegments | None:
-        """The segments over the rows ``x[kept]`` (int64, ascending): pairs of other rows dropped, rows renumbered."""
-        renumbered = {row: i for i, row in enumerate(kept.tolist())}
-        pairs = [
-            (renumbered[row], slot, float(scale))
-            for s, slot in enumerate(self.slot_list)
-            for row, scale in zip(
-                self.host_rows[self.host_offsets[s] : self.host_offsets[s + 1]].tolist(),
-                self.host_scales[self.host_offsets[s] : self.host_offsets[s + 1]],
-                strict=True,
-            )
-            if row in renumbered
-        ]
-        return LoraSegments.from_pairs(pairs, self.rows.device)
+        """The segments over the rows ``x[kept]`` (int64, ascending), in the same order: pairs of other rows dropped,
+        rows renumbered; None if no pair is left."""
+        rows = kept.cpu().numpy()
+        places = np.searchsorted(rows, self.host_rows)
+        found = np.append(rows, -1)[places] == self.host_rows
+        before = np.append(0, np.cumsum(found))[self.host_offsets]  # pairs kept in front of each segment
+        filled = before[1:] > before[:-1]
+        if not filled.any():
+            return None
+        return LoraSegments.from_arrays(
+            places[found].astype(np.int32),
+            self.host_scales[found],
+            np.array(self.slot_list)[filled].tolist(),
+            np.append(before[:-1][filled], before[-1]).astype(np.int32),
+            self.rows.device,
+        )

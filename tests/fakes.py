@@ -8,12 +8,12 @@ from __future__ import annotations
 import threading
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from manylora.adapters.errors import AdapterError
 from manylora.adapters.versions import AdapterRef
-from manylora.server.engine.request import Request, SampledToken, SampleFailed, SamplingParams, StepPlan
+from manylora.server.engine.request import AdapterUse, Request, SampledToken, SampleFailed, SamplingParams, StepPlan
 
 Sampled = SampledToken | SampleFailed
 
@@ -22,9 +22,14 @@ def adapter(name: str, version: str | None = None) -> AdapterRef:
     return AdapterRef(name, version or name.encode().hex().ljust(64, "0"))
 
 
-def request(request_id: str = "r0", prompt: Sequence[int] = (1, 2, 3), **kwargs: Any) -> Request:
-    """A request; ``adapter`` and ``priority`` are the request's, everything else is a sampling parameter."""
-    own = {key: kwargs.pop(key) for key in ("adapter", "priority", "arrival_time") if key in kwargs}
+def request(
+    request_id: str = "r0", prompt: Sequence[int] = (1, 2, 3), *, adapter: AdapterRef | None = None, **kwargs: Any
+) -> Request:
+    """A request. ``adapter`` is short for one in ``adapters``; ``adapters``, ``merged``, ``priority`` and
+    ``arrival_time`` are the request's, everything else is a sampling parameter."""
+    own = {key: kwargs.pop(key) for key in ("adapters", "merged", "priority", "arrival_time") if key in kwargs}
+    if adapter is not None:
+        own["adapters"] = (AdapterUse(adapter),)
     return Request(request_id, list(prompt), SamplingParams(**kwargs), **own)
 
 
@@ -71,9 +76,8 @@ def scripted(*answers: str | int | Sampled) -> Callable[[Request, Sequence[int]]
 
 
 def hashing_model(request: Request, tokens: Sequence[int]) -> Sampled:
-    """A letter that depends on every token so far and on the adapter, as a real model's would."""
-    version = request.adapter.version if request.adapter is not None else ""
-    return SampledToken(ord("a") + zlib.crc32(repr((version, list(tokens))).encode()) % 26)
+    """A letter that depends on every token so far and on the composition, as a real model's would."""
+    return SampledToken(ord("a") + zlib.crc32(repr((request.composition, list(tokens))).encode()) % 26)
 
 
 class FakeRunner:
@@ -94,21 +98,21 @@ class FakeRunner:
         self.model = model
         self.page_size = page_size
         self.before_step = before_step
-        self.plans: list[list[tuple[str, int, int, int | None]]] = []
-        """Of each step, its rows: request id, start, count, slot."""
+        self.plans: list[list[tuple[str, int, int, tuple[int, ...]]]] = []
+        """Of each step, its rows: request id, start, count, slots."""
         self.threads: set[str] = set()
         self._kv: dict[tuple[int, int], int] = {}
 
     def execute(self, plan: StepPlan) -> Mapping[str, Sampled]:
         self.threads.add(threading.current_thread().name)
         self.before_step(plan)
-        self.plans.append([(row.request.request_id, row.start, row.count, row.request.slot) for row in plan.rows])
-        slots = [-1 if row.request.slot is None else row.request.slot for row in plan.rows]
-        assert slots == sorted(slots), f"rows are not sorted by slot: {slots}"
+        self.plans.append([(row.request.request_id, row.start, row.count, row.request.slots) for row in plan.rows])
+        order = [(row.request.merged is not None, row.request.slots) for row in plan.rows]
+        assert order == sorted(order), f"rows are not sorted by merged and slots: {order}"
         sampled: dict[str, Sampled] = {}
         for row in plan.rows:
             assert row.request.num_computed == row.start
-            assert (row.request.slot is None) == (row.request.adapter is None)
+            assert len(row.request.slots) == (len(row.request.adapters) if row.request.merged is None else 0)
             for position in range(row.start, row.start + row.count):
                 self._kv[self._place(row.request, position)] = row.request.token_at(position)
         for row in plan.rows:
@@ -128,46 +132,65 @@ class FakeSlots:
         self.max_slots = max_slots
         self.latency = latency
         self.refused = set(refused)
-        self.references: Counter[AdapterRef] = Counter()
+        self.references: Counter[str] = Counter()
+        """By version, as slots are."""
         self.dropped: list[AdapterRef] = []
+        self.prefetched: list[AdapterRef] = []
         self.evictions = 0
         self._calls = 0
-        self._slot_of: OrderedDict[AdapterRef, int] = OrderedDict()
-        self._ready_at: dict[AdapterRef, int] = {}
+        self._slot_of: OrderedDict[str, int] = OrderedDict()
+        self._ref_of: dict[str, AdapterRef] = {}
+        self._ready_at: dict[str, int] = {}
+
+    def never_together(self, refs: Collection[AdapterRef]) -> str | None:
+        if len({ref.version for ref in refs}) <= self.max_slots:
+            return None
+        return f"{len(refs)} adapters have no room in {self.max_slots} slots"
 
     def acquire(self, ref: AdapterRef) -> int | None:
         self._calls += 1
         if ref.name in self.refused:
             raise AdapterError(f"{ref.name} cannot be uploaded")
-        if ref not in self._slot_of and not self._upload(ref):
+        version = ref.version
+        if version not in self._slot_of and not self._upload(version):
             return None
-        if self._calls <= self._ready_at[ref]:
+        self._ref_of[version] = ref
+        if self._calls <= self._ready_at[version]:
             return None
-        self._slot_of.move_to_end(ref)
-        self.references[ref] += 1
-        return self._slot_of[ref]
+        self._slot_of.move_to_end(version)
+        self.references[version] += 1
+        return self._slot_of[version]
 
-    def _upload(self, ref: AdapterRef) -> bool:
+    def _upload(self, version: str) -> bool:
         slot = next((s for s in range(self.max_slots) if s not in self._slot_of.values()), None)
         if slot is None:
-            idle = [r for r in self._slot_of if self.references[r] == 0 and self._calls > self._ready_at[r]]
+            idle = [v for v in self._slot_of if self.references[v] == 0 and self._calls > self._ready_at[v]]
             if not idle:
                 return False
             slot = self._slot_of.pop(idle[0])
             self.evictions += 1
-        self._slot_of[ref] = slot
-        self._ready_at[ref] = self._calls + self.latency
+        self._slot_of[version] = slot
+        self._ready_at[version] = self._calls + self.latency
         return True
 
+    def awaits_read(self, ref: AdapterRef) -> bool:
+        return False  # everything is in host memory here
+
+    def prefetch(self, ref: AdapterRef) -> None:
+        self.prefetched.append(ref)
+
     def release(self, ref: AdapterRef) -> None:
-        assert self.references[ref] > 0, f"{ref.name} was released more often than acquired"
-        self.references[ref] -= 1
+        assert self.references[ref.version] > 0, f"{ref.name} was released more often than acquired"
+        self.references[ref.version] -= 1
 
     def drop(self, ref: AdapterRef) -> None:
         self.dropped.append(ref)
 
+    def resident_versions(self) -> set[str]:
+        return {ref.version for ref in self.resident()}
+
     def resident(self) -> list[AdapterRef]:
-        return [ref for ref in self._slot_of if self._calls >= self._ready_at[ref]]
+        return [self._ref_of[version] for version in self._slot_of if self._calls >= self._ready_at[version]]
 
     def check_integrity(self, *, idle: bool = False) -> None:
         if idle and self.references.total():

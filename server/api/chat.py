@@ -13,6 +13,7 @@ from manylora.server.api.chunks import ChatChunks
 from manylora.server.api.errors import bad_request
 from manylora.server.api.generation import Envelope, PromptPlan, results, submit_all, usage
 from manylora.server.api.logprobs import LogprobNames, chat_logprobs
+from manylora.server.api.on_demand import lease as lease_of
 from manylora.server.api.openapi import describes
 from manylora.server.api.prompts import chat_ids, fit, sampling_params
 from manylora.server.api.schemas import ChatRequest
@@ -32,13 +33,13 @@ async def create_chat_completion(request: Request) -> Response:
     if body.n > state.config.max_choices:
         raise bad_request(f"`n` is {body.n}; at most {state.config.max_choices} choices are taken.", "n")
     target = target_of(serving, body)
-    with target.lease(serving, body.n) as lease:
+    with await lease_of(state, target, body.n) as lease:
         wanted = body.max_completion_tokens or body.max_tokens
-        ids = fit(serving, body, await chat_ids(state, body, lease.ref), wanted, "messages")
+        ids = fit(serving, body, await chat_ids(state, body, lease.uses), wanted, "messages")
         top = (body.top_logprobs or 0) if body.logprobs else None
         params = sampling_params(serving, body, max_tokens=wanted or serving.max_context - len(ids), logprobs=top)
-        envelope = Envelope.new("chatcmpl", target.model, fingerprint(serving, lease.ref))
-        streams = submit_all(serving, lease, target, body, [PromptPlan(ids, params)], envelope.id)
+        envelope = Envelope.new("chatcmpl", target.model, fingerprint(serving, lease))
+        streams = submit_all(serving, lease, body, [PromptPlan(ids, params)], envelope.id)
     logprobs = partial(chat_logprobs, LogprobNames(serving.tokenizer)) if body.logprobs else None
     if body.stream:
         chunks = ChatChunks(

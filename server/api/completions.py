@@ -12,6 +12,7 @@ from manylora.server.api.chunks import CompletionChunks
 from manylora.server.api.errors import bad_request
 from manylora.server.api.generation import Envelope, PromptPlan, results, submit_all, usage
 from manylora.server.api.logprobs import CompletionLogprobs, LogprobNames
+from manylora.server.api.on_demand import lease as lease_of
 from manylora.server.api.openapi import describes
 from manylora.server.api.prompts import fit, prompt_ids, sampling_params
 from manylora.server.api.schemas import CompletionRequest
@@ -38,10 +39,10 @@ async def create_completion(request: Request) -> Response:
             "n" if body.n > 1 else "prompt",
         )
     target = target_of(serving, body)
-    with target.lease(serving, n_choices) as lease:
+    with await lease_of(state, target, n_choices) as lease:
         plans = await _plans(serving, body)
-        envelope = Envelope.new("cmpl", target.model, fingerprint(serving, lease.ref))
-        streams = submit_all(serving, lease, target, body, plans, envelope.id)
+        envelope = Envelope.new("cmpl", target.model, fingerprint(serving, lease))
+        streams = submit_all(serving, lease, body, plans, envelope.id)
     prompt_tokens = [len(plan.ids) for plan in plans]
     echo = _echo(serving, body, plans)
     logprobs = _logprobs(serving, body, n_choices)

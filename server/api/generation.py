@@ -15,7 +15,7 @@ from manylora.server.api.errors import ApiError, aborted, failed
 from manylora.server.api.prompts import choice_seed
 from manylora.server.api.schemas import GenerationRequest
 from manylora.server.api.state import EventStream, Serving
-from manylora.server.api.targets import Lease, Target
+from manylora.server.api.targets import Lease
 from manylora.server.engine.request import FinishEvent, Request, SamplingParams, TokenEvent
 
 
@@ -44,7 +44,6 @@ class PromptPlan:
 def submit_all(
     serving: Serving,
     lease: Lease,
-    target: Target,
     body: GenerationRequest,
     plans: Sequence[PromptPlan],
     request_id: str,
@@ -61,8 +60,8 @@ def submit_all(
                     request_id=f"{request_id}-{len(streams)}",
                     prompt_token_ids=list(plan.ids),
                     params=replace(plan.params, seed=choice_seed(plan.params.seed, choice)),
-                    adapter=lease.ref,
-                    adapter_scale=target.scale,
+                    adapters=lease.uses,
+                    merged=lease.merged,
                     priority=body.priority,
                     arrival_time=time.monotonic(),
                 )

@@ -6,12 +6,11 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, Final
 
-from manylora.adapters.versions import AdapterRef
 from manylora.server.api.errors import bad_request
 from manylora.server.api.messages import template_messages
 from manylora.server.api.schemas import ChatTemplateFields, GenerationRequest, Prompt
 from manylora.server.api.state import AppState, Serving
-from manylora.server.engine.request import SamplingParams
+from manylora.server.engine.request import AdapterUse, SamplingParams
 
 _INLINE_CHARACTERS: Final = 4096
 """Longer text is tokenised on another thread: about a millisecond, in which no other stream moves."""
@@ -42,12 +41,14 @@ async def prompt_ids(serving: Serving, prompt: Prompt, *, add_special_tokens: bo
     return prompt
 
 
-async def chat_ids(state: AppState, body: ChatTemplateFields, ref: AdapterRef | None) -> list[int]:
+async def chat_ids(state: AppState, body: ChatTemplateFields, uses: Sequence[AdapterUse]) -> list[int]:
     """Token ids of a conversation, by the adapter's own template if it ships one, else the base's.
 
-    Raises ApiError; ChatTemplateError if the template refuses the messages.
+    Of several adapters, each was trained on its own template or on the base's: unless all have the same one, the base's
+    is taken. Raises ApiError; ChatTemplateError if the template refuses the messages.
     """
-    template: str | None = None if ref is None else ref.weights.chat_template
+    templates = {use.ref.chat_template for use in uses}
+    template = templates.pop() if len(templates) == 1 else None
     if body.chat_template is not None:
         if not state.config.allow_request_chat_template:
             raise bad_request(

@@ -13,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_N = 128
+MAX_ADAPTERS = 8
+MAX_SCALE = 100
 _INT64 = 1 << 63
 
 Prompt = str | list[int]
@@ -82,29 +84,50 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
-class AdapterUse(Body):
+class ScaledAdapter(Body):
     """An adapter with the factor its delta is multiplied by, besides its own alpha / r."""
 
-    name: str = Field(min_length=1)
-    scale: float = Field(default=1.0, ge=-100, le=100)
+    name: str = Field(min_length=1, description="As it was loaded; without the base's name before it.")
+    scale: float = Field(
+        default=1.0,
+        ge=-MAX_SCALE,
+        le=MAX_SCALE,
+        description="Factor on the adapter's delta: 1 is the adapter as it was trained, 0 the base alone.",
+    )
 
 
 class ModelChoice(Body):
-    """Which weights answer: ``model``, or ``model`` with one of the extensions that name an adapter."""
+    """Which weights answer: ``model``, or ``model`` with one of the extensions that name adapters."""
 
-    model: str
-    lora_path: str | None = None
-    adapters: list[AdapterUse] | None = None
+    model: str = Field(description="The base, an adapter, or `base:adapter`. Echoed in the response.")
+    lora_path: str | None = Field(default=None, description="An adapter's name, as SGLang's clients give it.")
+    adapters: list[ScaledAdapter] | None = Field(
+        default=None,
+        description=(
+            f"Up to {MAX_ADAPTERS} adapters whose scaled deltas are added up; `model` is then the base or one of "
+            "them. A conversation is written by the chat template that all of them share, or else by the base's."
+        ),
+    )
 
     @model_validator(mode="after")
-    def _one_adapter(self) -> ModelChoice:
-        if self.adapters is not None:
-            if len(self.adapters) != 1:
+    def _adapters_rules(self) -> ModelChoice:
+        if self.adapters is None:
+            return self
+        if self.lora_path is not None:
+            raise FieldError("adapters", "`adapters` and `lora_path` exclude each other.")
+        if not 1 <= len(self.adapters) <= MAX_ADAPTERS:
+            raise FieldError(
+                "adapters",
+                f"`adapters` must name 1 to {MAX_ADAPTERS} adapters, got {len(self.adapters)}; for the base alone "
+                "leave the field out.",
+            )
+        names = [one.name for one in self.adapters]
+        for name in names:
+            # Added up, a name repeated by mistake would silently be an adapter of twice the strength.
+            if names.count(name) > 1:
                 raise FieldError(
-                    "adapters", "`adapters` must name exactly one adapter; more than one is not served yet."
+                    "adapters", f"`adapters` names `{name}` more than once: name it once, with the sum of its scales."
                 )
-            if self.lora_path is not None:
-                raise FieldError("adapters", "`adapters` and `lora_path` exclude each other.")
         return self
 
 
@@ -293,11 +316,37 @@ class SglangUnload(Body):
 
 
 class AdapterPut(Body):
-    """``PUT /v1/adapters/{name}``."""
+    """``PUT /v1/adapters/{name}``: from ``source``, or as another name of what ``alias_of`` means now."""
 
-    source: str = Field(min_length=1)
+    source: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A directory inside the allowed roots, or a hub id, perhaps with a revision: `org/name@revision`.",
+    )
+    alias_of: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Another adapter's name: this one gets the version that it has now, and keeps it when the other is "
+        "replaced. Nothing is loaded.",
+    )
     replace: bool = True
     pinned: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> AdapterPut:
+        if (self.source is None) == (self.alias_of is None):
+            raise FieldError("source", "Give either `source` or `alias_of`.")
+        return self
+
+
+class AdapterMerge(Body):
+    """``POST /v1/adapters/{name}/merge``."""
+
+    mode: Literal["exact", "compact"] = Field(
+        default="exact",
+        description="`exact`: merged weights in 16 bits; `compact`: in NF4, as large and as fast as the base's. The "
+        "answer's `drift` says by how much logits differ from the unmerged adapter's.",
+    )
 
 
 class AdapterPatch(Body):

@@ -15,7 +15,7 @@ from manylora.server.model.kv_cache import KVCache
 
 
 def build_batch(plan: StepPlan, device: torch.device | str = "cpu") -> ForwardBatch:
-    """The tensors of a plan with at least one row. Rows are sorted by slot, so each adapter's tokens are one run."""
+    """The tensors of a plan with at least one row. See ``adapter_segments``."""
     rows, tokens = plan.rows, plan.num_tokens
     width = max(KVCache.pages_for(row.start + row.count) for row in rows)
     ids = np.empty(tokens, np.int64)
@@ -55,34 +55,56 @@ def build_batch(plan: StepPlan, device: torch.device | str = "cpu") -> ForwardBa
 
 
 def adapter_segments(rows: Sequence[ScheduledRow], device: torch.device | str = "cpu") -> LoraSegments | None:
-    """The adapters of these rows' tokens, which lie one behind the other; None if every row is a base row.
+    """The adapters of these rows' tokens, which lie one behind the other; None if no row has any to add.
 
-    ValueError if the rows are not sorted by slot, base rows first.
+    Segments are in the order of the adapters' versions, so that a row's deltas are added up in one order whatever slots
+    they lie in. A slot that a row has twice counts once, with the sum of its scales. What has scale 0 is left out: such
+    a row is computed, to the bit, as if it did not name the adapter.
     """
+    # Plain Python: for the few dozen rows of a decode step, numpy's calls would take several times as long.
+    uses = sorted(_uses(rows))
     slots: list[int] = []
     bounds: list[int] = []
-    scales: list[float] = []
+    firsts: list[int] = []
     counts: list[int] = []
-    at = first = 0
-    for row in rows:
-        slot = row.request.slot
-        if slot is None:
-            first = at + row.count
-        else:
-            if not slots or slots[-1] != slot:
-                slots.append(slot)
-                bounds.append(at)
-            scales.append(row.request.adapter_scale)
-            counts.append(row.count)
-        at += row.count
-    if not slots:
+    scales: list[float] = []
+    total = 0
+    for _version, slot, first, count, scale in uses:
+        if not slots or slots[-1] != slot:
+            slots.append(slot)
+            bounds.append(total)
+        firsts.append(first)
+        counts.append(count)
+        scales.append(scale)
+        total += count
+    if not uses:
         return None
-    if bounds[0] != first or slots != sorted(set(slots)):
-        raise ValueError(f"the plan's rows are not sorted by slot: {[row.request.slot for row in rows]}")
-    return LoraSegments.from_arrays(
-        np.arange(first, at, dtype=np.int32),
-        np.repeat(np.array(scales, np.float32), counts),
-        slots,
-        np.array([*bounds, at], np.int32) - np.int32(first),
-        device,
-    )
+    pair_rows, pair_scales = np.array(firsts, np.int32), np.array(scales, np.float32)
+    if total > len(uses):  # not a token each
+        before = np.cumsum(counts) - counts
+        pair_rows = (np.arange(total) + np.repeat(pair_rows - before, counts)).astype(np.int32)
+        pair_scales = np.repeat(pair_scales, counts)
+    return LoraSegments.from_arrays(pair_rows, pair_scales, slots, np.array([*bounds, total], np.int32), device)
+
+
+def _uses(rows: Sequence[ScheduledRow]) -> list[tuple[str, int, int, int, float]]:
+    """(version, slot, first token, number of tokens, scale) of each slot of a row, once, unless the scale is 0."""
+    uses: list[tuple[str, int, int, int, float]] = []
+    at = 0
+    for row in rows:
+        request, count = row.request, row.count
+        adapters, slots = request.adapters, request.slots
+        if (adapters or slots) and request.merged is None:
+            if len(adapters) != len(slots):
+                raise ValueError(f"request {request.request_id} names {len(adapters)} adapters, but has slots {slots}")
+            if len(set(slots)) == len(slots):
+                for slot, use in zip(slots, adapters, strict=True):
+                    if use.scale != 0.0:
+                        uses.append((use.ref.version, slot, at, count, use.scale))
+            else:
+                scales: dict[tuple[str, int], float] = {}
+                for slot, use in zip(slots, adapters, strict=True):
+                    scales[use.ref.version, slot] = scales.get((use.ref.version, slot), 0.0) + use.scale
+                uses.extend((*key, at, count, scale) for key, scale in scales.items() if scale != 0.0)
+        at += count
+    return uses

@@ -5,7 +5,7 @@ happens on the step loop's thread, which alone touches the scheduler, the runner
 aborts, schedule, execute, append tokens, look for stops, post events. When there is nothing to do it sleeps on a
 condition.
 
-Every request that ``submit`` took ends with exactly one FinishEvent, and its adapter reference is released exactly
+Every request that ``submit`` took ends with exactly one FinishEvent, and its adapter references are released exactly
 once, whatever happens. If a step fails, its requests end with ``reason="error"`` and the loop goes on. If the
 bookkeeping itself fails while a request is being ended, the loop ends, and every request with it: to go on might mean
 to compute with another request's pages.
@@ -23,9 +23,17 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
+from manylora.adapters.host_tier import HostStats
 from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.detokenizer import Detokenizer, Vocabulary
-from manylora.server.engine.errors import EngineDraining, EngineRefusal, InvalidRequest, PromptTooLong, QueueFull
+from manylora.server.engine.errors import (
+    AdaptersNeverFit,
+    EngineDraining,
+    EngineRefusal,
+    InvalidRequest,
+    PromptTooLong,
+    QueueFull,
+)
 from manylora.server.engine.metrics import EngineStats, Metrics
 from manylora.server.engine.request import Request
 from manylora.server.engine.scheduler import Scheduler
@@ -33,6 +41,7 @@ from manylora.server.engine.step_loop import LiveRequest, Releaser, Runner, Step
 from manylora.server.engine.stream import Mailbox, RequestStream
 
 __all__ = [
+    "AdaptersNeverFit",
     "Engine",
     "EngineDraining",
     "EngineRefusal",
@@ -69,11 +78,12 @@ class Engine:
 
     Args:
         runner, scheduler: used on the step loop's thread only.
-        registry: gets back, by ``release``, the adapter reference of every request that ended. None without adapters.
+        registry: gets back, by ``release``, the adapter references of every request that ended. None without adapters.
         vocabulary: see ``detokenizer.vocabulary_for``.
         metrics: the engine binds itself as the source of its gauges.
         eos_token_ids: end a request with stop_reason None, unless it has ``ignore_eos``.
         max_slots: the device's adapter slots, for the metrics.
+        host_stats: of the adapters in host memory, for the metrics; any thread.
         strict: for tests: a failed integrity check is raised by ``close``, not only logged.
         clock: monotonic seconds.
     """
@@ -88,6 +98,7 @@ class Engine:
         registry: Releaser | None = None,
         eos_token_ids: Collection[int] = (),
         max_slots: int = 0,
+        host_stats: Callable[[], HostStats] = HostStats,
         strict: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -95,6 +106,7 @@ class Engine:
         self._scheduler = scheduler
         self._vocabulary = vocabulary
         self._max_slots = max_slots
+        self._host_stats = host_stats
         self._strict = strict
         self._clock = clock
         self._loop = StepLoop(
@@ -142,10 +154,11 @@ class Engine:
     def submit(self, request: Request) -> RequestStream:
         """Queue a request; its events come on the running asyncio loop.
 
-        From here on the request belongs to the engine. So does the reference that the caller took on its adapter, *if
-        this returns*; if it raises, the caller releases it. ``arrival_time`` 0 means now.
+        From here on the request belongs to the engine. So do the references that the caller took on its adapters,
+        one for each, *if this returns*; if it raises, the caller releases them. ``arrival_time`` 0 means now.
 
-        Raises QueueFull, EngineDraining, PromptTooLong, InvalidRequest; RuntimeError outside an asyncio loop.
+        Raises QueueFull, EngineDraining, PromptTooLong, AdaptersNeverFit, InvalidRequest; RuntimeError outside an
+        asyncio loop.
         """
         loop = asyncio.get_running_loop()
         self._check(request)
@@ -208,7 +221,8 @@ class Engine:
         return future
 
     def drop_adapter(self, ref: AdapterRef) -> None:
-        """A version was freed (AdapterRegistry's ``on_freed``): clear its slot and its metrics; any thread."""
+        """A name's version retired (AdapterRegistry's ``on_retired``): its metrics go, and its slot, unless the version
+        is live by another name; any thread."""
 
         def log_failure(dropped: Future[None]) -> None:
             if not dropped.cancelled() and (error := dropped.exception()) is not None:
@@ -230,6 +244,8 @@ class Engine:
             max_slots=self._max_slots,
             resident_adapters=resident,
             waiting_adapters=waiting,
+            resident_versions=self._loop.resident_versions,
+            host=self._host_stats(),
         )
 
     async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - what remains is aborted, not abandoned
@@ -270,8 +286,8 @@ class Engine:
             raise InvalidRequest(f"max_tokens must be at least 1, got {params.max_tokens}.")
         if len(prompt) + params.max_tokens > self.max_request_tokens:
             raise PromptTooLong(len(prompt), params.max_tokens, self.max_request_tokens)
-        if request.adapter is not None and not self._scheduler.has_slots:
-            raise InvalidRequest("This server runs without adapters.")
+        if (reason := self._scheduler.never_fits(request)) is not None:
+            raise AdaptersNeverFit(reason)
 
     def _retry_after(self) -> int:
         """Seconds until those who wait now have probably had their turn, at the rate of the last half minute."""

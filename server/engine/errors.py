@@ -4,7 +4,10 @@ EngineRefusal
 ├── QueueFull        too many requests are waiting; ``retry_after`` seconds is a guess at when not    -> HTTP 429
 ├── EngineDraining   the engine is shutting down and takes nothing new                                -> HTTP 503
 ├── PromptTooLong    prompt and output together could never fit; both numbers are in the message      -> HTTP 400
-└── InvalidRequest   the request makes no sense to the engine (no prompt, an id in use, ...)           -> HTTP 400
+├── AdaptersNeverFit the adapters named together have no room on the device, however idle it is       -> HTTP 400
+├── InvalidRequest   the request makes no sense to the engine (no prompt, an id in use, ...)           -> HTTP 400
+└── MergeRefused     an adapter cannot be merged, or there is none to unmerge                         -> HTTP 400
+    └── MergeBusy    another merge is being made                                                      -> HTTP 409
 """
 
 from __future__ import annotations
@@ -39,5 +42,22 @@ class PromptTooLong(EngineRefusal):
         self.limit = limit
 
 
+class AdaptersNeverFit(EngineRefusal):
+    """The message has the numbers, and the option that changes them."""
+
+
 class InvalidRequest(EngineRefusal):
     """The message names what is wrong."""
+
+
+class MergeRefused(EngineRefusal):
+    """The message has the reason; ``param`` the field at fault, if it is one."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class MergeBusy(MergeRefused):
+    def __init__(self) -> None:
+        super().__init__("Another merge is being made or undone. Try again when it is done.")

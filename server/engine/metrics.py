@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -27,6 +27,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from manylora.adapters.host_tier import HostStats
 from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.request import FinishReason
 
@@ -61,6 +62,10 @@ class EngineStats:
     """Names of the adapters on the device."""
     waiting_adapters: tuple[str, ...]
     """Names, distinct, of the adapters that waiting requests ask for."""
+    resident_versions: frozenset[str] = frozenset()
+    """Versions on the device, whatever names they have."""
+    host: HostStats = field(default_factory=HostStats)
+    """The adapters in host memory."""
 
     @property
     def kv_usage(self) -> float:
@@ -168,14 +173,14 @@ class Metrics(Collector):
 
     def request_ended(
         self,
-        adapter: AdapterRef | None,
+        adapters: Collection[AdapterRef],
         reason: FinishReason,
         times: RequestTimes,
         *,
         prompt_tokens: int,
         generation_tokens: int,
     ) -> None:
-        """A request has ended; its adapter's tokens are counted now."""
+        """A request has ended; its tokens are counted now, for each of its adapters in full."""
         self._finished[reason] += 1
         self._e2e.observe(times.ended - times.arrived)
         queued = (times.ended if times.scheduled is None else times.scheduled) - times.arrived
@@ -183,7 +188,7 @@ class Metrics(Collector):
         if times.scheduled is not None and times.first_token is not None:
             self._prefill.observe(times.first_token - times.scheduled)
             self._decode.observe(times.ended - times.first_token)
-        if adapter is not None:
+        for adapter in adapters:
             series = self._series(adapter)
             series.requests[reason] += 1
             series.prompt_tokens += 0 if times.first_token is None else prompt_tokens
@@ -315,7 +320,23 @@ class Metrics(Collector):
         )
         lookups.add_metric(("device", "hit"), stats.slot_hits)
         lookups.add_metric(("device", "miss"), stats.slot_misses)
+        host, totals = stats.host, stats.host.counters
+        lookups.add_metric(("host", "hit"), totals.hits)
+        lookups.add_metric(("host", "miss"), totals.misses)
         yield lookups
+        yield _gauge("manylora_host_adapter_bytes", "Bytes of the adapters in host memory.", {}, host.nbytes)
+        yield _gauge("manylora_host_adapters", "Adapter versions in host memory.", {}, host.copies)
+        for name, text, count in (
+            ("manylora_host_evictions", "Adapter versions that left host memory to make room.", totals.evictions),
+            ("manylora_host_read_failures", "Adapter versions that could not be read again.", totals.failures),
+            ("manylora_host_prefetches", "Reads that began before their adapter's turn.", totals.prefetches),
+        ):
+            family = CounterMetricFamily(name, text)
+            family.add_metric((), count)
+            yield family
+        reads = SummaryMetricFamily("manylora_host_read_seconds", "Reading an adapter again that had left memory.")
+        reads.add_metric((), totals.reads, totals.read_seconds)
+        yield reads
 
 
 def _gauge(name: str, text: str, labels: dict[str, str], value: float) -> GaugeMetricFamily:

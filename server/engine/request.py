@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import enum
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from manylora.adapters.versions import AdapterRef
 
@@ -105,6 +105,28 @@ class FinishEvent:
 Event = TokenEvent | FinishEvent
 
 
+@dataclass(frozen=True)
+class AdapterUse:
+    """One adapter version of a request, and the factor its delta is multiplied by, besides its own alpha / r."""
+
+    ref: AdapterRef
+    scale: float = 1.0
+
+
+Composition = tuple[tuple[str, float], ...]
+
+
+def composition_of(uses: Sequence[AdapterUse]) -> Composition:
+    """What is computed, whatever names and order it was asked for with: (version, scale), sorted by version; a version
+    that is there twice, by two names, has the sum of its scales."""
+    if len(uses) == 1:
+        return ((uses[0].ref.version, uses[0].scale),)
+    scales: dict[str, float] = {}
+    for use in uses:
+        scales[use.ref.version] = scales.get(use.ref.version, 0.0) + use.scale
+    return tuple(sorted(scales.items()))
+
+
 class RequestState(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
@@ -122,9 +144,8 @@ class Request:
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
-    adapter: AdapterRef | None = None
-    """The adapter version resolved at admission; ``None`` is the base."""
-    adapter_scale: float = 1.0
+    adapters: tuple[AdapterUse, ...] = ()
+    """The adapter versions, resolved at admission, whose scaled deltas are added up; empty: the base alone."""
     priority: int = 0
     arrival_time: float = 0.0
     """``time.monotonic()`` seconds."""
@@ -133,8 +154,11 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
-    slot: int | None = None
-    """Device slot of the adapter while the request holds it; ``None`` for the base or while waiting."""
+    slots: tuple[int, ...] = ()
+    """Device slots of ``adapters``, in the same order, while the request holds them: all of them or none."""
+    merged: Any = None
+    """The merged weights that compute the request, bound at submission, or ``None``. Opaque here: with them it takes
+    no slot, although ``adapters`` still names what is merged."""
     num_preemptions: int = 0
     sampling_seed: int = -1
     """64-bit seed of this request's random draws: ``params.seed``, or a random one drawn here. Fixed for the request's
@@ -144,6 +168,12 @@ class Request:
         if self.sampling_seed < 0:
             seed = self.params.seed
             self.sampling_seed = secrets.randbits(64) if seed is None else seed % 2**64
+
+    @property
+    def composition(self) -> Composition:
+        """See ``composition_of``. Two requests with equal compositions have the same keys and values for the same
+        tokens."""
+        return composition_of(self.adapters)
 
     @property
     def num_tokens(self) -> int:
@@ -172,8 +202,8 @@ class ScheduledRow:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step computes. Rows are sorted by adapter slot (base rows first), so that each adapter's tokens are
-    one contiguous run."""
+    """What one step computes. Rows are sorted by their adapter slots, base rows first, so that the tokens of each
+    composition lie together; those with merged weights come last."""
 
     rows: tuple[ScheduledRow, ...]
 

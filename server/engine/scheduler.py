@@ -10,41 +10,68 @@ Torch-free. The rules, in the order they are applied by ``Scheduler.schedule``:
    submission), so there is always progress. A step that preempted admits nobody.
 3. **Admission**, in the order of *priority, preempted before new, fair tag, submission*. It stops at the first request
    that does not fit into rows, budget or memory, so that a large request is not starved by small ones behind it.
-4. **Fairness** (start-time fair queueing, Goyal et al. 1996, with every request at unit cost). Each adapter, and the
-   base, is a flow; at submission a request gets the tag ``max(V, flow's last tag) + 1``, where V is the largest tag
-   admitted so far. So flows take turns, one request each: the k-th request that a flow has waiting is overtaken by at
-   most k requests of each other flow, and a flood fills only its own queue.
-5. **Slots.** A request whose adapter gets no slot now (its upload runs, or running requests pin all of them) is
-   skipped, and those behind it are tried; the base never needs one. But once one was skipped, those behind it may only
-   use adapters that are on the device already: were they to upload theirs, they could take the very slot that was
-   just made ready for it, and it theirs, for ever. And they may overtake it only by ``max_overtake`` rounds: a request
-   whose tag exceeds by more than that the smallest tag skipped for want of a slot is skipped too, if it needs a slot
-   itself. So adapters that hold slots stop being fed after that many more requests each, their running ones end, and
-   the slot goes to the one that waits longest.
+4. **Fairness** (start-time fair queueing, Goyal et al. 1996, with every request at unit cost). Each set of adapters
+   that is asked for together is a flow, and so is the base; at submission a request gets the tag
+   ``max(V, flow's last tag) + 1``, where V is the largest tag admitted so far. So flows take turns, one request each:
+   the k-th request that a flow has waiting is overtaken by at most k requests of each other flow, and a flood fills
+   only its own queue.
+5. **Slots.** A request takes the slots of all its adapters at once, or none: two that each held what the other waits
+   for would wait for ever. One that misses a slot now (an upload runs, or running requests pin all of them) is skipped,
+   and those behind it are tried; the base never needs one, nor does what merged weights compute. But once one was
+   skipped, those behind it may only use adapters that are on the device already: were they to upload theirs, they could
+   take the very slot that was just made ready for it, and it theirs, for ever. And they may overtake it only by
+   ``max_overtake`` rounds: a request whose tag exceeds by more than that the smallest tag skipped for want of a slot is
+   skipped too, if it needs a slot itself.
+
+   So the first one skipped, S, gets all of its slots in the end. Those with smaller tags are finitely many and end;
+   adapters that hold slots stop being fed after ``max_overtake`` more rounds, so at last no running request holds a
+   slot, and uploads are started for S alone. It asks for what is on the device first, and keeps those references until
+   it has asked for the rest: so its own uploads evict none of its own. All its adapters have room together (checked at
+   submission), hence every upload it needs starts, and when the last one is done all of them are there. That some lie
+   unreferenced meanwhile does no harm: nobody else may evict, and who may use them takes nothing from S, which needs
+   them where they are.
+
+   A request for one adapter whose weights are still being read from the disk wants no slot yet. It is passed by and
+   stops nobody: a slow disk holds up its own adapters only. When they are in host memory, which they then do not leave
+   until they are uploaded, it waits for its slot as above.
 """
 
 from __future__ import annotations
 
 import sys
 from bisect import insort
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from manylora.adapters.errors import AdapterError
 from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.block_pool import BlockPool
-from manylora.server.engine.request import Request, RequestState, ScheduledRow, StepPlan
+from manylora.server.engine.queue_entry import Entry, Flow, Rank, Step, needed_adapters
+from manylora.server.engine.request import Request, RequestState, StepPlan
 
 
 class Slots(Protocol):
     """What the scheduler needs of ``adapters.slots.SlotManager``."""
 
+    def never_together(self, refs: Collection[AdapterRef], /) -> str | None:
+        """Why these adapters could not all have a slot at once, even if nobody else had one; None if they can.
+
+        Any thread."""
+
     def acquire(self, ref: AdapterRef) -> int | None:
         """The slot, with a reference to it, or ``None`` for now. AdapterError ends the request."""
+
+    def awaits_read(self, ref: AdapterRef) -> bool:
+        """After ``acquire`` returned ``None``: whether it is the disk that is waited for, and no slot yet."""
+
+    def prefetch(self, ref: AdapterRef) -> None:
+        """A request for it was queued: bring its weights nearer, if there is room."""
 
     def release(self, ref: AdapterRef) -> None: ...
     def drop(self, ref: AdapterRef) -> None: ...
     def resident(self) -> list[AdapterRef]: ...
+    def resident_versions(self) -> set[str]: ...
     def check_integrity(self, *, idle: bool = False) -> None: ...
 
 
@@ -84,37 +111,6 @@ class SchedulerConfig:
         return min(self.max_context, self.num_pages * self.page_size)
 
 
-@dataclass(frozen=True, order=True)
-class _Rank:
-    """A request's place in the queue; the smallest goes first."""
-
-    priority: int
-    is_new: bool
-    """False for a preempted request: those come first."""
-    tag: int
-    number: int
-    """Order of submission; unique."""
-
-
-class _Entry:
-    """A request and what only the scheduler knows about it."""
-
-    __slots__ = ("missed_slot", "rank", "request")
-
-    def __init__(self, request: Request, rank: _Rank) -> None:
-        self.request = request
-        self.rank = rank
-        self.missed_slot = False
-
-    def __lt__(self, other: _Entry) -> bool:
-        return self.rank < other.rank
-
-    @property
-    def importance(self) -> tuple[int, int]:
-        """Sort key among running requests: the largest is preempted first."""
-        return self.rank.priority, self.rank.number
-
-
 @dataclass
 class SchedulerCounts:
     """Running totals. ``slot_hits`` and ``slot_misses``: admissions of adapter requests whose adapter had a slot when
@@ -125,22 +121,6 @@ class SchedulerCounts:
     slot_misses: int = 0
 
 
-@dataclass
-class _Step:
-    """The rows of a step in the making, and the tokens it may still take."""
-
-    budget: int
-    rows: dict[Request, ScheduledRow] = field(default_factory=dict)
-
-    def add(self, request: Request, count: int) -> None:
-        self.rows[request] = ScheduledRow(request, request.num_computed, count)
-        self.budget -= count
-
-    def drop(self, request: Request) -> None:
-        row = self.rows.pop(request, None)
-        self.budget += row.count if row else 0
-
-
 class Scheduler:
     """Owned by the step-loop thread; other threads may read the counts and call ``waiting`` and ``running``."""
 
@@ -149,13 +129,13 @@ class Scheduler:
         self.pool = BlockPool(config.num_pages, config.page_size)
         self.counts = SchedulerCounts()
         self._slots = slots
-        self._entries: dict[str, _Entry] = {}
-        self._waiting: list[_Entry] = []  # sorted by rank
-        self._running: list[_Entry] = []  # sorted by importance
+        self._entries: dict[str, Entry] = {}
+        self._waiting: list[Entry] = []  # sorted by rank
+        self._running: list[Entry] = []  # sorted by importance
         self._failed: list[tuple[Request, str]] = []
         self._num_added = 0
         self._virtual_time = 0
-        self._last_tags: dict[AdapterRef | None, int] = {}  # of the flows whose last tag is past the virtual time
+        self._last_tags: dict[Flow, int] = {}  # of the flows whose last tag is past the virtual time
 
     @property
     def num_waiting(self) -> int:
@@ -165,10 +145,13 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
-    @property
-    def has_slots(self) -> bool:
-        """Whether requests may name an adapter at all."""
-        return self._slots is not None
+    def never_fits(self, request: Request) -> str | None:
+        """Why the request's adapters could never be on the device together, for the client; None if they can. Any
+        thread."""
+        needed = needed_adapters(request)
+        if not needed:
+            return None
+        return "This server runs without adapters." if self._slots is None else self._slots.never_together(needed)
 
     def waiting(self) -> list[Request]:
         """The waiting requests, in the order in which they will be tried."""
@@ -185,27 +168,30 @@ class Scheduler:
             raise ValueError(f"a request needs at least 1 prompt token and 1 output token, got {prompt} and {output}")
         if prompt + output > self.config.max_request_tokens:
             raise ValueError(f"{prompt} + {output} tokens do not fit into {self.config.max_request_tokens}")
-        if request.adapter is not None and self._slots is None:
-            raise ValueError(f"adapter {request.adapter.name} was asked for, but there are no adapter slots")
+        if (reason := self.never_fits(request)) is not None:
+            raise ValueError(reason)
         if request.request_id in self._entries:
             raise ValueError(f"a request with id {request.request_id} is already here")
-        tag = max(self._virtual_time, self._last_tags.get(request.adapter, 0)) + 1
-        self._last_tags[request.adapter] = tag
-        entry = _Entry(request, _Rank(request.priority, True, tag, self._num_added))
+        flow = tuple(version for version, _scale in request.composition)
+        tag = self._last_tags[flow] = max(self._virtual_time, self._last_tags.get(flow, 0)) + 1
+        entry = Entry(request, Rank(request.priority, True, tag, self._num_added), flow)
         self._num_added += 1
         self._entries[request.request_id] = entry
         request.state = RequestState.WAITING
+        if self._slots is not None:
+            for ref in entry.needed:
+                self._slots.prefetch(ref)
         insort(self._waiting, entry)
 
     def schedule(self) -> StepPlan:
         """The next step, its pages and slots assigned; empty if nothing can run now."""
-        step = _Step(self.config.max_batch_tokens)
+        step = Step(self.config.max_batch_tokens)
         preempted = self.counts.preemptions
         self._continue_running(step)
         if self.counts.preemptions == preempted:
             self._admit(step)
         # ``sorted`` is stable: within a slot, decoding rows stay before prefilling ones.
-        rows = sorted(step.rows.values(), key=lambda row: -1 if row.request.slot is None else row.request.slot)
+        rows = sorted(step.rows.values(), key=lambda row: (row.request.merged is not None, row.request.slots))
         return StepPlan(tuple(rows))
 
     def commit(self, plan: StepPlan) -> None:
@@ -230,7 +216,7 @@ class Scheduler:
         request.state = RequestState.FINISHED
 
     def drop_adapter(self, ref: AdapterRef) -> None:
-        """A version was freed: its slot is cleared once nobody holds it."""
+        """A name's version retired: its slot is cleared once nobody holds it, unless it is live by another name."""
         if self._slots is not None:
             self._slots.drop(ref)
 
@@ -246,17 +232,17 @@ class Scheduler:
                 f"{len(self._waiting)} waiting + {len(self._running)} running != {len(self._entries)} requests"
             )
         for entry in self._waiting:
-            if entry.request.pages or entry.request.slot is not None:
+            if entry.request.pages or entry.request.slots:
                 raise RuntimeError(
-                    f"request {entry.request.request_id} waits, but holds {len(entry.request.pages)} pages and slot "
-                    f"{entry.request.slot}"
+                    f"request {entry.request.request_id} waits, but holds {len(entry.request.pages)} pages and slots "
+                    f"{entry.request.slots}"
                 )
         if self._slots is not None:
             self._slots.check_integrity(idle=not self._running)
 
     # --- running requests (rules 1 and 2) ------------------------------------------------------------------------
 
-    def _continue_running(self, step: _Step) -> None:
+    def _continue_running(self, step: Step) -> None:
         # A stable sort: first those with a single token to compute, each group in order of importance.
         for entry in sorted(self._running, key=lambda e: e.request.num_tokens - e.request.num_computed > 1):
             request = entry.request
@@ -266,7 +252,7 @@ class Scheduler:
             if count > 0 and self._make_room(entry, request.num_computed + count, step):
                 step.add(request, count)
 
-    def _make_room(self, entry: _Entry, num_tokens: int, step: _Step) -> bool:
+    def _make_room(self, entry: Entry, num_tokens: int, step: Step) -> bool:
         """Pages for a running request's first ``num_tokens`` tokens; False if it had to be preempted itself."""
         needed = self.pool.pages_for(num_tokens) - len(entry.request.pages)
         while needed > self.pool.num_free:
@@ -278,7 +264,7 @@ class Scheduler:
         self._take_pages(entry.request, needed)
         return True
 
-    def _preempt(self, entry: _Entry) -> None:
+    def _preempt(self, entry: Entry) -> None:
         request = entry.request
         self._running.remove(entry)
         self._free(request)
@@ -287,32 +273,35 @@ class Scheduler:
         request.state = RequestState.WAITING
         self.counts.preemptions += 1
         # Its old tag may lie far back by now, and rule 5 would stop every other adapter at once: it counts from here.
-        entry.rank = _Rank(entry.rank.priority, False, self._virtual_time, entry.rank.number)
+        entry.rank = Rank(entry.rank.priority, False, self._virtual_time, entry.rank.number)
         insort(self._waiting, entry)
 
     # --- admission (rules 3 to 5) --------------------------------------------------------------------------------
 
-    def _admit(self, step: _Step) -> None:
-        left: set[_Entry] = set()
-        resident: set[AdapterRef] | None = None  # asked for when the first request gets no slot
+    def _admit(self, step: Step) -> None:
+        left: set[Entry] = set()
+        resident: set[str] | None = None  # versions; asked for when the first request gets no slot
         highest_tag = sys.maxsize
         for entry in self._waiting:
             if len(self._running) >= self.config.max_rows or step.budget < 1:
                 break
             request = entry.request
             is_late = entry.rank.tag > highest_tag
-            if request.adapter is not None and resident is not None and (request.adapter not in resident or is_late):
+            if entry.needed and resident is not None and (is_late or not resident.issuperset(entry.flow)):
                 continue
             # With a page to spare for each running request, or admitting this one would soon preempt another. None of
             # them waits for pages of its prompt: one that is still prefilling would have used up the budget.
             if self.pool.pages_for(request.num_tokens) + len(self._running) > self.pool.num_free:
                 break
-            if self._take_slot(entry):
+            missing = self._take_slots(entry)
+            if missing is not None and not missing:
                 self._start(entry, step)
             if request.state is RequestState.WAITING:
+                if self._awaits_read(entry):
+                    continue
                 if resident is None:
-                    resident = set(self.resident_adapters())
-                resident.discard(request.adapter)
+                    resident = self.resident_versions()
+                resident.difference_update(missing or ())
                 highest_tag = min(highest_tag, entry.rank.tag + self.config.max_overtake)
             else:
                 left.add(entry)
@@ -321,26 +310,52 @@ class Scheduler:
             for entry in left:
                 self._forget_tag(entry)
 
-    def _take_slot(self, entry: _Entry) -> bool:
-        """Whether the request may start: it has its adapter's slot, or needs none."""
-        request = entry.request
-        if request.adapter is None or self._slots is None:
-            return True
+    def _take_slots(self, entry: Entry) -> list[str] | None:
+        """Take all of the request's slots, or none: the versions that miss one for now, which is nothing if it has
+        them all. None if it had to be given up."""
+        request, needed = entry.request, entry.needed
+        if not needed or self._slots is None:
+            return []
+        taken: dict[int, int] = {}
+        missing: list[str] = []
         try:
-            request.slot = self._slots.acquire(request.adapter)
+            # What is there first: the reference keeps it from making way for what is not.
+            for i in self._resident_first(needed):
+                slot = self._slots.acquire(needed[i])
+                if slot is None:
+                    missing.append(needed[i].version)
+                else:
+                    taken[i] = slot
         except AdapterError as error:
             del self._entries[request.request_id]
             request.state = RequestState.FINISHED
             self._failed.append((request, str(error)))
-            return False
-        if request.slot is None:
-            entry.missed_slot = True
-            return False
-        self.counts.slot_misses += entry.missed_slot
-        self.counts.slot_hits += not entry.missed_slot
-        return True
+        if len(taken) == len(needed):
+            request.slots = tuple(taken[i] for i in range(len(needed)))
+            self.counts.slot_misses += entry.missed_slot
+            self.counts.slot_hits += not entry.missed_slot
+            return missing
+        for i in taken:  # who waits holds nothing: two that wait for each other's would wait for ever
+            self._slots.release(needed[i])
+        entry.missed_slot = True
+        return missing if request.state is RequestState.WAITING else None
 
-    def _start(self, entry: _Entry, step: _Step) -> None:
+    def _resident_first(self, needed: Sequence[AdapterRef]) -> Sequence[int]:
+        """The order in which to ask for these adapters."""
+        if len(needed) == 1:
+            return (0,)
+        resident = self.resident_versions()
+        return sorted(range(len(needed)), key=lambda i: needed[i].version not in resident)
+
+    def resident_versions(self) -> set[str]:
+        """Versions on the device, whatever names they have."""
+        return self._slots.resident_versions() if self._slots is not None else set()
+
+    def _awaits_read(self, entry: Entry) -> bool:
+        """Whether what the request misses is no slot yet. With several adapters it may be both: then it is a slot."""
+        return self._slots is not None and len(entry.needed) == 1 and self._slots.awaits_read(entry.needed[0])
+
+    def _start(self, entry: Entry, step: Step) -> None:
         request = entry.request
         request.state = RequestState.RUNNING
         insort(self._running, entry, key=lambda e: e.importance)
@@ -349,12 +364,12 @@ class Scheduler:
         self._take_pages(request, self.pool.pages_for(count))
         step.add(request, count)
 
-    def _forget_tag(self, entry: _Entry) -> None:
+    def _forget_tag(self, entry: Entry) -> None:
         """Let go of its flow's last tag if the request that left had it: the table must not grow with adapters."""
-        flow = entry.request.adapter
+        flow = entry.flow
         last = self._last_tags.get(flow, 0)
         if last > self._virtual_time and last == entry.rank.tag:  # it left before its turn
-            last = max((e.rank.tag for e in self._waiting if e.request.adapter == flow), default=0)
+            last = max((e.rank.tag for e in self._waiting if e.flow == flow), default=0)
         if last > self._virtual_time:
             self._last_tags[flow] = last
         else:
@@ -369,9 +384,10 @@ class Scheduler:
         request.pages.extend(pages)
 
     def _free(self, request: Request) -> None:
-        """Give back the pages and the slot of a request that ran."""
+        """Give back the pages and the slots of a request that ran."""
         self.pool.free(request.pages)
         request.pages = []
-        if request.slot is not None and request.adapter is not None and self._slots is not None:
-            self._slots.release(request.adapter)
-        request.slot = None
+        if request.slots and self._slots is not None:
+            for use in request.adapters:
+                self._slots.release(use.ref)
+        request.slots = ()

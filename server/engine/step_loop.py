@@ -99,6 +99,8 @@ class StepLoop:
         self.live: dict[str, LiveRequest] = {}
         self.adapter_names: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
         """Names of the adapters on the device, and of those that waiting requests ask for."""
+        self.resident_versions: frozenset[str] = frozenset()
+        """Adapter versions on the device; as old as the names."""
         self.is_broken = False
         """Whether pages, slots or references could not be freed: nothing more may be computed."""
         self.integrity_error: RuntimeError | None = None
@@ -174,9 +176,10 @@ class StepLoop:
         if self.live and now - self._names_at < _NAMES_EVERY_S:
             return
         self._names_at = now
-        waiting = {request.adapter.name for request in self._scheduler.waiting() if request.adapter is not None}
+        waiting = {use.ref.name for request in self._scheduler.waiting() for use in request.adapters}
         resident = {ref.name for ref in self._scheduler.resident_adapters()}
         self.adapter_names = tuple(sorted(resident)), tuple(sorted(waiting))
+        self.resident_versions = frozenset(self._scheduler.resident_versions())
 
     def end_all(self, reason: FinishReason, error: str | None = None) -> None:
         """End what lives. Every request gets its FinishEvent even if freeing what another holds fails."""
@@ -205,7 +208,7 @@ class StepLoop:
             rows=len(plan.rows),
             prefill_rows=n_prefill,
             tokens=plan.num_tokens,
-            adapters=len({row.request.slot for row in plan.rows if row.request.slot is not None}),
+            adapters=len({slot for row in plan.rows for slot in row.request.slots}),
             generated=len(sampling),
         )
         for live in sampling:
@@ -238,7 +241,7 @@ class StepLoop:
         self._deliver(live, FinishEvent(reason, stop, n_prompt, n_output, error))
         self._on_ended(request.request_id)
         self._metrics.request_ended(
-            request.adapter,
+            [use.ref for use in request.adapters],
             reason,
             RequestTimes(request.arrival_time, live.scheduled, live.first_token, self._clock()),
             prompt_tokens=n_prompt,
@@ -249,8 +252,11 @@ class StepLoop:
             if request.state is not RequestState.FINISHED:  # the scheduler may have given it up itself
                 self._scheduler.finish(request)
         finally:
-            if request.adapter is not None and self._registry is not None:
-                self._registry.release(request.adapter)
+            if request.merged is not None:
+                request.merged.release()
+            if self._registry is not None:
+                for use in request.adapters:
+                    self._registry.release(use.ref)
         self.is_broken = was_broken
 
     def _deliver(self, live: LiveRequest, event: TokenEvent | FinishEvent) -> None:

@@ -141,8 +141,10 @@ class FakeEngine:
         for event in events:
             if isinstance(event, FinishEvent):
                 del self._live[request.request_id]
-                if request.adapter is not None:
-                    self._registry.release(request.adapter)
+                if request.merged is not None:
+                    request.merged.release()
+                for use in request.adapters:
+                    self._registry.release(use.ref)
             stream.deliver(event)
 
     def _abort(self, request_id: str) -> None:
@@ -160,7 +162,8 @@ class FakeEngine:
         self.is_draining = True
 
     def stats(self) -> EngineStats:
-        return EngineStats(len(self._live), 0, 0, 1, 0, 0, 0, 4, self.resident, ())
+        versions = frozenset(info.version for info in self._registry.list() if info.name in self.resident)
+        return EngineStats(len(self._live), 0, 0, 1, 0, 0, 0, 4, self.resident, (), versions)
 
 
 class FakeMetrics:
@@ -172,7 +175,8 @@ class FakeMetrics:
 
 
 def load_fake(source: str) -> LoadedAdapter:
-    """An adapter is any directory with an adapter_config.json, whose text is its content; "bad" in it is refused."""
+    """An adapter is any directory with an adapter_config.json, whose text is its content; "bad" in it is refused,
+    "template" gives it a chat template of its own, and "nonlinear" makes it one that cannot be composed."""
     path = Path(source)
     if not path.is_dir():
         raise AdapterSourceNotFound(f"{path} does not exist.")
@@ -190,8 +194,14 @@ def load_fake(source: str) -> LoadedAdapter:
         base_model="base",
         warnings=("careful",),
     )
-    weights = SimpleNamespace(chat_template=template)
-    return LoadedAdapter(hashlib.sha256(content.encode()).hexdigest(), 1024, report, weights)
+    return LoadedAdapter(
+        hashlib.sha256(content.encode()).hexdigest(),
+        1024,
+        report,
+        weights=None,
+        not_composable="its outputs are not linear in its scale" if "nonlinear" in content else None,
+        chat_template=template,
+    )
 
 
 def write_adapter(directory: Path, content: str = "{}") -> Path:
@@ -214,4 +224,5 @@ def make_serving(tmp_path: Path, *, base_name: str = "base", max_context: int = 
         base_digest=BASE_DIGEST,
         max_context=max_context,
         base_root="/models/base",
+        host={registry.info("alice").version, registry.info("org/bob").version},
     )

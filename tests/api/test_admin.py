@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +14,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from manylora.adapters.registry import AdapterRegistry
+from manylora.server.api.app import create_app
 from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig
-from tests.api.fakes import FakeEngine, write_adapter
+from tests.api.fakes import FakeEngine, load_fake, write_adapter
 
 UPLOAD = "adapter_config.json", "adapter_model.safetensors"
 
@@ -27,6 +30,17 @@ def carol(tmp_path: Path) -> str:
 @pytest.fixture
 def bad(tmp_path: Path) -> str:
     return str(write_adapter(tmp_path / "bad", "bad"))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def connect_to(serving: Serving, config: ApiConfig) -> TestClient:
+    return TestClient(create_app(serving, config), base_url="http://127.0.0.1:8000")
 
 
 def names(client: TestClient) -> list[str]:
@@ -120,6 +134,7 @@ class TestRest:
             "tier": "device",
             "pinned": False,
             "source": info.source,
+            "alias_of": None,
             "base_model": "base",
             "ranks": [8],
             "scales": [2.0],
@@ -133,6 +148,8 @@ class TestRest:
             "generation_tokens": 7,
             "loaded_at": info.loaded_at,
             "last_used": None,
+            "merged": None,
+            "merge": None,
         }
         assert client.get("/v1/adapters/org/bob").json()["tier"] == "host"
         error_of(client.get("/v1/adapters/nobody"), 404)
@@ -177,6 +194,33 @@ class TestRest:
         status = client.put("/v1/adapters/x", json={"source": str(inside / "a")}).status_code
         assert status == (201 if roots else 400)
 
+    def test_aliases(self, client: TestClient, serving: Serving, carol: str) -> None:
+        created = client.put("/v1/adapters/prod", json={"alias_of": "alice"})
+        assert created.status_code == 201
+        alice = serving.registry.info("alice")
+        described = created.json()
+        assert (described["version"], described["alias_of"]) == (alice.version, "alice")
+        client.put("/v1/adapters/alice", json={"source": carol})
+        assert client.get("/v1/adapters/prod").json()["version"] == alice.version
+        answer = client.post("/v1/completions", json={"model": "prod", "prompt": "x"}).json()
+        assert answer["system_fingerprint"].endswith(alice.version[:12])
+        moved = client.put("/v1/adapters/prod", json={"alias_of": "alice", "pinned": True})
+        assert moved.status_code == 200
+        assert moved.json()["version"] == serving.registry.info("alice").version
+        assert moved.json()["pinned"]
+        error_of(client.put("/v1/adapters/prod", json={"alias_of": "alice", "replace": False}), 400)
+        error_of(client.put("/v1/adapters/prod", json={"alias_of": "nobody"}), 404)
+        error_of(client.put("/v1/adapters/prod", json={"alias_of": "prod"}), 400)
+        both = client.put("/v1/adapters/prod", json={"alias_of": "alice", "source": carol})
+        assert error_of(both, 400)["param"] == "source"
+
+    def test_tiers(self, client: TestClient, engine: FakeEngine, carol: str) -> None:
+        client.put("/v1/adapters/carol", json={"source": carol})
+        client.put("/v1/adapters/prod", json={"alias_of": "alice"})
+        engine.resident = ("alice",)
+        tiers = {one["name"]: one["tier"] for one in client.get("/v1/adapters").json()["data"]}
+        assert tiers == {"alice": "device", "prod": "device", "org/bob": "host", "carol": "disk"}
+
     def test_pins(self, client: TestClient, carol: str) -> None:
         assert client.patch("/v1/adapters/alice", json={"pinned": True}).json()["pinned"] is True
         # A pin survives being replaced, unless it is taken off.
@@ -197,9 +241,7 @@ class TestRest:
         error_of(client.delete("/v1/adapters/alice"), 404)
         error_of(client.post("/v1/completions", json={"model": "alice", "prompt": "x"}), 404)
 
-    @pytest.mark.parametrize("path", ["/v1/adapters/alice/merge", "/v1/adapters/org/bob/merge", "/v1/adapters/unmerge"])
-    def test_merging_is_not_served_yet(self, client: TestClient, path: str) -> None:
-        assert "not served yet" in error_of(client.post(path), 400)["message"]
+    def test_there_is_no_other_action(self, client: TestClient) -> None:
         error_of(client.post("/v1/adapters/alice/dance"), 404)
 
     def test_nothing_is_loaded_while_draining(self, client: TestClient, engine: FakeEngine, carol: str) -> None:
@@ -312,6 +354,56 @@ class TestUpload:
 
         headers = {"content-type": "multipart/form-data; boundary=b"}
         error_of(client.put("/v1/adapters/x", content=chunks(), headers=headers), 413)
+
+    def test_nothing_is_unpacked(self, client: TestClient, uploads: Path) -> None:
+        for encoding in ("gzip", "deflate", "br", "zstd", "gzip, identity"):
+            error = error_of(client.put("/v1/adapters/x", files=files(), headers={"content-encoding": encoding}), 415)
+            assert "must not be compressed" in error["message"]
+        plain = client.put("/v1/adapters/plain", files=files(), headers={"content-encoding": "identity"})
+        assert plain.status_code == 201
+        archive = client.put("/v1/adapters/x", content=b"PK", headers={"content-type": "application/zip"})
+        assert "not unpacked" in error_of(archive, 415)["message"]
+        archive = client.put("/v1/adapters/x", files=[("f", ("adapter.zip", b"PK"))])
+        assert "archives are not unpacked" in error_of(archive, 400)["message"]
+        assert len(self.stored(uploads)) == 1
+
+    def test_the_files_stay_while_a_request_may_need_them(
+        self, client: TestClient, serving: Serving, uploads: Path
+    ) -> None:
+        """Its version may have left the device and host memory, and be read again."""
+        client.put("/v1/adapters/dave", files=files())
+        first = self.stored(uploads)
+        ref = serving.registry.acquire("dave")
+        client.put("/v1/adapters/dave", files=files('{"r": 3}'))
+        client.delete("/v1/adapters/dave")
+        assert self.stored(uploads) == first
+        serving.registry.release(ref)
+        wait_until(lambda: self.stored(uploads) == [])
+
+    def test_an_alias_keeps_them_too(self, client: TestClient, uploads: Path) -> None:
+        client.put("/v1/adapters/dave", files=files())
+        assert client.put("/v1/adapters/prod", json={"alias_of": "dave"}).status_code == 201
+        client.delete("/v1/adapters/dave")
+        assert len(self.stored(uploads)) == 1
+        client.delete("/v1/adapters/prod")
+        assert self.stored(uploads) == []
+
+    def test_after_a_restart(
+        self, connect: Callable[..., TestClient], config: ApiConfig, serving: Serving, tmp_path: Path, uploads: Path
+    ) -> None:
+        """What failed to be restored keeps its files until it is forgotten; what was cut off has none to keep."""
+        for name, content in (("f" * 64, "bad"), ("e" * 64, "{}"), (".upload-x", "{}")):
+            write_adapter(uploads / name, content)
+        state = tmp_path / "state.json"
+        entry = {"name": "dave", "source": str(uploads / ("f" * 64)), "pinned": False, "version": "v"}
+        state.write_text(json.dumps({"format": 1, "adapters": [entry]}))
+        registry = AdapterRegistry(load_fake, state_path=state)
+        assert len(registry.restore()) == 1
+        client = connect_to(replace(serving, registry=registry, engine=FakeEngine(registry)), config)
+        with client:
+            assert self.stored(uploads) == ["e" * 64, "f" * 64], "no state file speaks of e: another one may"
+            assert client.delete("/v1/adapters/dave").status_code == 200
+            assert self.stored(uploads) == ["e" * 64]
 
     @pytest.mark.parametrize("kind", ["multipart/form-data", "multipart/form-data; boundary=b"])
     def test_malformed_multipart(self, client: TestClient, kind: str) -> None:

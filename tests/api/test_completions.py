@@ -41,7 +41,7 @@ def test_the_answer_has_openais_shape(client: TestClient, engine: FakeEngine) ->
     [request] = engine.requests
     assert request.prompt_token_ids == [BOS, *b"Hi"]
     assert request.params == SamplingParams(max_tokens=16)
-    assert request.adapter is None
+    assert request.adapters == ()
 
 
 def test_every_sampling_field_reaches_the_engine(client: TestClient, engine: FakeEngine) -> None:

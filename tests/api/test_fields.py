@@ -40,7 +40,8 @@ BAD: list[tuple[str, Any]] = [
     *[("stream_options", value) for value in ({}, {"include_usage": True}, 7)],
     *[(flag, 1) for flag in ("echo", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens")],
     *[("add_special_tokens", "yes"), ("lora_path", 7), ("lora_path", ["alice"])],
-    *[("adapters", value) for value in ([], "alice", [{"name": "alice"}, {"name": "org/bob"}])],
+    *[("adapters", value) for value in ([], "alice", {"name": "alice"}, [{"name": str(i)} for i in range(9)])],
+    *[("adapters", value) for value in ([{"name": "alice"}] * 2, [{"name": "a"}, {"name": "b"}, {"name": "a"}])],
     *[("model", value) for value in (7, True)],
     # Served by others, not here yet.
     *[("suffix", "x"), ("prompt_logprobs", 0), ("cache_salt", "s"), ("spaces_between_special_tokens", False)],

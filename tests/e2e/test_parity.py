@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from manylora.adapters.versions import AdapterRef
 from manylora.server.config import AdapterSpec, EngineConfig, ServeConfig
-from manylora.server.engine.request import Request, SamplingParams, ScheduledRow, StepPlan
+from manylora.server.engine.request import AdapterUse, Request, SamplingParams, ScheduledRow, StepPlan
 from manylora.server.model.loader import LoadedBase, load_base
 from manylora.server.serving import Running, build, load_adapters
 
@@ -149,33 +151,38 @@ def both(tmp_path_factory: pytest.TempPathFactory, base_cache: Path) -> Both:
     return Both(running, peft, [None, *sources])
 
 
+Named = str | None | Mapping[str, float]
+"""What a row asks for: an adapter, the base, or several adapters with their scales."""
+
+
 class Batch:
     """Rows computed together by the engine's own runner: a prompt in one or two chunks, then tokens one by one."""
 
-    def __init__(self, running: Running, names: list[str | None], prompts: list[list[int]]) -> None:
+    def __init__(self, running: Running, names: Sequence[Named], prompts: list[list[int]]) -> None:
         self._running = running
-        self._slots: dict[str, int] = {}
         self.requests = []
         page = 0
         for number, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
             request = Request(f"row-{number}", list(prompt), SamplingParams(temperature=0.0))
             request.pages = list(range(page, page + 1 + (len(prompt) + 2 * DECODE_STEPS) // 16))
             page += len(request.pages)
-            request.slot = None if name is None else self._slot(name)
+            uses = {} if name is None else {name: 1.0} if isinstance(name, str) else name
+            refs = [running.registry.acquire(one) for one in uses]
+            request.adapters = tuple(map(AdapterUse, refs, uses.values()))
+            request.slots = tuple(map(self._slot, refs))
             self.requests.append(request)
 
-    def _slot(self, name: str) -> int:
-        ref = self._running.registry.acquire(name)
+    def _slot(self, ref: AdapterRef) -> int:
         deadline = time.monotonic() + 60
         while (slot := self._running.slots.acquire(ref)) is None:  # the upload runs on another thread
-            assert time.monotonic() < deadline, f"{name} did not get into its slot"
+            assert time.monotonic() < deadline, f"{ref.name} did not get into its slot"
             time.sleep(0.01)
         return slot
 
     def step(self, starts: dict[str, int], counts: dict[str, int]) -> dict[str, torch.Tensor]:
         rows = sorted(
             (ScheduledRow(r, starts[r.request_id], counts[r.request_id]) for r in self.requests),
-            key=lambda row: -1 if row.request.slot is None else row.request.slot,
+            key=lambda row: row.request.slots,
         )
         logits = self._running.runner.logits(StepPlan(tuple(rows)))
         sampled = [row.request.request_id for row in rows if row.sample]
@@ -240,6 +247,35 @@ def test_every_row_of_a_mixed_batch_matches_peft(both: Both, capsys: pytest.Capt
         clear = top[:, 0] - top[:, 1] > 2 * CHAIN_FACTOR * own
         assert torch.equal(logits.argmax(-1)[clear], other.argmax(-1)[clear]), name
         assert clear.any()
+
+
+def test_compositions_match_pefts_weighted_adapters(both: Both) -> None:
+    """Against ``add_weighted_adapter``, which concatenates the weighted matrices: the same sum of deltas. It takes over
+    the first one's config (peft 0.21), rsLoRA and patterns included, so the first must be a plain LoRA."""
+    mixes: list[dict[str, float]] = [
+        {"rank-4-all": 0.7, "rank-16-attention": 0.3},
+        {"rank-1-q": 2.0, "rank-33-mlp": -0.5, "rank-64-all": 0.25},
+        {"head": -1.0, "pattern": 1.0},
+        {"rank-4-all": 0.5},
+    ]
+    named: list[Named] = [None, *mixes, "rank-4-all"]
+    batch = Batch(both.running, named, prompts_of(both)[: len(named)])
+    ours = batch.run()
+    for i, mix in enumerate(mixes):
+        both.peft.add_weighted_adapter(list(mix), list(mix.values()), f"mix-{i}", combination_type="cat")
+    theirs: list[str | None] = [None, *(f"mix-{i}" for i in range(len(mixes))), "rank-4-all"]
+    rows = list(zip(theirs, batch.requests, ours, strict=True))
+    single = [reference_logits(both, name, request).double() for name, request, _ in rows]
+    both.peft.double()
+    exact = [reference_logits(both, name, request) for name, request, _ in rows]
+    both.peft.float()
+    own = max(float((a - b).abs().max()) for a, b in zip(single, exact, strict=True))
+    for (name, _, logits), other in zip(rows, exact, strict=True):
+        assert float((logits.double() - other).abs().max()) <= CHAIN_FACTOR * own, name
+    for i, name in enumerate(named):
+        assert torch.equal(Batch(both.running, [name], [batch.requests[i].prompt_token_ids]).run()[0], ours[i]), name
+    for i in range(len(mixes)):
+        both.peft.delete_adapter(f"mix-{i}")
 
 
 def test_adapters_change_what_they_should(both: Both) -> None:

@@ -47,8 +47,8 @@ class Setup:
         )
 
     def submit(self, request: Request) -> RequestStream:
-        if request.adapter is not None:
-            self.registry.acquire(request.adapter)
+        for use in request.adapters:
+            self.registry.acquire(use.ref)
         return self.engine.submit(request)
 
     def assert_nothing_is_held(self) -> None:

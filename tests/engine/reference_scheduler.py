@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.scheduler import SchedulerConfig, Slots
 
-Row = tuple[str, int, int, int | None]
-"""Request id, start, count, slot."""
+Row = tuple[str, int, int, tuple[int, ...]]
+"""Request id, start, count, slots."""
 
 
 @dataclass(eq=False)
 class Job:
     name: str
-    adapter: AdapterRef | None
+    adapters: list[AdapterRef]
+    """Whose slots it takes."""
+    flow: set[str]
     priority: int
     number: int
     tag: int
@@ -26,7 +28,7 @@ class Job:
     pages: int = 0
     running: bool = False
     preempted: bool = False
-    slot: int | None = None
+    slots: tuple[int, ...] = ()
 
     def importance(self) -> tuple[int, int]:
         return (self.priority, self.number)
@@ -43,10 +45,10 @@ class ReferenceScheduler:
         self.n_added = 0
         self.virtual_time = 0
 
-    def add(self, name: str, adapter: AdapterRef | None, priority: int, n_prompt: int) -> None:
-        ahead = [job.tag for job in self.waiting() if job.adapter == adapter]
+    def add(self, name: str, adapters: list[AdapterRef], flow: set[str], priority: int, n_prompt: int) -> None:
+        ahead = [job.tag for job in self.waiting() if job.flow == flow]
         tag = max([self.virtual_time, *ahead]) + 1
-        self.jobs.append(Job(name, adapter, priority, self.n_added, tag, n_prompt))
+        self.jobs.append(Job(name, adapters, flow, priority, self.n_added, tag, n_prompt))
         self.n_added += 1
 
     def waiting(self) -> list[Job]:
@@ -62,9 +64,10 @@ class ReferenceScheduler:
         return self.config.num_pages - sum(job.pages for job in self.jobs)
 
     def stop(self, job: Job) -> None:
-        if job.slot is not None and job.adapter is not None:
-            self.slots.release(job.adapter)
-        job.running, job.pages, job.computed, job.slot = False, 0, 0, None
+        if job.running:
+            for ref in job.adapters:
+                self.slots.release(ref)
+        job.running, job.pages, job.computed, job.slots = False, 0, 0, ()
 
     def finish(self, name: str) -> None:
         job = next(job for job in self.jobs if job.name == name)
@@ -91,36 +94,55 @@ class ReferenceScheduler:
                 counts[job] = count
         if not any_preempted:
             self.admit(counts)
-        rows = [(job.name, job.computed, count, job.slot) for job, count in counts.items()]
-        return sorted(rows, key=lambda row: -1 if row[3] is None else row[3])
+        rows = [(job.name, job.computed, count, job.slots) for job, count in counts.items()]
+        return rows
 
     def admit(self, counts: dict[Job, int]) -> None:
         denied: list[Job] = []
+        missing: list[str] = []
         for job in self.waiting():
             budget = self.config.max_batch_tokens - sum(counts.values())
             if budget == 0 or len(self.running()) == self.config.max_rows:
                 return
-            if job.adapter is not None and any(
-                job.adapter == other.adapter or job.tag > other.tag + self.config.max_overtake for other in denied
-            ):
-                continue
-            if job.adapter is not None and denied and job.adapter not in self.slots.resident():
-                continue
+            if job.adapters and denied:
+                if any(job.tag > other.tag + self.config.max_overtake for other in denied):
+                    continue
+                resident = {ref.version for ref in self.slots.resident()} - set(missing)
+                if any(ref.version not in resident for ref in job.adapters):
+                    continue
             owed = sum(self.pages_for(other.tokens) - other.pages for other in self.running())
             if owed + len(self.running()) + self.pages_for(job.tokens) > self.free_pages():
                 return
-            if job.adapter is not None:
-                job.slot = self.slots.acquire(job.adapter)
-                if job.slot is None:
-                    denied.append(job)
-                    continue
+            slots = self.take_slots(job, missing)
+            if slots is None:
+                denied.append(job)
+                continue
+            job.slots = slots
             job.running = True
             self.virtual_time = max(self.virtual_time, job.tag)
             counts[job] = min(budget, job.tokens)
             job.pages = self.pages_for(counts[job])
 
+    def take_slots(self, job: Job, missing: list[str]) -> tuple[int, ...] | None:
+        """Slots of all its adapters, or none and the ``missing`` ones noted."""
+        resident = {ref.version for ref in self.slots.resident()}
+        got: dict[int, int] = {}
+        for there_already in (True, False):
+            for i, ref in enumerate(job.adapters):
+                if (ref.version in resident) == there_already:
+                    slot = self.slots.acquire(ref)
+                    if slot is None:
+                        missing.append(ref.version)
+                    else:
+                        got[i] = slot
+        if len(got) == len(job.adapters):
+            return tuple(got[i] for i in range(len(job.adapters)))
+        for i in got:
+            self.slots.release(job.adapters[i])
+        return None
+
     def commit(self, rows: list[Row]) -> None:
-        for name, _start, count, _slot in rows:
+        for name, _start, count, _slots in rows:
             job = next(job for job in self.jobs if job.name == name)
             job.computed += count
             job.tokens += job.computed == job.tokens

@@ -4,15 +4,18 @@ decoding rows."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from manylora.adapters.versions import AdapterRef
 from manylora.kernels.cuda.ops import CudaOps
 from manylora.server.engine.batch import adapter_segments
 from manylora.server.engine.decode_graphs import DecodeGraphs
-from manylora.server.engine.request import Request, SampledToken, ScheduledRow, StepPlan
+from manylora.server.engine.request import AdapterUse, Request, SampledToken, ScheduledRow, StepPlan
 from manylora.server.engine.runner import ModelRunner
 from manylora.server.engine.sampler import Sampler
 from manylora.server.model.synthetic import synthetic_adapter, synthetic_spec
@@ -62,6 +65,15 @@ def prompt(r: Request) -> ScheduledRow:
     return ScheduledRow(r, 0, len(r.prompt_token_ids))
 
 
+def slot_and_scale(r: Request) -> tuple[int | None, float]:
+    return (r.slots[0], r.adapters[0].scale) if r.slots else (None, 1.0)
+
+
+def compose(r: Request, *uses: tuple[int, float]) -> None:
+    r.adapters = tuple(AdapterUse(AdapterRef("a", str(slot)), scale) for slot, scale in uses)
+    r.slots = tuple(slot for slot, _ in uses)
+
+
 def test_tokens_are_those_of_torch(runner: Runner) -> None:
     """Greedy: prompts, decoding, a prompt beside decoding rows, adapters that come and go, 1 to 3 rows and back."""
     requests = [request(0, 5, None), request(1, 14, 0), request(2, 3, 2, 0.5)]
@@ -75,12 +87,12 @@ def test_tokens_are_those_of_torch(runner: Runner) -> None:
 
     reference = Model(SPEC, Reference(DEVICE, torch.float32, resident=True), "torch")
     for r in requests:
-        full = request(int(r.request_id[1:]), len(r.prompt_token_ids), r.slot, r.adapter_scale)
+        full = request(int(r.request_id[1:]), len(r.prompt_token_ids), *slot_and_scale(r))
         full.prompt_token_ids = r.prompt_token_ids + r.output_token_ids
         for length in range(len(r.prompt_token_ids), r.num_tokens):
             logits = reference.logits(ScheduledRow(full, 0, length))  # samples nothing ...
             assert logits.shape[0] == 0
-            short = request(0, 1, r.slot, r.adapter_scale)
+            short = request(0, 1, *slot_and_scale(r))
             short.prompt_token_ids, short.pages = full.prompt_token_ids[:length], full.pages
             best = reference.logits(prompt(short))[0]
             token = full.prompt_token_ids[length]
@@ -113,7 +125,7 @@ def test_an_adapter_replaced_in_its_slot_is_used_at_once(runner: Runner) -> None
     after = runner.decode_logits(*requests)
     assert torch.equal(before[0], after[0])
     assert not torch.allclose(before[1], after[1])
-    requests[1].adapter_scale = 0.0
+    requests[1].adapters = (replace(requests[1].adapters[0], scale=0.0),)
     assert torch.allclose(
         runner.decode_logits(*requests)[1], runner.model.logits(*map(last_token, requests))[1], atol=1e-5
     )
@@ -130,6 +142,30 @@ def test_what_graphs_cannot_hold_is_computed_without_them(runner: Runner) -> Non
     runner.step(*map(last_token, requests[1:]))
     runner.step(*map(last_token, requests))
     assert runner.seen == [3]
+
+
+def test_composed_adapters_up_to_what_a_graph_holds(runner: Runner) -> None:
+    """Two adapters on a row are replayed, three are computed without a graph, and both are right."""
+    requests = [request(0, 5, None), request(1, 6, 0), request(2, 4, 2)]
+    model, reference = runner.model, Model(SPEC, Reference(DEVICE, torch.float32, resident=True), "torch")
+    for pool in (model.pool, reference.pool):
+        pool.write(1, synthetic_adapter(pool.shapes, 3, seed=5, projections=("k", "down")))
+    compose(requests[1], (2, 0.5), (0, -1.0))
+    compose(requests[2], (0, 0.25), (1, 2.0), (2, 1.0))
+    runner.step(*map(prompt, requests))
+    runner.step(*map(last_token, requests[:2]))
+    assert runner.seen == [2]
+    runner.step(*map(last_token, requests))
+    assert runner.seen == [2], "a row with three adapters was replayed from a graph that holds two"
+
+    for r, logits in (requests[1], runner.decode_logits), (requests[2], lambda r: model.logits(last_token(r))):
+        whole = request(3, 1, None)
+        whole.adapters, whole.slots = r.adapters, r.slots
+        whole.prompt_token_ids = r.prompt_token_ids + r.output_token_ids
+        expected = reference.logits(prompt(whole))[0]
+        assert (logits(r)[0] - expected).abs().max() <= FP32_ROUNDINGS * expected.abs().max()
+        compose(r, *((slot, 1.01 * use.scale) for slot, use in zip(r.slots, r.adapters, strict=True)))
+        assert (logits(r)[0] - expected).abs().max() > 10 * FP32_ROUNDINGS * expected.abs().max()
 
 
 def test_a_chunk_of_one_token_is_no_decode_step(runner: Runner) -> None:

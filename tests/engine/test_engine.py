@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from manylora.server.engine.engine import EngineDraining, EngineRefusal, InvalidRequest, PromptTooLong, QueueFull
+from manylora.server.engine.engine import (
+    AdaptersNeverFit,
+    EngineDraining,
+    EngineRefusal,
+    InvalidRequest,
+    PromptTooLong,
+    QueueFull,
+)
 from manylora.server.engine.request import (
     Request,
     SampledToken,
@@ -110,7 +117,7 @@ def test_a_refused_request_stays_the_callers() -> None:
             await refuse(setup, request(prompt=[]), InvalidRequest, "no tokens")
             await refuse(setup, request(max_tokens=0), InvalidRequest, "max_tokens must be at least 1, got 0")
             setup.scheduler._slots = None
-            await refuse(setup, request(adapter=A), InvalidRequest, "without adapters")
+            await refuse(setup, request(adapter=A), AdaptersNeverFit, "without adapters")
 
     go(main())
 

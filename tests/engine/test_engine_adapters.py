@@ -16,12 +16,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
+
+from manylora.adapters.host_tier import HostTier
 from manylora.adapters.registry import AdapterRegistry
 from manylora.adapters.slots import SlotManager
 from manylora.adapters.versions import LoadedAdapter
 from manylora.server.engine.engine import Engine
 from manylora.server.engine.metrics import Metrics
-from manylora.server.engine.request import FinishEvent, Request, SampledToken
+from manylora.server.engine.request import AdapterUse, FinishEvent, Request, SampledToken
 from manylora.server.engine.scheduler import Scheduler, SchedulerConfig
 from tests.engine.harness import go
 from tests.fakes import FakeRunner, FakeTokenizer, request
@@ -33,9 +36,16 @@ class _Weights:
     lora: Any
 
 
+changed: dict[str, str] = {}
+blocked: dict[str, threading.Event] = {}
+
+
 def load(source: str) -> LoadedAdapter:
-    """The content of a source is its own name, and so is its version."""
-    return LoadedAdapter(source, 1, None, _Weights(source, {("content", 0): source}))
+    """The content of a source is its own name, unless it is in ``changed``; its version is its content."""
+    if source in blocked:
+        assert blocked[source].wait(30)
+    content = changed.get(source, source)
+    return LoadedAdapter(content, 1, None, _Weights(content, {("content", 0): content}), footprint={"q": 1})
 
 
 class _Pool:
@@ -45,17 +55,8 @@ class _Pool:
         self.max_slots = max_slots
         self.content: dict[int, str] = {}
 
-    def fits(self, lora: Any) -> str | None:
-        return None
-
-    def pages_needed(self, lora: Any) -> Mapping[str, int]:
-        return {"q": 1}
-
     def free_pages(self) -> Mapping[str, int]:
         return {"q": self.max_slots - len(self.content)}
-
-    def has_room(self, lora: Any) -> bool:
-        return len(self.content) < self.max_slots
 
     def write(self, slot: int, lora: Any) -> None:
         time.sleep(0.001)
@@ -73,35 +74,48 @@ def output_of(version: str, n_tokens: int) -> str:
 
 
 class _Server:
-    def __init__(self, *, max_slots: int, max_rows: int) -> None:
+    def __init__(self, *, max_slots: int, max_rows: int, max_copies: int | None = None) -> None:
         self.pool = _Pool(max_slots)
-        self.executor = ThreadPoolExecutor(1)
-        self.slots = SlotManager(self.pool, executor=self.executor, on_ready=lambda: self.engine.wake())
+        self.executor = ThreadPoolExecutor(2)
+        self.host = HostTier(load, executor=self.executor, max_copies=max_copies)
+        self.slots = SlotManager(
+            self.pool,
+            self.host,
+            executor=self.executor,
+            on_ready=lambda: self.engine.wake(),
+            live=lambda version: self.registry.is_live(version),
+        )
         config = SchedulerConfig(max_rows=max_rows, max_batch_tokens=16, num_pages=60, page_size=4, max_context=100)
         self.scheduler = Scheduler(config, self.slots)
-        self.registry = AdapterRegistry(load, on_freed=lambda ref: self.engine.drop_adapter(ref))
+        self.registry = AdapterRegistry(load, host=self.host, on_retired=lambda ref: self.engine.drop_adapter(ref))
+        self.host.bind(self.registry)
+        self.runner = FakeRunner(self.model)
         self.engine = Engine(
-            FakeRunner(self.model),
+            self.runner,
             self.scheduler,
             vocabulary=FakeTokenizer(),
             metrics=Metrics("base"),
             registry=self.registry,
             max_slots=max_slots,
+            host_stats=self.host.stats,
             strict=True,
         )
 
     def model(self, made: Request, tokens: Sequence[int]) -> SampledToken:
-        content = "base" if made.slot is None else self.pool.content[made.slot]
+        content = "+".join(self.pool.content[slot] for slot in made.slots) or "base"
         position = len(tokens) - len(made.prompt_token_ids)
         return SampledToken(ord(output_of(content, position + 1)[-1]))
 
-    async def generate(self, request_id: str, name: str | None, n_tokens: int) -> tuple[str, FinishEvent]:
-        """Text, which is checked to be that of the version the request resolved to, and the end."""
-        ref = self.registry.acquire(name) if name is not None else None
-        made = request(request_id, [1, 2, 3], adapter=ref, max_tokens=n_tokens)
+    async def generate(
+        self, request_id: str, name: str | tuple[str, ...] | None, n_tokens: int
+    ) -> tuple[str, FinishEvent]:
+        """Text, which is checked to be that of the versions the request resolved to, and the end."""
+        names = (name,) if isinstance(name, str) else name or ()
+        refs = [self.registry.acquire(one) for one in names]
+        made = request(request_id, [1, 2, 3], adapters=tuple(map(AdapterUse, refs)), max_tokens=n_tokens)
         tokens, finish = await self.engine.submit(made).result()
         if finish.reason == "length":
-            assert tokens.text == output_of(ref.version if ref is not None else "base", n_tokens)
+            assert tokens.text == output_of("+".join(ref.version for ref in refs) or "base", n_tokens)
         return tokens.text, finish
 
 
@@ -116,6 +130,7 @@ async def serving(**limits: Any) -> AsyncIterator[_Server]:
         server.executor.shutdown()
     assert server.slots.references() == 0
     assert server.registry.counts().requests_in_flight == 0
+    server.host.check_integrity(idle=True)
 
 
 def test_many_more_adapters_than_slots() -> None:
@@ -127,6 +142,91 @@ def test_many_more_adapters_than_slots() -> None:
                 *(server.generate(f"r{i}", None if i % 5 == 0 else f"n{i % 20}", 1 + i % 12) for i in range(100))
             )
             assert {finish.reason for _text, finish in ends} == {"length"}
+
+    go(main())
+
+
+def test_a_thousand_registered_few_in_memory_fewer_on_the_device() -> None:
+    """1,000 registered, 64 in host memory, 8 slots: all are reachable, and most of them from the disk."""
+
+    async def main() -> None:
+        async with serving(max_slots=8, max_rows=8, max_copies=64) as server:
+            for i in range(1000):
+                server.registry.load(f"n{i}", f"source-{i}")
+            assert server.host.stats().copies == 64
+            ends: list[tuple[str, FinishEvent]] = []
+            for first in range(0, 1000, 50):  # the engine's queue holds 58
+                ends += await asyncio.gather(*(server.generate(f"r{i}", f"n{i}", 3) for i in range(first, first + 50)))
+            assert {finish.reason for _text, finish in ends} == {"length"}
+            server.slots.check_integrity()
+            stats = server.engine.stats()
+            assert stats.host.copies <= 64
+            assert stats.host.counters.hits + stats.host.counters.misses == 1000
+            assert stats.host.counters.reads >= 1000 - 64
+            assert len(stats.resident_versions) == 8
+
+    go(main())
+
+
+def test_names_of_one_content_share_a_slot_and_part_without_harm() -> None:
+    async def main() -> None:
+        async with serving(max_slots=1, max_rows=4) as server:
+            server.registry.load("a", "one")
+            server.registry.load("b", "one")
+            server.registry.alias("c", "a")
+            ends = await asyncio.gather(*(server.generate(f"r{i}", "abc"[i % 3], 8) for i in range(6)))
+            assert {finish.reason for _text, finish in ends} == {"length"}
+            assert server.slots.counters.misses == 1, "one upload for all three"
+            server.registry.load("a", "two", replace=True)
+            server.registry.unload("b")
+            await asyncio.wrap_future(server.engine.call(lambda: None))
+            assert list(server.pool.content.values()) == ["one"], "c still has it"
+            text, _finish = await server.generate("r7", "c", 8)
+            assert text == output_of("one", 8)
+            assert server.slots.counters.misses == 1
+            server.registry.unload("c")
+            await asyncio.wrap_future(server.engine.call(lambda: None))
+            assert server.pool.content == {}
+
+    go(main())
+
+
+def test_a_source_that_changed_ends_its_requests_with_an_error_and_nothing_else() -> None:
+    async def main() -> None:
+        async with serving(max_slots=1, max_rows=4, max_copies=1) as server:
+            server.registry.load("a", "one")
+            server.registry.load("b", "two")  # and ``one`` leaves host memory
+            changed["one"] = "other"
+            try:
+                ends = await asyncio.gather(*(server.generate(f"r{i}", "ab"[i % 2], 4) for i in range(4)))
+            finally:
+                changed.clear()
+            assert [finish.reason for _text, finish in ends] == ["error", "length", "error", "length"]
+            message = ends[0][1].error or ""
+            assert "`a`" in message
+            assert "one held version one when it was loaded, and holds version other now" in message
+            assert server.registry.info("a").version == "one", "the registry keeps the entry"
+
+    go(main())
+
+
+@pytest.mark.timeout(60)
+def test_a_slow_disk_holds_up_its_own_adapters_only() -> None:
+    async def main() -> None:
+        async with serving(max_slots=1, max_rows=4, max_copies=2) as server:
+            for name in ("slow", "x", "y"):
+                server.registry.load(name, name)  # ``slow`` leaves host memory
+            blocked["slow"] = gate = threading.Event()
+            try:
+                waiting = asyncio.create_task(server.generate("r0", "slow", 2))
+                for i in range(6):
+                    await server.generate(f"q{i}", "xy"[i % 2], 4)
+                assert not waiting.done()
+                gate.set()
+                assert (await waiting)[1].reason == "length"
+            finally:
+                gate.set()
+                blocked.clear()
 
     go(main())
 
@@ -161,7 +261,8 @@ def test_unloading_frees_the_slot_after_the_last_request() -> None:
     go(main())
 
 
-def test_adapters_are_replaced_and_unloaded_under_load() -> None:
+@pytest.mark.parametrize("max_copies", [None, 2])
+def test_adapters_are_replaced_and_unloaded_under_load(max_copies: int | None) -> None:
     """While requests run, names are given new content and taken away. Each request answers with the version that its
     name meant when it was admitted: ``generate`` checks it."""
     stop = threading.Event()
@@ -184,7 +285,7 @@ def test_adapters_are_replaced_and_unloaded_under_load() -> None:
             await server.generate(f"r{i}-{j}", rng.choice([None, *(f"n{k}" for k in range(6))]), rng.randint(1, 10))
 
     async def main() -> None:
-        async with serving(max_slots=3, max_rows=6) as server:
+        async with serving(max_slots=3, max_rows=6, max_copies=max_copies) as server:
             server.registry.load("spare", "spare")
             for i in range(6):
                 server.registry.load(f"n{i}", f"n{i}-first")
@@ -197,6 +298,7 @@ def test_adapters_are_replaced_and_unloaded_under_load() -> None:
             server.registry.unload("spare")
             await asyncio.wrap_future(server.engine.call(lambda: None))
             assert server.registry.counts().nbytes == 0
+            assert server.host.stats().nbytes == 0
         server.slots.check_integrity(idle=True)
         assert server.pool.content == {}
 

@@ -39,7 +39,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
 
 def end(metrics: Metrics, ref: object = None, reason: str = "stop", *, generated: int = 10) -> None:
     times = RequestTimes(arrived=100.0, scheduled=101.0, first_token=103.0, ended=110.0)
-    metrics.request_ended(ref, reason, times, prompt_tokens=5, generation_tokens=generated)  # type: ignore[arg-type]
+    metrics.request_ended([] if ref is None else [ref], reason, times, prompt_tokens=5, generation_tokens=generated)
 
 
 def test_vllms_names_are_there_from_the_start() -> None:
@@ -105,10 +105,22 @@ def test_a_request_is_counted_where_its_time_went() -> None:
     assert value(metrics, "vllm:request_success_total", model_name="base", finished_reason="length") == 1
 
 
+def test_a_composition_is_counted_for_each_of_its_adapters_and_once_in_all() -> None:
+    metrics = Metrics("base")
+    times = RequestTimes(arrived=100.0, scheduled=101.0, first_token=103.0, ended=110.0)
+    metrics.request_ended([A, adapter("b")], "stop", times, prompt_tokens=5, generation_tokens=7)
+    for name in ("a", "b"):
+        assert metrics.adapter_tokens(name) == (5, 7)
+        assert value(metrics, "manylora_adapter_requests_total", adapter=name, finished_reason="stop") == 1
+        assert value(metrics, "manylora_adapter_queue_seconds_count", adapter=name) == 1
+    assert value(metrics, "vllm:request_success_total", model_name="base", finished_reason="stop") == 1
+    assert value(metrics, "vllm:request_queue_time_seconds_count", model_name="base") == 1
+
+
 def test_a_request_that_never_ran_has_no_prefill_time() -> None:
     metrics = Metrics("base")
     times = RequestTimes(arrived=100.0, scheduled=None, first_token=None, ended=104.0)
-    metrics.request_ended(A, "abort", times, prompt_tokens=5, generation_tokens=0)
+    metrics.request_ended([A], "abort", times, prompt_tokens=5, generation_tokens=0)
     assert value(metrics, "vllm:request_queue_time_seconds_sum", model_name="base") == 4
     assert value(metrics, "vllm:request_prefill_time_seconds_count", model_name="base") == 0
     assert value(metrics, "manylora_adapter_prompt_tokens_total", adapter="a") == 0

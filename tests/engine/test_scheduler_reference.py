@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
 
 from manylora.adapters.versions import AdapterRef
-from manylora.server.engine.request import Request, StepPlan
+from manylora.server.engine.request import AdapterUse, Request, StepPlan
 from manylora.server.engine.scheduler import Scheduler, SchedulerConfig
 from tests.engine.reference_scheduler import ReferenceScheduler, Row
 from tests.fakes import FakeSlots, adapter, request
@@ -43,8 +44,12 @@ def random_workload(seed: int) -> Workload:
         max_overtake=rng.choice([0, 1, 4]),
     )
     n_adapters = rng.choice([0, 1, 3, 6])
-    adapters: list[AdapterRef | None] = [None] + [adapter(f"a{i}") for i in range(n_adapters)]
-    weights = [rng.random() for _ in adapters]
+    adapters = [adapter(f"a{i}") for i in range(n_adapters)]
+    adapters += [adapter(f"alias-of-{ref.name}", ref.version) for ref in adapters[:2]]
+    compositions: list[list[AdapterRef]] = [[], *([ref] for ref in adapters)]
+    if adapters:
+        compositions += [rng.choices(adapters, k=rng.randint(2, 4)) for _ in range(rng.choice([0, 2, 6]))]
+    weights = [rng.random() for _ in compositions]
     arrivals: dict[int, list[Request]] = {}
     aborts: dict[int, list[str]] = {}
     for i in range(rng.randint(1, 30)):
@@ -53,7 +58,8 @@ def random_workload(seed: int) -> Workload:
             f"r{i}",
             range(n_prompt),
             max_tokens=rng.randint(1, largest - n_prompt),
-            adapter=rng.choices(adapters, weights)[0],
+            adapters=tuple(AdapterUse(ref, rng.choice([1.0, 0.5])) for ref in rng.choices(compositions, weights)[0]),
+            merged=object() if rng.random() < 0.1 else None,
             priority=rng.choice([0, 0, 0, 1, -1]),
         )
         step = rng.choice([0, rng.randint(0, 40)])
@@ -73,6 +79,7 @@ class Run:
         self.reference = ReferenceScheduler(workload.config, FakeSlots(workload.max_slots, latency=workload.latency))
         self.live: dict[str, Request] = {}
         self.ended: list[str] = []
+        self.refused: list[str] = []
 
     def to_the_end(self) -> None:
         # Alone, one after the other, they would take this many steps; each may also wait for a few uploads.
@@ -87,9 +94,15 @@ class Run:
 
     def arrive(self, step: int) -> None:
         for new in self.workload.arrivals.get(step, []):
+            if self.scheduler.never_fits(new) is not None:
+                self.refused.append(new.request_id)
+                continue
             self.live[new.request_id] = new
             self.scheduler.add(new)
-            self.reference.add(new.request_id, new.adapter, new.priority, len(new.prompt_token_ids))
+            refs = [use.ref for use in new.adapters]
+            flow = {ref.version for ref in refs}
+            needed = refs if new.merged is None else []
+            self.reference.add(new.request_id, needed, flow, new.priority, len(new.prompt_token_ids))
         for request_id in self.workload.aborts.get(step, []):
             if request_id in self.live:
                 self.end(request_id)
@@ -101,7 +114,7 @@ class Run:
 
     def one_step(self) -> None:
         plan = self.scheduler.schedule()
-        rows: list[Row] = [(row.request.request_id, row.start, row.count, row.request.slot) for row in plan.rows]
+        rows: list[Row] = [(row.request.request_id, row.start, row.count, row.request.slots) for row in plan.rows]
         assert sorted(rows) == sorted(self.reference.schedule())
         self.check(plan)
         sampling = [row.request for row in plan.rows if row.sample]
@@ -118,20 +131,26 @@ class Run:
         assert plan.num_tokens <= config.max_batch_tokens
         assert self.scheduler.num_running <= config.max_rows
         assert len({row.request for row in plan.rows}) == len(plan.rows)
-        slots = [-1 if row.request.slot is None else row.request.slot for row in plan.rows]
-        assert slots == sorted(slots)
+        order = [(row.request.merged is not None, row.request.slots) for row in plan.rows]
+        assert order == sorted(order)
         pages = [page for running in self.scheduler.running() for page in running.pages]
         assert len(set(pages)) == len(pages), "a page belongs to two requests"
-        slot_of: dict[int, AdapterRef] = {}
+        version_in: dict[int, str] = {}
         for row in plan.rows:
             one = row.request
             assert row.count >= 1
             assert row.start == one.num_computed
             assert row.start + row.count <= min(one.num_tokens, len(one.pages) * config.page_size)
-            assert (one.slot is None) == (one.adapter is None)
-            if one.slot is not None and one.adapter is not None:
-                assert slot_of.setdefault(one.slot, one.adapter) == one.adapter, "two adapters on one slot"
-        assert self.slots.references.total() == sum(r.adapter is not None for r in self.scheduler.running())
+            needed = needed_by(one)
+            for slot, version in zip(one.slots, needed, strict=True):
+                assert version_in.setdefault(slot, version) == version, "two adapters on one slot"
+        # All of a request's slots while it runs, none while it waits.
+        held = Counter(version for one in self.scheduler.running() for version in needed_by(one))
+        assert +self.slots.references == held
+
+
+def needed_by(one: Request) -> list[str]:
+    return [use.ref.version for use in one.adapters] if one.merged is None else []
 
 
 @pytest.mark.parametrize("block", range(8))
@@ -139,7 +158,7 @@ def test_random_workloads(block: int) -> None:
     for seed in range(block * 50, block * 50 + 50):
         run = Run(random_workload(seed))
         run.to_the_end()
-        assert sorted(run.ended) == sorted(r.request_id for r in run.workload.requests), f"seed {seed}"
+        assert sorted(run.ended + run.refused) == sorted(r.request_id for r in run.workload.requests), f"seed {seed}"
         assert run.scheduler.pool.num_used == 0
         assert run.slots.references.total() == 0
         assert run.scheduler._last_tags == {}, "flows are remembered for ever"
