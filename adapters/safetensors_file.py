@@ -18,7 +18,12 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-_HEADER_LIMIT: Final = 100_000_000  # the library's own
+HEADER_LIMIT: Final = 4 << 20
+"""Bytes. The largest adapter of the largest base has some ten thousand tensors, of about 150 bytes each; the library's
+own limit of 100 MB would hold Python's lock for seconds."""
+_MAX_NAME: Final = 512
+_MAX_DIMS: Final = 8
+_MAX_SIZE: Final = 1 << 48  # so that no product of sizes becomes a number of millions of digits
 
 _ITEM_BYTES: Final = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4,
@@ -53,8 +58,8 @@ class TensorEntry:
         return raw.view(TORCH_DTYPES[self.dtype]).reshape(self.shape)
 
 
-def read_header(buffer: bytes | bytearray) -> list[TensorEntry]:
-    """The tensors of a safetensors file in the order of their data.
+def read_header(buffer: bytes | bytearray, max_tensors: int | None = None) -> list[TensorEntry]:
+    """The tensors of a safetensors file in the order of their data. A file of more than ``max_tensors`` is not read.
 
     Raises SafetensorsCorrupt unless the tensors have distinct names and tile the data exactly: a truncated file, an
     overlap or a hole never loads.
@@ -62,14 +67,21 @@ def read_header(buffer: bytes | bytearray) -> list[TensorEntry]:
     if len(buffer) < 8:
         raise SafetensorsCorrupt(f"it has {len(buffer)} bytes, fewer than the 8 that begin every safetensors file")
     size = int.from_bytes(buffer[:8], "little")
-    if size > min(_HEADER_LIMIT, len(buffer) - 8):
+    if size > len(buffer) - 8:
         raise SafetensorsCorrupt(f"its header should have {size} bytes, and the file has {len(buffer)}")
+    if size > HEADER_LIMIT:
+        raise SafetensorsCorrupt(f"its header has {size} bytes, more than the {HEADER_LIMIT} that are read")
     try:
         header = json.loads(bytes(buffer[8 : 8 + size]), object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         raise SafetensorsCorrupt(f"its header cannot be read: {error}") from error
     if not isinstance(header, dict):
         raise SafetensorsCorrupt("its header is not an object")
+    if max_tensors is not None and len(header) > max_tensors + 1:  # __metadata__ is none
+        raise SafetensorsCorrupt(f"it lists {len(header)} tensors, more than the {max_tensors} that could be served")
+    for name in header:
+        if len(name) > _MAX_NAME or any("\ud800" <= char <= "\udfff" for char in name):  # half a surrogate pair
+            raise SafetensorsCorrupt(f"a tensor's name is not text of at most {_MAX_NAME} characters: {name!a:.99}")
     entries = [_entry(name, value, 8 + size) for name, value in header.items() if name != "__metadata__"]
     entries.sort(key=lambda entry: (entry.start, entry.nbytes))
     end = 8 + size
@@ -85,18 +97,24 @@ def read_header(buffer: bytes | bytearray) -> list[TensorEntry]:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} occurs twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{name!a:.99} occurs twice")
+            seen.add(name)
     return result
 
 
 def _entry(name: str, value: Any, data_start: int) -> TensorEntry:
     match value:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
-            dtype in _ITEM_BYTES and all(type(n) is int and n >= 0 for n in shape) and 0 <= begin <= end
+            dtype in _ITEM_BYTES
+            and len(shape) <= _MAX_DIMS
+            and all(type(n) is int and 0 <= n <= _MAX_SIZE for n in shape)
+            and 0 <= begin <= end <= _MAX_SIZE
         ):
             if math.prod(shape) * _ITEM_BYTES[dtype] != end - begin:
                 raise SafetensorsCorrupt(f"tensor {name}: {end - begin} bytes are not a {dtype} of shape {shape}")
             return TensorEntry(name, dtype, tuple(shape), data_start + begin, end - begin)
         case _:
-            raise SafetensorsCorrupt(f"tensor {name} has a malformed header entry: {json.dumps(value):.200}")
+            raise SafetensorsCorrupt(f"tensor {name} has a malformed header entry")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from manylora.kernels.lora_weights import LoraWeights
@@ -25,6 +26,12 @@ class LoadReport:
     base_model: str | None
     """``base_model_name_or_path`` of the adapter's config."""
     warnings: tuple[str, ...] = ()
+    kind: str = "LoRA"
+    """What people call it: LoRA, DoRA, AdaLoRA, VeRA, LoHa, LoKr, trainable tokens."""
+    unmatched: tuple[str, ...] = ()
+    """Entries of target_modules that match no module of the base."""
+    replaced_rows: Mapping[str, int] = field(default_factory=dict)
+    """Rows that are replaced of ``"embed"`` and ``"lm_head"``."""
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from manylora.adapters.errors import AdapterRefused
 from manylora.adapters.peft_loader import load_peft_adapter
-from manylora.adapters.peft_tensors import module_paths
-from tests.adapters.peft_dirs import SHAPES, load_peft, peft_deltas, save_peft
-
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+from tests.adapters.peft_dirs import ALL, PLACES, SHAPES, HfBase, load_peft, peft_deltas, save_peft, tiny_model
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
@@ -72,7 +70,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def test_deltas_equal_those_of_peft(name: str, tmp_path: Path) -> None:
     save_peft(tmp_path, **CONFIGS[name])
     adapter = load_peft_adapter(tmp_path, SHAPES)
-    paths = {place: path for path, place in module_paths(SHAPES).items()}
+    paths = {(place.projection, place.layer): path for path, place in PLACES.items()}
     ours = {paths[place]: pair.scale * (pair.b @ pair.a) for place, pair in adapter.lora.pairs.items()}
     theirs = peft_deltas(load_peft(tmp_path))
     assert set(ours) == set(theirs)
@@ -99,10 +97,18 @@ def test_overlapping_alpha_patterns_are_warned_about(tmp_path: Path) -> None:
 
 
 def test_copy_of_the_embedding_is_compared_with_the_base(tmp_path: Path) -> None:
-    model = save_peft(tmp_path, r=4, target_modules=["embed_tokens"])
-    weight = model.base_model.model.model.embed_tokens.base_layer.weight.detach()
-    same = load_peft_adapter(tmp_path, SHAPES, base_tensor=lambda _: weight)
+    save_peft(tmp_path, r=4, target_modules=["embed_tokens"])
+    model = tiny_model()
+    same = load_peft_adapter(tmp_path, SHAPES, base=HfBase(model))
     assert same.report.warnings == ()
     assert len(load_peft_adapter(tmp_path, SHAPES).report.warnings) == 1
-    with pytest.raises(Exception, match=r"embed_tokens\.base_layer\.weight \(largest difference 1\)"):
-        load_peft_adapter(tmp_path, SHAPES, base_tensor=lambda _: weight + 1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 1
+    with pytest.raises(AdapterRefused, match=r"embed_tokens\.base_layer\.weight \(largest difference 1\)"):
+        load_peft_adapter(tmp_path, SHAPES, base=HfBase(model))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_copy_of_an_embedding_that_the_server_rounded(kind: torch.dtype, tmp_path: Path) -> None:
+    save_peft(tmp_path, r=4, target_modules=["embed_tokens"])
+    assert load_peft_adapter(tmp_path, SHAPES, base=HfBase(tiny_model().to(kind))).report.warnings == ()

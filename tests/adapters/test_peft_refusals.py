@@ -17,6 +17,7 @@ from tests.adapters.peft_dirs import SHAPES, plain_config, plain_tensors, write_
 Tensors = dict[str, torch.Tensor]
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 EMBED = "base_model.model.model.embed_tokens"
+UNANNOUNCED = "tensors that the config does not announce"
 
 
 def refusal(path: Path, **kwargs: Any) -> AdapterRefused:
@@ -48,8 +49,8 @@ def poke(name: str, value: float) -> Callable[[Tensors], None]:
 
 
 CASES: dict[str, tuple[Callable[[Tensors], object], str]] = {
-    "no B": (without(f"{Q0}.lora_B.weight"), "layers.0.self_attn.q_proj has no lora_B, only lora_A"),
-    "no A": (without(f"{Q0}.lora_A.weight"), "layers.0.self_attn.q_proj has no lora_A, only lora_B"),
+    "no B": (without(f"{Q0}.lora_B.weight"), "layers.0.self_attn.q_proj has no lora_B.weight"),
+    "no A": (without(f"{Q0}.lora_A.weight"), "layers.0.self_attn.q_proj has no lora_A.weight"),
     "wrong in": (
         put(f"{Q0}.lora_A.weight", torch.ones(4, 33)),
         f"{Q0}.lora_A.weight has shape [4, 33], expected [4, 32]",
@@ -105,13 +106,28 @@ CASES: dict[str, tuple[Callable[[Tensors], object], str]] = {
         lambda t: [t[k][:2].zero_() if "lora_A" in k else t[k][:, 2:].zero_() for k in t],
         "nothing to apply: the delta is exactly zero in every module",
     ),
-    "DoRA": (extra(f"{Q0}.lora_magnitude_vector", (32,)), "tensors of DoRA magnitudes"),
-    "lora_bias": (extra(f"{Q0}.lora_B.bias", (32,)), "tensors of biases of lora_B"),
-    "bias": (extra(f"{Q0}.base_layer.bias", (32,)), "tensors of trained biases"),
-    "token deltas": (extra(f"{EMBED}.token_adapter.trainable_tokens_delta"), "tensors of retrained token embeddings"),
-    "modules_to_save": (extra("base_model.model.score.modules_to_save.weight"), "tensors of whole replaced modules"),
-    "KaSA": (extra(f"{Q0}.lora_diag", (4,)), "tensors of KaSA singular values"),
-    "AdaLoRA": (extra(f"{Q0}.lora_E", (4, 1)), "tensors of AdaLoRA singular values"),
+    "DoRA": (
+        extra(f"{Q0}.lora_magnitude_vector", (32,)),
+        f"{UNANNOUNCED}: {Q0}.lora_magnitude_vector (use_dora is not set)",
+    ),
+    "lora_bias": (
+        extra(f"{Q0}.lora_B.bias", (32,)),
+        f"{UNANNOUNCED}: {Q0}.lora_B.bias (lora_bias is not set)",
+    ),
+    "bias": (
+        extra(f"{Q0}.base_layer.bias", (32,)),
+        "does not announce (its bias is none)",
+    ),
+    "token deltas": (
+        extra(f"{EMBED}.token_adapter.trainable_tokens_delta"),
+        "retrained tokens that the config does",
+    ),
+    "modules_to_save": (
+        extra("base_model.model.score.modules_to_save.weight"),
+        "under PEFT's inner names",
+    ),
+    "KaSA": (extra(f"{Q0}.lora_diag", (4,)), "tensors with KaSA singular values"),
+    "AdaLoRA": (extra(f"{Q0}.lora_E", (4, 1)), "tensors of AdaLoRA, in an adapter of another type"),
     "adapter name left in": (extra(f"{Q0}.lora_A.default.weight"), "save the adapter with PEFT's save_pretrained"),
     "no prefix": (
         extra("model.layers.0.self_attn.q_proj.lora_A.weight"),
@@ -157,6 +173,13 @@ def test_alpha_zero_is_a_delta_of_zero(tmp_path: Path) -> None:
     assert "exactly zero" in str(refusal(write_dir(tmp_path, plain_config(lora_alpha=0))))
 
 
+def test_a_delta_of_zero_is_told_beside_other_reasons(tmp_path: Path) -> None:
+    tensors = {name: value * ("lora_A" in name) for name, value in plain_tensors().items()} | {"x": torch.ones(1)}
+    found = refusal(write_dir(tmp_path, tensors=tensors)).reasons
+    assert len(found) == 2
+    assert found[1].startswith("nothing to apply: the delta is exactly zero in every module")
+
+
 def test_one_zero_module_is_a_warning(tmp_path: Path) -> None:
     tensors = plain_tensors()
     tensors[f"{Q0}.lora_B.weight"].zero_()
@@ -169,7 +192,7 @@ def test_every_reason_in_one_message(tmp_path: Path) -> None:
     for name in ("no B", "layer out of range", "DoRA", "no prefix"):
         CASES[name][0](tensors)
     tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"][0, 0] = float("nan")
-    config = plain_config(bias="all", init_lora_weights="pissa", base_model_name_or_path="org/other")
+    config = plain_config(use_qalora=True, init_lora_weights="pissa", base_model_name_or_path="org/other")
     error = refusal(write_dir(tmp_path, config, tensors), base_name="org/tiny", strict_base=True)
     assert len(error.reasons) == 8, str(error)
 
@@ -181,23 +204,14 @@ def test_many_of_a_kind_are_counted(tmp_path: Path) -> None:
 
 
 def test_tensors_of_a_refused_feature_are_not_reported_twice(tmp_path: Path) -> None:
-    tensors = plain_tensors() | {f"{Q0}.lora_magnitude_vector": torch.ones(32)}
-    (reason,) = refusal(write_dir(tmp_path, plain_config(use_dora=True), tensors)).reasons
-    assert reason.startswith("use_dora = true")
+    tensors = plain_tensors() | {f"{Q0}.lora_diag": torch.ones(4)}
+    (reason,) = refusal(write_dir(tmp_path, plain_config(kasa_config={}), tensors)).reasons
+    assert reason.startswith("kasa_config = {}")
 
 
 def test_rank_pattern_disagrees_with_the_tensors(tmp_path: Path) -> None:
     error = refusal(write_dir(tmp_path, plain_config(rank_pattern={"q_proj": 8})))
     assert "rank 4 in the file, 8 by the config's r and rank_pattern" in str(error)
-
-
-def test_weight_tying(tmp_path: Path) -> None:
-    tensors = {f"{EMBED}.lora_embedding_A": torch.ones(4, 64), f"{EMBED}.lora_embedding_B": torch.ones(32, 4)}
-    config = plain_config(target_modules=["embed_tokens"])
-    assert load_peft_adapter(write_dir(tmp_path / "a", config, tensors), SHAPES).report.modules == ("embed",)
-    error = refusal(write_dir(tmp_path / "b", config | {"ensure_weight_tying": True}, tensors))
-    assert "ensure_weight_tying = true" in str(error)
-    load_peft_adapter(write_dir(tmp_path / "c", plain_config(ensure_weight_tying=True)), SHAPES)
 
 
 @pytest.mark.parametrize(
@@ -316,10 +330,11 @@ def test_malformed_tokenizer_config(tmp_path: Path) -> None:
 
 
 def test_inspect_needs_no_base(tmp_path: Path) -> None:
-    facts = inspect_peft_adapter(write_dir(tmp_path, plain_config(use_dora=True)))
+    facts = inspect_peft_adapter(write_dir(tmp_path, plain_config(use_qalora=True)))
     assert facts.version == inspect_peft_adapter(tmp_path).version
     assert facts.base_model == "org/tiny"
     assert facts.config is not None
     assert facts.config.r == 4
     assert len(facts.tensors) == 8
     assert len(facts.reasons) == 1
+    assert facts.kind == "LoRA"

@@ -78,7 +78,7 @@ F32 = {"dtype": "F32", "shape": [1]}
         (
             pack(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],'
                  b'"data_offsets":[0,4]}}', b"0000"),
-            "a occurs twice",
+            "'a' occurs twice",
         ),
     ],
 )  # fmt: skip

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from tests.checkpoints import checkpoints
 from tests.e2e import server_process
+
+__all__ = ["checkpoints"]  # a fixture
 
 _SHOWN = 20_000
 """Characters of a server's log that a failing test shows."""
