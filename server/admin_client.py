@@ -40,6 +40,10 @@ class AdminClient:
         body = {"source": source, "replace": replace, "pinned": pinned}
         return self._request("PUT", name, json=body)
 
+    def alias(self, name: str, other: str, *, replace: bool, pinned: bool | None) -> dict[str, Any]:
+        """Make ``name`` mean the version that ``other`` means now."""
+        return self._request("PUT", name, json={"alias_of": other, "replace": replace, "pinned": pinned})
+
     def upload(self, name: str, directory: Path, *, replace: bool, pinned: bool) -> dict[str, Any]:
         """Send the adapter in a local directory."""
         with ExitStack() as stack:
@@ -57,6 +61,13 @@ class AdminClient:
 
     def pin(self, name: str, pinned: bool) -> dict[str, Any]:
         return self._request("PATCH", name, json={"pinned": pinned})
+
+    def merge(self, name: str, mode: str) -> dict[str, Any]:
+        """Compute the adapter's requests with merged weights; ``mode`` is "exact" or "compact"."""
+        return self._request("POST", f"{name}/merge", json={"mode": mode})
+
+    def unmerge(self) -> dict[str, Any]:
+        return self._request("POST", "unmerge")
 
     def _request(self, method: str, name: str, **options: Any) -> dict[str, Any]:
         path = "/v1/adapters" + (f"/{quote(name)}" if name else "")

@@ -7,14 +7,15 @@ at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from manylora.server.config import (
     AdapterSpec,
@@ -23,11 +24,9 @@ from manylora.server.config import (
     EngineConfig,
     ServeConfig,
     default_state_dir,
+    parse_auto_merge,
     parse_size,
 )
-
-if TYPE_CHECKING:
-    from manylora.server.admin_client import AdminClient
 
 DONE, FAILED, REFUSED = 0, 1, 2
 
@@ -53,12 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse(message: str, code: int = REFUSED) -> int:
-    sys.stderr.write(f"manylora: {message}\n")
+    sys.stderr.write(f"manylora: {_printable(message)}\n")
     return code
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(_printable(text) + "\n")
+
+
+def _printable(text: str) -> str:
+    """Messages hold names out of files that others wrote: control characters, which a terminal would obey, and what is
+    no character at all are shown as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 # --- serve -----------------------------------------------------------------------------------------------------------
@@ -88,12 +93,16 @@ def serve_config(arguments: argparse.Namespace) -> ServeConfig:
         case given:
             state_dir = _path(given)
     kv_memory = None if arguments.kv_memory is None else parse_size(arguments.kv_memory, "--kv-memory")
+    table_memory = None if arguments.table_memory is None else parse_size(arguments.table_memory, "--table-memory")
+    host_memory = None if arguments.host_memory is None else parse_size(arguments.host_memory, "--host-memory")
     roots = [_path(root) for root in arguments.adapter_root]
     return ServeConfig(
         model=model,
         served_model_name=arguments.served_model_name,
         adapters=adapters,
         adapter_dir=adapter_dir,
+        watch=arguments.watch,
+        auto_merge=None if arguments.auto_merge is None else parse_auto_merge(arguments.auto_merge),
         state_dir=state_dir,
         cache_dir=None if arguments.cache_dir is None else _path(arguments.cache_dir),
         log_level=arguments.log_level,
@@ -101,6 +110,9 @@ def serve_config(arguments: argparse.Namespace) -> ServeConfig:
             device=arguments.device,
             max_rows=arguments.max_rows,
             max_device_adapters=arguments.max_device_adapters,
+            max_host_adapters=arguments.max_host_adapters,
+            table_memory=table_memory,
+            host_memory=host_memory,
             max_rank=arguments.max_rank,
             max_context=arguments.max_context,
             max_batch_tokens=arguments.max_batch_tokens,
@@ -114,6 +126,7 @@ def serve_config(arguments: argparse.Namespace) -> ServeConfig:
             api_keys=tuple(arguments.api_key or _from_environment("MANYLORA_API_KEY")),
             admin_key=arguments.admin_key or next(iter(_from_environment("MANYLORA_ADMIN_KEY")), None),
             adapter_roots=(*roots, *([adapter_dir] if adapter_dir is not None and adapter_dir.is_dir() else [])),
+            adapters_on_demand=arguments.adapters_on_demand,
             upload_dir=None if state_dir is None else state_dir / "uploads",
             allow_request_chat_template=arguments.allow_request_chat_template,
             max_body_bytes=parse_size(arguments.max_body, "--max-body"),
@@ -161,7 +174,17 @@ def _set_up_logging(level: str) -> None:
             logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
-# --- quantize and inspect --------------------------------------------------------------------------------------------
+# --- quantize, merge and inspect -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """So that what was half-written is removed on the way out."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
@@ -169,31 +192,49 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from manylora.server.model.loader import quantize_checkpoint
 
     try:
-        written = quantize_checkpoint(arguments.source, arguments.destination)
+        with _sigterm_as_ctrl_c():
+            written = quantize_checkpoint(arguments.source, arguments.destination)
     except ModelError as error:
         return _refuse(str(error))
     _say(f"{written} holds {arguments.source} in NF4; serve it with: manylora serve --model {written}")
     return DONE
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
+def _merge(arguments: argparse.Namespace) -> int:
     from manylora.adapters.errors import AdapterError
-    from manylora.server.inspection import inspect
+    from manylora.server.merge_command import merge_checkpoint
+    from manylora.server.model.errors import ModelError
+
+    try:
+        with _sigterm_as_ctrl_c():
+            merged = merge_checkpoint(arguments.base, arguments.source, arguments.destination)
+    except (AdapterError, ModelError) as error:
+        return _refuse(str(error))
+    for warning in merged.warnings:
+        _say(f"warning: {warning}")
+    if merged.untied:
+        _say("note: the base's lm_head is its embedding; with the adapter they differ, so OUT has both")
+    if merged.chat_template:
+        _say("note: the adapter's own chat template takes the place of the base's")
+    _say(
+        f"{merged.directory} holds {arguments.base} with {arguments.source} merged into {merged.n_modules} modules; "
+        f"serve it with: manylora serve --model {merged.directory}"
+    )
+    return DONE
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from manylora.adapters.errors import AdapterError, AdapterRefused
+    from manylora.server.inspection import inspect, readable, refusal
     from manylora.server.model.errors import ModelError
 
     try:
         report = inspect(arguments.source, arguments.model, arguments.max_rank)
     except (AdapterError, ModelError) as error:
+        if arguments.json and isinstance(error, AdapterRefused):
+            _say(json.dumps(refusal(error), indent=2))
         return _refuse(str(error))
-    if arguments.json:
-        _say(json.dumps(report, indent=2))
-        return DONE
-    warnings = report.pop("warnings")
-    for key, value in report.items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-        _say(f"{key + ':':16}{shown}")
-    for warning in warnings:
-        _say(f"warning: {warning}")
+    _say(json.dumps(report, indent=2) if arguments.json else readable(report))
     return DONE
 
 
@@ -202,65 +243,30 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _adapters(arguments: argparse.Namespace) -> int:
     from manylora.server.admin_client import AdminClient, ServerFailed, ServerRefused
+    from manylora.server.cli_adapters import ACTIONS, shown
 
     key = arguments.admin_key or next(iter(_from_environment("MANYLORA_ADMIN_KEY")), None)
     try:
-        answer = arguments.act(AdminClient(arguments.url, key), arguments)
+        answer = ACTIONS[arguments.action](AdminClient(arguments.url, key), arguments)
     except ServerRefused as error:
         return _refuse(str(error))
     except ServerFailed as error:
         return _refuse(str(error), FAILED)
     if arguments.json:
         _say(json.dumps(answer, indent=2))
-    elif "data" in answer:
-        _say(_table(answer["data"]))
-    elif "deleted" in answer:
-        _say(f"{answer['name']} is unloaded.")
-    else:
-        _say(_table([answer]))
-        for warning in answer["warnings"]:
-            _say(f"warning: {warning}")
+        return DONE
+    try:
+        _say(shown(answer))
+    except (KeyError, TypeError) as error:
+        return _refuse(f"{arguments.url} answered something else than a manylora server does: {error!r}", FAILED)
     return DONE
-
-
-_Act = Callable[["AdminClient", argparse.Namespace], dict[str, Any]]
-
-
-def _load(client: AdminClient, arguments: argparse.Namespace) -> dict[str, Any]:
-    source = Path(arguments.source).expanduser()
-    if arguments.upload:
-        return client.upload(arguments.name, source, replace=arguments.replace, pinned=arguments.pin)
-    # A directory here is meant by its path, wherever the server was started; what is none may be a hub id.
-    where = str(source.absolute()) if source.is_dir() else arguments.source
-    return client.load(arguments.name, where, replace=arguments.replace, pinned=arguments.pin or None)
-
-
-def _table(adapters: Sequence[dict[str, Any]]) -> str:
-    rows = [("NAME", "VERSION", "STATE", "TIER", "PINNED", "RANKS", "MIB", "RUNNING", "TOKENS")]
-    rows += [
-        (
-            one["name"],
-            one["version"][:12],
-            one["state"],
-            one["tier"],
-            "yes" if one["pinned"] else "no",
-            ",".join(map(str, one["ranks"])),
-            f"{one['bytes'] / (1 << 20):.1f}",
-            str(one["requests_in_flight"]),
-            str(one["generation_tokens"]),
-        )
-        for one in adapters
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
-    from manylora.server.cli_flags import add_adapters, add_inspect, add_quantize, add_serve
+    from manylora.server.cli_flags import add_adapters, add_inspect, add_merge, add_quantize, add_serve
 
     parser = argparse.ArgumentParser(
         prog="manylora",
@@ -270,15 +276,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_serve(commands).set_defaults(run=_serve)
     add_quantize(commands).set_defaults(run=_quantize)
+    add_merge(commands).set_defaults(run=_merge)
     add_inspect(commands).set_defaults(run=_inspect)
-    acts: dict[str, _Act] = {
-        "list": lambda client, _arguments: client.list(),
-        "load": _load,
-        "unload": lambda client, arguments: client.unload(arguments.name),
-        "pin": lambda client, arguments: client.pin(arguments.name, not arguments.off),
-    }
     for name, command in add_adapters(commands).items():
-        command.set_defaults(run=_adapters, act=acts[name])
+        command.set_defaults(run=_adapters, action=name)
     return parser
 
 

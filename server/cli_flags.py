@@ -41,6 +41,31 @@ def add_serve(commands: Commands) -> argparse.ArgumentParser:
     add("--adapter", metavar="NAME=PATH", action="append", default=[], help="load an adapter; may be repeated")
     add("--adapter-dir", metavar="DIR", help="load every adapter directory in DIR, named by its folder")
     add(
+        "--auto-merge",
+        metavar="SHARE:SECONDS[:MODE]",
+        help="merge an adapter into a copy of the weights by itself while it has more than SHARE (0 to 1) of the "
+        "tokens generated over the last SECONDS; MODE is exact (default) or compact (default: off)",
+    )
+    add(
+        "--watch",
+        metavar="SECONDS",
+        type=float,
+        nargs="?",
+        const=5.0,
+        help="look at --adapter-dir every so often, and load, replace and unload as its folders come, change and go "
+        "(default, if given without a number: %(const)g)",
+    )
+    add(
+        "--adapters-on-demand",
+        metavar="N",
+        type=int,
+        nargs="?",
+        const=1000,
+        default=0,
+        help="let requests name any folder below an --adapter-root: it is loaded then; at most N at a time, the least "
+        "recently used idle one is forgotten (off by default; N, if not given: %(const)s)",
+    )
+    add(
         "--adapter-root",
         metavar="DIR",
         action="append",
@@ -90,6 +115,9 @@ def add_serve(commands: Commands) -> argparse.ArgumentParser:
     add("--max-context", type=int, metavar="N", help="tokens of a prompt and its completion together")
     add("--max-queue", type=int, default=1024, metavar="N", help="requests that may wait (default: %(default)s)")
     add("--max-device-adapters", type=int, metavar="N", help="adapters on the device at once; more take turns")
+    add("--table-memory", metavar="BYTES", help="embedding and lm_head rows that adapters replace, on the device")
+    add("--host-memory", metavar="BYTES", help="adapters in host memory; more are read again (default: a quarter)")
+    add("--max-host-adapters", type=int, metavar="N", help="adapters in host memory at once (default: what fits)")
     add("--max-rank", type=int, default=256, metavar="R", help="largest rank of an adapter (default: %(default)s)")
     add("--kv-memory", metavar="BYTES", help="memory for keys and values, e.g. 2GiB")
     return parser
@@ -106,6 +134,22 @@ def add_quantize(commands: Commands) -> argparse.ArgumentParser:
     )
     parser.add_argument("source", metavar="SRC", help="checkpoint directory, .gguf file or hub id")
     parser.add_argument("destination", metavar="DST", help="new directory; nothing is ever overwritten")
+    return parser
+
+
+def add_merge(commands: Commands) -> argparse.ArgumentParser:
+    parser = _command(
+        commands,
+        "merge",
+        "write a base and an adapter as one plain checkpoint",
+        "Merge an adapter into a base, as PEFT's merge_and_unload does, and write the result as a bf16 checkpoint\n"
+        "that transformers loads. The sums are made in fp32 and rounded once. A DoRA is normed over BASE as it is\n"
+        "given: give the weights it was trained on.",
+        "  manylora merge Qwen/Qwen3-0.6B ./adapters/alice ./qwen3-alice",
+    )
+    parser.add_argument("base", metavar="BASE", help="checkpoint directory, .gguf file or hub id; 16 bits or NF4")
+    parser.add_argument("source", metavar="ADAPTER", help="adapter directory or hub id")
+    parser.add_argument("destination", metavar="OUT", help="new directory; nothing is ever overwritten")
     return parser
 
 
@@ -137,7 +181,7 @@ def add_adapters(commands: Commands) -> dict[str, argparse.ArgumentParser]:
         commands,
         "adapters",
         "manage the adapters of a running server",
-        "List, load, unload and pin the adapters of a running server.",
+        "List, load, unload, pin and merge the adapters of a running server.",
         "  manylora adapters load alice ./adapters/alice --url http://127.0.0.1:8000",
     )
     actions = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -152,8 +196,9 @@ def add_adapters(commands: Commands) -> dict[str, argparse.ArgumentParser]:
     load = action("load", "Load an adapter into the server.", "load alice ./adapters/alice --replace")
     load.add_argument("name", metavar="NAME")
     load.add_argument(
-        "source", metavar="SOURCE", help="directory below one of the server's --adapter-root, or a hub id"
+        "source", metavar="SOURCE", nargs="?", help="directory below one of the server's --adapter-root, or a hub id"
     )
+    load.add_argument("--alias-of", metavar="OTHER", help="instead of SOURCE: the version that OTHER has now")
     load.add_argument("--replace", action="store_true", help="replace the adapter that has this name")
     load.add_argument("--pin", action="store_true", help="keep it on the device even when idle")
     load.add_argument("--upload", action="store_true", help="send the directory's files, to a server elsewhere")
@@ -162,4 +207,16 @@ def add_adapters(commands: Commands) -> dict[str, argparse.ArgumentParser]:
     pin = action("pin", "Keep an adapter on the device even when idle.", "pin alice")
     pin.add_argument("name", metavar="NAME")
     pin.add_argument("--off", action="store_true", help="no longer keep it there")
-    return {"list": listed, "load": load, "unload": unload, "pin": pin}
+    merge = action(
+        "merge", "Compute an adapter's requests with merged weights, at the base's own speed.", "merge alice"
+    )
+    merge.add_argument("name", metavar="NAME")
+    merge.add_argument(
+        "--mode",
+        choices=("exact", "compact"),
+        default="exact",
+        help="exact: merged weights in 16 bits, which takes memory; compact: in NF4, with a drift that is measured and "
+        "told (default: %(default)s)",
+    )
+    unmerge = action("unmerge", "Compute the merged adapter's requests beside the base again.", "unmerge")
+    return {"list": listed, "load": load, "unload": unload, "pin": pin, "merge": merge, "unmerge": unmerge}

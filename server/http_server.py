@@ -19,6 +19,7 @@ import uvicorn
 from manylora.server.api.app import create_app
 from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig, ConfigError
+from manylora.server.http_limits import LimitedHttp
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ async def serve_until_signal(serving: Serving, config: ApiConfig, sockets: Seque
     server = _Server(
         uvicorn.Config(
             app,
+            http=LimitedHttp,
             log_config=None,
             access_log=False,
             server_header=False,

@@ -14,14 +14,16 @@ import pytest
 
 from manylora.server import admin_client, cli
 from manylora.server.config import AdapterSpec, ConfigError, ServeConfig
+from manylora.server.engine.auto_merge import AutoMerge
 
 COMMANDS = [
     [],
     ["serve"],
     ["quantize"],
+    ["merge"],
     ["inspect"],
     ["adapters"],
-    *[["adapters", action] for action in ("list", "load", "unload", "pin")],
+    *[["adapters", action] for action in ("list", "load", "unload", "pin", "merge", "unmerge")],
 ]
 
 
@@ -76,6 +78,8 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         *("--allow-request-chat-template", "--log-level", "debug", "--device", "cpu", "--threads", "2"),
         *("--max-rows", "4", "--max-batch-tokens", "64", "--max-context", "128", "--max-queue", "9"),
         *("--max-device-adapters", "3", "--max-rank", "32", "--kv-memory", "64MiB"),
+        *("--max-host-adapters", "7", "--host-memory", "1GiB", "--table-memory", "0"),
+        *("--watch", "2.5", "--adapters-on-demand", "50", "--auto-merge", "0.8:60:compact"),
     )
     assert (got.model, got.served_model_name, got.cache_dir, got.log_level) == ("m", "base", tmp_path, "debug")
     assert got.adapters == (AdapterSpec("a", "x"), AdapterSpec("b", "y"))
@@ -88,6 +92,27 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
     assert (engine.device, engine.threads, engine.max_rows, engine.max_batch_tokens) == ("cpu", 2, 4, 64)
     assert (engine.max_context, engine.max_queue, engine.max_device_adapters) == (128, 9, 3)
     assert (engine.max_rank, engine.kv_memory) == (32, 64 << 20)
+    assert (engine.max_host_adapters, engine.host_memory, engine.table_memory) == (7, 1 << 30, 0)
+    assert (got.watch, api.adapters_on_demand) == (2.5, 50)
+    assert got.auto_merge == AutoMerge(0.8, 60.0, "compact")
+
+
+def test_watching_and_loading_on_demand_have_numbers_of_their_own(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    where = ("--adapter-dir", str(tmp_path / "first"), "--adapter-root", str(tmp_path / "second"))
+    got = config("--model", "m", *where, "--watch", "--adapters-on-demand")
+    assert (got.watch, got.api.adapters_on_demand) == (5.0, 1000)
+    got = config("--model", "m", *where)
+    assert (got.watch, got.api.adapters_on_demand) == (None, 0)
+    assert got.auto_merge is None
+
+
+@pytest.mark.parametrize("given", ["0.8", "80:60", "0.8:60:fast"])
+def test_a_bad_automatic_merge_names_its_flag(given: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--auto-merge: ") as error:
+        config("--model", "m", "--auto-merge", given)
+    assert error.value.flag == "--auto-merge"
 
 
 def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +170,7 @@ def test_bad_flags_raise_before_anything_is_imported() -> None:
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 ALICE = {
+    "object": "adapter",
     "name": "alice",
     "version": "0123456789abcdef",
     "state": "ready",
@@ -192,7 +218,9 @@ def test_list(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.answer = lambda _request: httpx.Response(200, json={"object": "list", "data": [ALICE]})
     code, out, _ = run(capsys, "list", "--url", "http://host:1/", "--admin-key", "root")
     assert code == 0
-    assert out.splitlines()[1].split() == ["alice", "0123456789ab", "ready", "device", "yes", "8,16", "3.0", "2", "77"]
+    head, line = (text.split() for text in out.splitlines())
+    assert head == ["NAME", "VERSION", "STATE", "TIER", "MERGED", "PINNED", "RANKS", "MIB", "RUNNING", "TOKENS"]
+    assert line == ["alice", "0123456789ab", "ready", "device", "no", "yes", "8,16", "3.0", "2", "77"]
     [request] = server.requests
     assert str(request.url) == "http://host:1/v1/adapters"
     assert request.headers["authorization"] == "Bearer root"
@@ -212,6 +240,69 @@ def test_load(server: FakeServer, capsys: pytest.CaptureFixture[str], tmp_path: 
     assert json.loads(second.content) == {"source": "org/lora", "replace": True, "pinned": True}
 
 
+def test_the_list_shows_what_is_merged_and_what_is_an_alias(
+    server: FakeServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bob = ALICE | {"name": "bob", "tier": "disk", "merged": "compact", "alias_of": "alice", "ranks": []}
+    server.answer = lambda _request: httpx.Response(
+        200, json={"object": "list", "data": [ALICE | {"merged": None}, bob]}
+    )
+    _, out, _ = run(capsys, "list")
+    head, first, second = out.splitlines()
+    assert head.endswith("ALIAS OF")
+    assert [line[head.index("MERGED") :].split()[0] for line in (first, second)] == ["no", "compact"]
+    assert [line[head.index("TIER") :].split()[0] for line in (first, second)] == ["device", "disk"]
+    assert [line.split()[-1] for line in (first, second)] == ["-", "alice"]
+
+
+def test_alias(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "load", "bob", "--alias-of", "alice", "--replace")[0] == 0
+    [request] = server.requests
+    assert (request.method, request.url.path) == ("PUT", "/v1/adapters/bob")
+    assert json.loads(request.content) == {"alias_of": "alice", "replace": True, "pinned": None}
+    for line in (["load", "bob"], ["load", "bob", "somewhere", "--alias-of", "alice"]):
+        code, _, err = run(capsys, *line)
+        assert code == 2
+        assert "--alias-of" in err
+    assert len(server.requests) == 1
+
+
+def test_merge_and_unmerge(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    merged = {"object": "adapter.merge", "name": "a b", "version": "0123456789abcdef", "mode": "compact"}
+    merged |= {"bytes": 5 << 20, "drift": {"max": 0.25, "mean": 0.0123}}
+    server.answer = lambda _request: httpx.Response(200, json=merged)
+    code, out, _ = run(capsys, "merge", "a b", "--mode", "compact")
+    assert code == 0
+    assert out.splitlines() == [
+        "a b (version 0123456789ab) is merged, compact: 5.0 MiB of weights besides the base's.",
+        "Drift of its logits from the unmerged adapter's, on a probe: at most 0.25, on average 0.0123.",
+    ]
+    run(capsys, "merge", "alice")
+    server.answer = lambda _request: httpx.Response(200, json={"object": "adapter.unmerge", "name": "a b"})
+    code, out, _ = run(capsys, "unmerge")
+    assert (code, out.split(" is no longer merged")[0]) == (0, "a b")
+    assert [(r.method, r.url.raw_path, r.content and json.loads(r.content)) for r in server.requests] == [
+        ("POST", b"/v1/adapters/a%20b/merge", {"mode": "compact"}),
+        ("POST", b"/v1/adapters/alice/merge", {"mode": "exact"}),
+        ("POST", b"/v1/adapters/unmerge", b""),
+    ]
+
+
+def test_what_a_terminal_would_obey_is_shown_as_escapes(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = ALICE | {"warnings": ["\x1b]0;owned\x07 \ud800 and a line\nmore \u00fc"]}
+    server.answer = lambda _request: httpx.Response(200, content=json.dumps(evil))
+    code, out, _ = run(capsys, "pin", "alice")
+    assert code == 0
+    assert "warning: \\x1b]0;owned\\x07 \\ud800 and a line\nmore \u00fc\n" in out
+
+
+def test_an_answer_of_another_kind_of_server(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.answer = lambda _request: httpx.Response(200, json={"object": "model", "id": "gpt"})
+    code, out, err = run(capsys, "pin", "alice")
+    assert (code, out) == (1, "")
+    assert "something else" in err
+
+
 def test_upload(server: FakeServer, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run(capsys, "load", "alice", str(tmp_path), "--upload")[0] == 2
     (tmp_path / "adapter_config.json").write_text("{}")
@@ -227,7 +318,9 @@ def test_upload(server: FakeServer, capsys: pytest.CaptureFixture[str], tmp_path
 def test_unload_and_pin(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "pin", "alice")
     run(capsys, "pin", "alice", "--off")
-    server.answer = lambda _request: httpx.Response(200, json={"name": "a b", "deleted": True})
+    server.answer = lambda _request: httpx.Response(
+        200, json={"object": "adapter.deleted", "name": "a b", "deleted": True}
+    )
     assert run(capsys, "unload", "a b") == (0, "a b is unloaded.\n", "")
     assert [(r.method, r.url.raw_path, r.content and json.loads(r.content)) for r in server.requests] == [
         ("PATCH", b"/v1/adapters/alice", {"pinned": True}),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from manylora.server import cli
@@ -52,27 +52,61 @@ def test_against_a_base(base: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     adapter = write(tmp_path / "a")
     code, out, err = inspect(capsys, str(adapter), "--model", str(base))
     assert (code, err) == (0, "")
+    assert "kind:           LoRA\n" in out
     assert "ranks:          4\n" in out
     assert "projections:    q\n" in out
+    assert "composable:     yes\n" in out
+    assert "  q       layers 0 of 1; rank 4; scale 2\n" in out
     assert "warning:" in out  # it was trained on another base
     code, out, _ = inspect(capsys, str(adapter), "--model", str(base), "--json")
     report = json.loads(out)
     assert (report["ranks"], report["scales"], report["modules"]) == ([4], [2.0], 1)
+    assert report["placement"]["q"]["layers"] == "0 of 1"
+
+
+def test_what_a_slot_takes_is_what_the_pool_takes(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = write(tmp_path / "a", rank=20)
+    report = json.loads(inspect(capsys, str(adapter), "--model", str(base), "--json")[1])
+    assert report["device pages"] == {"q": 2}
+    # Two pages of 16 ranks, of A [64, 16] and B [16, 64], in the one layer.
+    assert report["device bytes"].startswith(f"{2 * 16 * (64 + 64) * 2} bytes a slot in 16 bits")
+
+
+def test_a_dora_says_why_it_is_not_composable(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = write(tmp_path / "a", use_dora=True)
+    file = adapter / "adapter_model.safetensors"
+    magnitude = {"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": torch.full((64,), 2.0)}
+    save_file(load_file(file) | magnitude, file)
+    code, out, _ = inspect(capsys, str(adapter), "--model", str(base))
+    assert code == 0
+    assert "kind:           DoRA\n" in out
+    assert "composable:     no: " in out
+    assert "; gain\n" in out
 
 
 def test_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = inspect(capsys, str(write(tmp_path / "a")))
     assert code == 0
     assert "give --model" in out
+    assert "ranks:          4\n" in out
+    assert "modules:        q_proj\n" in out
+    assert "layers:         0\n" in out
+    assert "base model:     org/base\n" in out
 
 
 def test_every_reason_is_told(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bad = write(tmp_path / "a", use_dora=True, bias="all")
-    code, _, err = inspect(capsys, str(bad))
+    bad = write(tmp_path / "a", use_magic=True, task_type="SEQ_CLS")
+    for line in ([str(bad)], [str(bad), "--model", str(base)]):
+        code, out, err = inspect(capsys, *line)
+        assert (code, out) == (2, "")
+        assert "use_magic" in err
+        assert "SEQ_CLS" in err
+    code, out, err = inspect(capsys, str(bad), "--json")
     assert code == 2
-    assert "dora" in err.lower()
-    assert "bias" in err
-    assert inspect(capsys, str(bad), "--model", str(base))[0] == 2
+    assert len(json.loads(out)["refused"]) == 2
+    assert "use_magic" in err
 
 
 def test_a_rank_that_is_too_large(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,8 @@ def test_everything_fits_together(monkeypatch: pytest.MonkeyPatch) -> None:
             for p in ("q", "k", "v", "o", "gate", "up", "down")
         )
         base = spec.n_layers * per_layer * 0.5158 + 4 * spec.vocab_size * spec.hidden_size
-        adapters = got.max_pages * serving._adapter_page_bytes(spec, torch.bfloat16)
+        adapters = got.max_pages * serving._adapter_page_bytes(spec, torch.bfloat16) + got.table_bytes
+        adapters += got.max_slots * serving._vector_bytes(spec)
         keys_and_values = got.kv_pages * serving.KVCache.bytes_per_page(spec, torch.bfloat16)
         assert base + adapters + keys_and_values < gib * GIB, (changes, gib)
         assert got.kv_pages * 16 >= 8192, "one request of the whole context must be possible"

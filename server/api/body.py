@@ -121,6 +121,10 @@ async def read_json(request: Request, limit: int) -> dict[str, Any]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, f"The content type must be application/json, not {kind or 'absent'}.")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        # Nothing is inflated here, so nothing small can become large.
+        raise ApiError(415, f"The body must not be compressed, and this one's Content-Encoding is {encoding!r:.40}.")
     raw = await read_body(request, limit)
     try:
         value = json.loads(raw, parse_constant=_no_constant)

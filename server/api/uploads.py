@@ -34,18 +34,22 @@ async def read_upload(request: Request, limit: int) -> AsyncIterator[Upload]:
     """Read an upload of at most ``limit`` bytes: files named as in an adapter's directory (whatever the fields that
     hold them are called), and optionally the fields ``replace`` and ``pinned``. Raises ApiError.
     """
-    limited = Request(request.scope, _limited(request, limit + _FRAMING))
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        # Nothing is inflated here, so nothing small can become large.
+        raise ApiError(415, f"An upload must not be compressed, and this one's Content-Encoding is {encoding!r:.40}.")
+    limited = Request(request.scope, _limited(request, limit))
     async with limited.form(max_files=_MAX_FILES, max_fields=2, max_part_size=64) as form:
         yield _upload(form)
 
 
 def _limited(request: Request, limit: int) -> Any:
-    """``receive`` that fails with 413 once more than ``limit`` bytes of body have come."""
+    """``receive`` that fails with 413 once more than ``limit`` bytes (and the multipart framing) have come."""
     declared = request.headers.get("content-length", "")
     too_large = ApiError(
         413, f"The upload is larger than the {limit} bytes accepted here.", headers={"Connection": "close"}
     )
-    if declared.isdecimal() and int(declared) > limit:
+    if declared.isdecimal() and int(declared) > limit + _FRAMING:
         raise too_large
     size = 0
 
@@ -53,7 +57,7 @@ def _limited(request: Request, limit: int) -> Any:
         nonlocal size
         message = await request.receive()
         size += len(message.get("body", b""))
-        if size > limit:
+        if size > limit + _FRAMING:
             raise too_large
         return message
 

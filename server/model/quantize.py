@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
 import torch
-from safetensors import SafetensorError
 
 from manylora.server.model.bnb_format import BLOCKSIZE, encode, quantize, torch_dtype
 from manylora.server.model.checkpoint import FLOAT_TYPES
-from manylora.server.model.errors import BadCheckpoint, ModelError, NotEnoughDisk, UnsupportedModel
+from manylora.server.model.errors import BadCheckpoint, ModelError, UnsupportedModel
 from manylora.server.model.families import ModelSpec
 from manylora.server.model.layout import (
     EMBED,
@@ -26,10 +22,15 @@ from manylora.server.model.layout import (
 from manylora.server.model.opened import OpenedModel
 from manylora.server.model.progress import Progress
 from manylora.server.model.resolve import open_model, resolve
-from manylora.server.model.writer import MAX_SHARD, quantization_config, write_groups, write_json
-
-_SPARE: Final = 64_000_000
-"""Bytes of free disk asked for beside the weights: tokenizer files, headers, rounding."""
+from manylora.server.model.writer import (
+    MAX_SHARD,
+    check_disk,
+    check_new_directory,
+    new_directory,
+    quantization_config,
+    write_groups,
+    write_json,
+)
 
 
 def estimated_bytes(spec: ModelSpec) -> int:
@@ -38,6 +39,29 @@ def estimated_bytes(spec: ModelSpec) -> int:
     plain = sum(torch.Size(shape).numel() for shape in plain_shapes(spec).values())
     scales = packed // 64 + packed // 4096 + 2048 * len(projection_shapes(spec))
     return packed // 2 + scales + plain * torch_dtype(spec.dtype).itemsize
+
+
+def check_unquantized(opened: OpenedModel) -> None:
+    """Check that a 16/32-bit model holds the tensors its config says, in types that are read, before any is used.
+
+    Raises BadCheckpoint or UnsupportedModel naming every tensor at fault. A head that is stored although the config
+    ties it must be the embedding, or one of the two would be dropped.
+    """
+    source, spec = opened.source, opened.spec
+    check_plain(opened.what, spec, {name: info.shape for name, info in source.infos.items()})
+    names = [*plain_shapes(spec), *projection_shapes(spec)]
+    odd = {f"{name} ({source.infos[name].dtype})" for name in names if source.infos[name].dtype not in FLOAT_TYPES}
+    if odd:
+        raise UnsupportedModel(opened.what, f"weights that are not {', '.join(FLOAT_TYPES)}: {', '.join(sorted(odd))}")
+    if not spec.tie_embeddings or LM_HEAD not in source.infos:
+        return
+    if source.infos[LM_HEAD].shape != source.infos[EMBED].shape or not torch.equal(
+        source.get(LM_HEAD), source.get(EMBED)
+    ):
+        raise BadCheckpoint(
+            opened.what,
+            "its config ties lm_head to the embedding (`tie_word_embeddings`), but it holds another lm_head",
+        )
 
 
 def quantized_groups(
@@ -52,19 +76,15 @@ def quantized_groups(
     Raises BadCheckpoint when tensors are missing, unexpected or misshapen, all of them named before the first is read,
     or not finite; UnsupportedModel when they cannot be quantised.
     """
+    check_unquantized(opened)
     source, spec = opened.source, opened.spec
-    check_plain(opened.what, spec, {name: info.shape for name, info in source.infos.items()})
     shapes = projection_shapes(spec)
     names = [*plain_shapes(spec), *shapes]
-    odd = {f"{name} ({source.infos[name].dtype})" for name in names if source.infos[name].dtype not in FLOAT_TYPES}
-    if odd:
-        raise UnsupportedModel(opened.what, f"weights that are not {', '.join(FLOAT_TYPES)}: {', '.join(sorted(odd))}")
     widths = {name: k for name, (_, k) in shapes.items() if k % BLOCKSIZE}
     if widths:
         raise UnsupportedModel(
             opened.what, f"its rows of {sorted(set(widths.values()))} are not whole NF4 blocks of 64"
         )
-    _check_tied(opened)
     dtype = torch_dtype(spec.dtype)
     sizes = {name: torch.Size(source.infos[name].shape).numel() * 2 for name in names}
     with Progress("Quantising to NF4", sum(sizes.values()), show=progress) as bar:
@@ -83,20 +103,6 @@ def quantized_groups(
             bar.advance(sizes[name])
 
 
-def _check_tied(opened: OpenedModel) -> None:
-    """A head that is stored although the config ties it must be the embedding, or one of the two would be dropped."""
-    source = opened.source
-    if not opened.spec.tie_embeddings or LM_HEAD not in source.infos:
-        return
-    if source.infos[LM_HEAD].shape != source.infos[EMBED].shape or not torch.equal(
-        source.get(LM_HEAD), source.get(EMBED)
-    ):
-        raise BadCheckpoint(
-            opened.what,
-            "its config ties lm_head to the embedding (`tie_word_embeddings`), but it holds another lm_head",
-        )
-
-
 def write_checkpoint(
     opened: OpenedModel,
     directory: Path,
@@ -110,17 +116,9 @@ def write_checkpoint(
 
     Raises OSError when the disk refuses, NotEnoughDisk before anything is quantised when it will.
     """
-    needed, free = estimated_bytes(opened.spec) + _SPARE, shutil.disk_usage(directory).free
-    if needed > free:
-        raise NotEnoughDisk(
-            f"Writing {opened.what} in NF4 takes {needed / 1e9:.2f} GB, but {directory.parent} has "
-            f"{free / 1e9:.2f} GB free. Make room, or choose another place."
-        )
+    check_disk(f"{opened.what} in NF4", estimated_bytes(opened.spec), directory)
     groups = quantized_groups(opened, nested=nested, device=device, progress=progress)
-    try:
-        write_groups(groups, directory, max_shard=max_shard)
-    except SafetensorError as error:  # how safetensors reports a failed write, too
-        raise OSError(f"writing to {directory} failed: {error}") from error
+    write_groups(groups, directory, max_shard=max_shard)
     opened.save_tokenizer(directory)
     if opened.generation_config:
         write_json(directory / "generation_config.json", opened.generation_config)
@@ -143,30 +141,11 @@ def quantize_checkpoint(
     ModelError when ``src`` cannot be used, ``dst`` exists already, or the disk is full.
     """
     target = Path(dst).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ModelError(f"{target} exists already; name a new directory.")
+    check_new_directory(target)
     opened = open_model(resolve(src))
     if opened.quantized:
         raise ModelError(f"{opened.what} is quantised to NF4 already; serve it as it is.")
     opened.tokenizer()  # a checkpoint that cannot be served is not worth the wait
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    except OSError as error:
-        raise ModelError(f"{target} cannot be written: {error.strerror or error}.") from error
-    try:
+    with new_directory(target) as temporary:
         write_checkpoint(opened, temporary, nested=nested, device=device, progress=progress, max_shard=max_shard)
-        temporary.chmod(0o777 & ~_umask())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise ModelError(f"{target} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return target
-
-
-def _umask() -> int:
-    """The process's file mode mask, which mkdtemp ignores; it can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

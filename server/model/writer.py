@@ -1,19 +1,31 @@
-"""Writing an NF4 checkpoint that transformers and bitsandbytes read: config.json, sharded safetensors, index."""
+"""Writing a checkpoint that transformers (if NF4, bitsandbytes too) reads: config.json, sharded safetensors, index.
+
+New directories appear whole or not at all.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from manylora.server.model.checkpoint import INDEX_FILE, SINGLE_FILE
+from manylora.server.model.errors import ModelError, NotEnoughDisk
 
 MAX_SHARD: Final = 2_000_000_000
 """Bytes per safetensors file; twice as much is in memory while one is written (safetensors serialises a copy)."""
+
+_SPARE: Final = 64_000_000
+"""Bytes of free disk asked for beside the weights: tokenizer files, headers, rounding."""
 
 
 class ShardWriter:
@@ -66,9 +78,65 @@ class ShardWriter:
 def write_groups(groups: Iterable[Mapping[str, torch.Tensor]], directory: Path, *, max_shard: int = MAX_SHARD) -> None:
     """Write all tensors into ``directory``; OSError when the disk refuses."""
     writer = ShardWriter(directory, max_shard=max_shard)
-    for group in groups:
-        writer.add(group)
-    writer.finish()
+    try:
+        for group in groups:
+            writer.add(group)
+        writer.finish()
+    except SafetensorError as error:  # how safetensors reports a failed write, too
+        raise OSError(f"writing to {directory} failed: {error}") from error
+
+
+def check_new_directory(target: Path) -> None:
+    """Raise ModelError if ``target`` is there already and is anything but an empty directory."""
+    try:
+        taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    except OSError as error:
+        raise ModelError(f"{target} cannot be written: {error.strerror or error}.") from error
+    if taken:
+        raise ModelError(f"{target} exists already; name a new directory.")
+
+
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """Gives a directory beside ``target`` to write into, which becomes ``target`` when the block ends without an error.
+
+    However the block ends otherwise, an interrupt included, nothing is left. Raises ModelError for a ``target`` that
+    exists and is not empty, or that the disk refuses (any OSError of the block).
+    """
+    check_new_directory(target)
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+        yield temporary
+        mask = _umask()
+        for file in temporary.iterdir():
+            file.chmod(0o666 & ~mask)  # safetensors makes its files readable by their owner alone
+        temporary.chmod(0o777 & ~mask)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise ModelError(f"{target} cannot be written: {error.strerror or error}.") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_disk(what: str, needed: int, directory: Path) -> None:
+    """Raise NotEnoughDisk, with both numbers, if the disk of the existing ``directory`` has less than ``needed`` bytes
+    and a reserve for tokenizer files, headers and rounding. ``what`` is what is to be written."""
+    needed, free = needed + _SPARE, shutil.disk_usage(directory).free
+    if needed > free:
+        raise NotEnoughDisk(
+            f"Writing {what} takes {needed / 1e9:.2f} GB, but {directory.parent} has {free / 1e9:.2f} GB free. "
+            "Make room, or choose another place."
+        )
+
+
+def _umask() -> int:
+    """The process's file mode mask, which mkdtemp ignores; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -1,0 +1,85 @@
+"""A base model's weights in fp32, read from its files one at a time: what offline commands compute with.
+
+It is an `adapters.base.BaseModel`, as the running server's decoder is one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from manylora.server.model.bnb_format import decode
+from manylora.server.model.checkpoint import FLOAT_TYPES
+from manylora.server.model.errors import BadCheckpoint
+from manylora.server.model.layout import (
+    EMBED,
+    LM_HEAD,
+    check_quantized,
+    plain_shapes,
+    projection_bias,
+    projection_shapes,
+    projection_weight,
+)
+from manylora.server.model.opened import OpenedModel
+from manylora.server.model.quantize import check_unquantized
+
+
+class StoredBase:
+    """The tensors of ``opened``, each in fp32 and in memory of its own; NF4 is dequantised, 16 bits are widened.
+
+    So what a 16-bit checkpoint gives are its own values, not the NF4 that a server would make of them. Raises
+    BadCheckpoint or UnsupportedModel with everything that is wrong with the files' names, shapes and types.
+    """
+
+    def __init__(self, opened: OpenedModel) -> None:
+        self._opened = opened
+        self._shapes = projection_shapes(opened.spec)
+        if opened.quantized:
+            self._check_nf4()
+        else:
+            check_unquantized(opened)
+
+    def weight(self, projection: str, layer: int) -> torch.Tensor:
+        """fp32 ``[out_features, in_features]`` of one of the layers' projections."""
+        name, source = projection_weight(projection, layer), self._opened.source
+        if not self._opened.quantized:
+            return self.plain(name)
+        try:
+            return self._finite(name, decode(name, self._shapes[name], source.infos, source.get).dequantize())
+        except ValueError as error:
+            raise BadCheckpoint(self._opened.what, f"{name}: {error}") from error
+
+    def bias(self, projection: str, layer: int) -> torch.Tensor | None:
+        """fp32 ``[out_features]``; None if the module has none."""
+        return self.plain(projection_bias(projection, layer)) if self._opened.spec.has_bias(projection) else None
+
+    def table(self, projection: str) -> torch.Tensor:
+        """fp32 ``[vocab, hidden]`` of ``"embed"`` or ``"lm_head"``."""
+        return self.plain(LM_HEAD if projection == "lm_head" and not self.tied else EMBED)
+
+    @property
+    def tied(self) -> bool:
+        """Whether ``lm_head`` is the embedding's own weight."""
+        return self._opened.spec.tie_embeddings
+
+    def plain(self, name: str) -> torch.Tensor:
+        """fp32 of a tensor that is stored in 16 or 32 bits, by its name in the checkpoint."""
+        return self._finite(name, self._opened.source.get(name).float())
+
+    def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not bool(torch.isfinite(tensor).all()):
+            raise BadCheckpoint(self._opened.what, f"{name} holds values that are not finite")
+        return tensor
+
+    def _check_nf4(self) -> None:
+        opened, infos = self._opened, self._opened.source.infos
+        check_quantized(opened.what, opened.spec, {name: info.shape for name, info in infos.items()})
+        faults = [
+            f"{name} is of type {infos[name].dtype}, not one of {', '.join(FLOAT_TYPES)}"
+            for name in plain_shapes(opened.spec)
+            if infos[name].dtype not in FLOAT_TYPES
+        ]
+        if faults:
+            raise BadCheckpoint(opened.what, faults)
+        tied_twice = opened.spec.tie_embeddings and LM_HEAD in infos
+        if tied_twice and not torch.equal(opened.source.get(EMBED), opened.source.get(LM_HEAD)):
+            raise BadCheckpoint(opened.what, "its config ties lm_head to the embedding, but it holds another lm_head")
