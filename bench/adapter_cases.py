@@ -201,11 +201,13 @@ class AdapterCases:
 
 
 def _random_pool(bench: Bench, shapes: LoraShapes, slots: int, rank: int) -> LoraPool:
-    """Every slot taken by an adapter with pages of its own, of values of its own."""
+    """Every slot taken by an adapter with pages of its own, of values of its own; no gains and biases, as the peers'
+    kernels have none."""
     pages = -(-rank // RANK_PAGE)
     pool = LoraPool(
-        shapes, max_slots=slots, max_pages=slots * pages, max_rank=rank, dtype=bench.dtype, device=bench.device
-    )
+        shapes, max_slots=slots, max_pages=slots * pages, max_rank=rank, dtype=bench.dtype, device=bench.device,
+        vectors=False,
+    )  # fmt: skip
     nothing = {
         p: LoraPair(torch.zeros(rank, shapes.in_features[p]), torch.zeros(shapes.out_features[p], rank), _SCALING)
         for p in LAYER_PROJECTIONS

@@ -15,13 +15,15 @@ import torch
 from adapter_cases import adapter_bytes
 from gpu_timing import Card, Timing
 
+from manylora.adapters.versions import AdapterRef
 from manylora.kernels.cuda.ops import CudaOps
 from manylora.kernels.lora import BatchedLora
 from manylora.kernels.lora_pool import LoraPool
 from manylora.server.engine.batch import adapter_segments
 from manylora.server.engine.decode_graphs import DecodeGraphs
-from manylora.server.engine.request import Request, SamplingParams, ScheduledRow
+from manylora.server.engine.request import AdapterUse, Request, SamplingParams, ScheduledRow
 from manylora.server.model.decoder import Decoder
+from manylora.server.model.decoder_weights import DecoderWeights
 from manylora.server.model.families import ModelSpec
 from manylora.server.model.kv_cache import KVCache
 from manylora.server.model.synthetic import synthetic_adapter, synthetic_base
@@ -45,9 +47,8 @@ class DecodeSteps:
         adapter = synthetic_adapter(spec.lora_shapes(), RANK, dtype=dtype)
         for slot in range(max_rows):
             self._pool.write(slot, adapter)
-        self._decoder = Decoder(
-            spec, synthetic_base(spec, device=device), ops, BatchedLora(self._pool, "triton"), max_context=context + 16
-        )
+        weights = DecoderWeights.prepare(spec, synthetic_base(spec, device=device), ops, max_context=context + 16)
+        self._decoder = Decoder(spec, weights, ops, BatchedLora(self._pool, "triton"))
         self._pages = KVCache.pages_for(context + 1)
         cache = KVCache(spec, max_rows * self._pages, ops)
         self._graphs = DecodeGraphs(self._decoder, cache, max_rows=max_rows, max_context=context + 16)
@@ -103,6 +104,7 @@ class DecodeSteps:
 
     def _row(self, i: int, slot: int | None) -> ScheduledRow:
         request = Request(f"row {i}", [i] * (self._context + 1), SamplingParams())
-        request.slot = slot
+        if slot is not None:
+            request.adapters, request.slots = (AdapterUse(AdapterRef(f"in slot {slot}", f"{slot:064x}")),), (slot,)
         request.pages = list(range(i * self._pages, (i + 1) * self._pages))
         return ScheduledRow(request, self._context, 1)

@@ -119,7 +119,7 @@ class Ours:
 
     async def engine(self, case: Case) -> float:
         """Seconds for all rows of the case without HTTP: the best that a server around the engine could reach."""
-        from manylora.server.engine.request import Request, SamplingParams
+        from manylora.server.engine.request import AdapterUse, Request, SamplingParams
 
         params = SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0.0, ignore_eos=True)
         start = time.perf_counter()
@@ -129,7 +129,8 @@ class Ours:
             name = case.adapter(row)
             ref = self._running.registry.acquire(name) if name is not None else None
             arrival = time.monotonic()
-            request = Request(f"bench-{self._serial}", case.prompt(row), params, adapter=ref, arrival_time=arrival)
+            uses = () if ref is None else (AdapterUse(ref),)
+            request = Request(f"bench-{self._serial}", case.prompt(row), params, uses, arrival_time=arrival)
             streams.append(self._running.engine.submit(request))
         for _, finish in await asyncio.gather(*(stream.result() for stream in streams)):
             if finish.completion_tokens != OUTPUT_TOKENS:

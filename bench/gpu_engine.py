@@ -18,8 +18,9 @@ from typing import Any
 import gpu_timing  # noqa: F401 - makes the checkout importable on a bare machine
 import torch
 
+from manylora.adapters.host_tier import HostTier
 from manylora.adapters.slots import SlotManager
-from manylora.adapters.versions import AdapterRef
+from manylora.adapters.versions import AdapterRef, LoadedAdapter
 from manylora.kernels.cuda.nf4_words import pack
 from manylora.kernels.cuda.ops import CudaOps
 from manylora.kernels.lora import BatchedLora
@@ -30,11 +31,19 @@ from manylora.kernels.ops import PAGE_SIZE
 from manylora.kernels.torch_ops import TorchLinear, TorchOps
 from manylora.server.engine.batch import adapter_segments, build_batch
 from manylora.server.engine.decode_graphs import DecodeGraphs
-from manylora.server.engine.request import Request, SampledToken, SamplingParams, ScheduledRow, StepPlan
+from manylora.server.engine.request import (
+    AdapterUse,
+    Request,
+    SampledToken,
+    SamplingParams,
+    ScheduledRow,
+    StepPlan,
+)
 from manylora.server.engine.runner import ModelRunner
 from manylora.server.engine.sampler import Sampler
 from manylora.server.engine.scheduler import Scheduler, SchedulerConfig
 from manylora.server.model.decoder import Decoder
+from manylora.server.model.decoder_weights import DecoderWeights
 from manylora.server.model.families import ModelSpec
 from manylora.server.model.kv_cache import KVCache
 from manylora.server.model.synthetic import synthetic_adapter, synthetic_base, synthetic_spec
@@ -108,16 +117,22 @@ class Engine:
         return steps
 
 
+def no_disk(source: str) -> LoadedAdapter:
+    raise Wrong(f"{source!r} was to be read, but every adapter here is in host memory")
+
+
 def build_engine(spec: ModelSpec, device: torch.device, dtype: torch.dtype, *, max_rows: int) -> Engine:
     ops = CudaOps(device, dtype)
     pool = LoraPool(spec.lora_shapes(), max_slots=SLOTS, max_pages=12, max_rank=64, dtype=dtype, device=device)
-    decoder = Decoder(spec, synthetic_base(spec, device=device), ops, BatchedLora(pool, "triton"), max_context=128)
+    weights = DecoderWeights.prepare(spec, synthetic_base(spec, device=device), ops, max_context=128)
+    decoder = Decoder(spec, weights, ops, BatchedLora(pool, "triton"))
     n_pages = max(max_rows, COMPARED) * KVCache.pages_for(128)
     cache = KVCache(spec, n_pages, ops)
     graphs = DecodeGraphs(decoder, cache, max_rows=max_rows, max_context=128)
     runner = ModelRunner(decoder, cache, Sampler(spec.vocab_size, device), graphs)
     uploads = ThreadPoolExecutor(max_workers=1)
-    slots = SlotManager(pool, executor=uploads, on_ready=lambda: None)
+    host = HostTier(no_disk, executor=uploads)
+    slots = SlotManager(pool, host, executor=uploads, on_ready=lambda: None)
     config = SchedulerConfig(
         max_rows=max_rows, max_batch_tokens=96, num_pages=n_pages, page_size=PAGE_SIZE, max_context=128
     )
@@ -127,7 +142,12 @@ def build_engine(spec: ModelSpec, device: torch.device, dtype: torch.dtype, *, m
         )
         for i, rank in enumerate(RANKS)
     ]
-    refs = [AdapterRef(f"a{i}", f"{i:064x}", SimpleNamespace(lora=lora)) for i, lora in enumerate(adapters)]
+    refs = [
+        AdapterRef(f"a{i}", f"{i:064x}", footprint=pool.pages_needed(lora), nbytes=lora.nbytes)
+        for i, lora in enumerate(adapters)
+    ]
+    for ref, lora in zip(refs, adapters, strict=True):
+        host.put(ref.version, SimpleNamespace(lora=lora), ref.nbytes)
     return Engine(spec, decoder, runner, graphs, pool, Scheduler(config, slots), adapters, refs, uploads)
 
 
@@ -139,8 +159,8 @@ def make_requests(engine: Engine, count: int, length: int, new_tokens: int, *, s
         tokens = int(torch.randint(length // 2, length + 1, (1,), generator=random))
         prompt = torch.randint(0, engine.spec.vocab_size, (tokens,), generator=random).tolist()
         sampling = {"temperature": 0.0} if i % 2 == 0 else {"temperature": 0.8, "top_p": 0.9, "seed": i}
-        adapter = None if i % 3 == 0 else engine.refs[i % len(engine.refs)]
-        made.append(Request(f"r{seed}-{i}", prompt, SamplingParams(max_tokens=new_tokens, **sampling), adapter=adapter))
+        uses = () if i % 3 == 0 else (AdapterUse(engine.refs[i % len(engine.refs)]),)
+        made.append(Request(f"r{seed}-{i}", prompt, SamplingParams(max_tokens=new_tokens, **sampling), uses))
     return made
 
 
@@ -159,7 +179,8 @@ def check_against_torch(engine: Engine, requests: Sequence[Request], dtype: torc
         pool.write(slot, weights)
     ops = _Exact(device, dtype)
     base = synthetic_base(engine.spec, device=device)
-    decoder = Decoder(engine.spec, base, ops, BatchedLora(pool, "torch"), max_context=128)
+    prepared = DecoderWeights.prepare(engine.spec, base, ops, max_context=128)
+    decoder = Decoder(engine.spec, prepared, ops, BatchedLora(pool, "torch"))
     cache = KVCache(engine.spec, KVCache.pages_for(128), ops)
     worst, compared = 0.0, 0
     for request in requests:
@@ -167,7 +188,8 @@ def check_against_torch(engine: Engine, requests: Sequence[Request], dtype: torc
             continue
         whole = Request("whole", request.prompt_token_ids + request.output_token_ids[:-1], SamplingParams())
         whole.pages = list(range(KVCache.pages_for(128)))
-        whole.slot = None if request.adapter is None else engine.refs.index(request.adapter)
+        whole.adapters = request.adapters
+        whole.slots = tuple(engine.refs.index(use.ref) for use in request.adapters)
         batch = build_batch(StepPlan((ScheduledRow(whole, 0, len(whole.prompt_token_ids)),)), device)
         first = len(request.prompt_token_ids) - 1
         with torch.inference_mode():
@@ -201,9 +223,10 @@ def check_bits(engine: Engine, requests: Sequence[Request]) -> None:
     for i, request in enumerate(requests[: min(COMPARED, engine.graphs.buckets[-1])]):
         copy = Request(f"c{i}", request.prompt_token_ids, SamplingParams())
         copy.pages = list(range(8 * i, 8 * i + 8))
-        copy.slot = None if i % 3 == 0 else i % SLOTS
+        if i % 3:
+            copy.adapters, copy.slots = (AdapterUse(engine.refs[i % SLOTS]),), (i % SLOTS,)
         rows.append(copy)
-    rows.sort(key=lambda row: -1 if row.slot is None else row.slot)
+    rows.sort(key=lambda row: row.slots)
     device = engine.decoder.ops.device
     for row in rows:
         engine.runner.logits(StepPlan((ScheduledRow(row, 0, row.num_tokens),)))
@@ -216,7 +239,7 @@ def check_bits(engine: Engine, requests: Sequence[Request]) -> None:
         for i, one in enumerate(plan):
             alone = engine.graphs.run([one], adapter_segments([one], device))
             if not same(alone[0], together[i]):
-                raise Wrong(f"row {i} (slot {one.request.slot}) has other bits alone than in the batch")
+                raise Wrong(f"row {i} (slots {one.request.slots}) has other bits alone than in the batch")
 
 
 def compiled_kernels() -> int:

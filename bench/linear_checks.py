@@ -21,6 +21,7 @@ from manylora.kernels.cuda.nf4_words import pack
 from manylora.kernels.cuda.scratch import Scratch
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_segments import LoraSegments
+from manylora.kernels.lora_weights import LoraVectors, LoraWeights
 from manylora.kernels.reference import lora_magnitude, lora_reference
 from manylora.kernels.sites import SITES, LoraShapes
 from manylora.server.model.synthetic import synthetic_adapter, synthetic_nf4
@@ -53,13 +54,14 @@ def check_linears(device: torch.device, *, seconds: float, rows: tuple[int, ...]
         for nested in (True, False):
             cases += [(SHAPES, site, dtype, nested) for site in ("qkv", "down", "o", "gate_up") if on_gpu]
             cases += [(SMALL, site, dtype, nested) for site in ("qkv", "down")]
-    pools = {(id(shapes), dtype): _pool(shapes, dtype, device) for shapes, _, dtype, _ in cases}
+    # The kernel is compiled with gains and biases, or without them: half of the cases each.
+    pools = {(id(shapes), dtype, nested): _pool(shapes, dtype, device, nested) for shapes, _, dtype, nested in cases}
 
     def one(case: tuple[LoraShapes, str, torch.dtype, bool]) -> bool:
         shapes, site, dtype, nested = case
         if time.monotonic() - began > seconds:
             return False
-        _check(shapes, site, dtype, nested, pools[id(shapes), dtype], device, rows)
+        _check(shapes, site, dtype, nested, pools[id(shapes), dtype, nested], device, rows)
         return True
 
     # Side by side, because most of the time is Triton's compiler, which does not hold Python's lock.
@@ -70,14 +72,33 @@ def check_linears(device: torch.device, *, seconds: float, rows: tuple[int, ...]
     return {"checked": made, "left_out": len(cases) - made}
 
 
-def _pool(shapes: LoraShapes, dtype: torch.dtype, device: torch.device) -> LoraPool:
-    pool = LoraPool(shapes, max_slots=6, max_pages=12, max_rank=64, dtype=dtype, device=device)
+def _pool(shapes: LoraShapes, dtype: torch.dtype, device: torch.device, vectors: bool) -> LoraPool:
+    """``vectors``: slots 1 and 3 have gains and biases too, at every projection in layer 1."""
+    pool = LoraPool(shapes, max_slots=6, max_pages=12, max_rank=64, dtype=dtype, device=device, vectors=vectors)
+    random = torch.Generator().manual_seed(2)
     every = ("q", "k", "v", "o", "gate", "up", "down")
     for slot, (rank, projections) in enumerate(
         [(16, every), (1, ("q", "down", "up")), (40, every), (64, ("v", "down"))]
     ):
-        pool.write(slot, synthetic_adapter(shapes, rank, seed=slot, projections=projections, dtype=dtype))
+        weights = synthetic_adapter(shapes, rank, seed=slot, projections=projections, dtype=dtype)
+        if vectors and slot % 2:
+            sizes = {(p, 1): (shapes.out_features[p],) for p in every}
+            of_modules = {
+                key: LoraVectors(1 + 0.1 * torch.randn(n, generator=random), torch.randn(n, generator=random))
+                for key, n in sizes.items()
+            }
+            weights = LoraWeights(weights.pairs, of_modules)
+        pool.write(slot, weights)
     return pool
+
+
+def _of_vectors(y64: torch.Tensor, pool: LoraPool, pairs: list[tuple[int, int, float]], site: str) -> torch.Tensor:
+    """What gains and biases add to the base's products ``y64``."""
+    added, store = torch.zeros_like(y64), pool.sites[site]
+    for row, slot, scale in pairs:
+        if pool.contents(slot).has_vectors(site, 1):
+            added[row] += scale * ((store.gain[slot, 1].double() - 1) * y64[row] + store.bias[slot, 1].double())
+    return added
 
 
 def _check(
@@ -121,8 +142,11 @@ def _check(
             results.append(kernels.fused(x[:m], words, None, None, adapters))
         if not all(torch.equal(results[0], other) for other in results[1:]):
             raise Wrong(f"{what}: {m} rows with adapters: other bits in another run")
-        expected = lora_reference(y64[:m], x[:m], pool, pairs, site, 1)
+        of_vectors = _of_vectors(y64[:m], pool, pairs, site)
+        expected = lora_reference(y64[:m], x[:m], pool, pairs, site, 1) + of_vectors
         bound = size[:m] * (k * 2.0**-24) + rounding * (expected.abs() + lora_magnitude(x[:m], pool, pairs, site, 1))
+        # Of the gain's product: the base's error times at most 3 * |gain - 1|, which is below 1.5.
+        bound += (of_vectors != 0) * 1.5 * size[:m] * (k * 2.0**-24) + of_vectors.abs() * 2.0**-20
         if not bool(((results[0].double() - expected).abs() <= bound).all()):
             raise Wrong(f"{what}: {m} rows with adapters are off from fp64")
         with_slot = {row for row, _, _ in pairs}

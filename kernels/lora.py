@@ -1,11 +1,14 @@
-"""Batched multi-adapter LoRA, the public op: each row of a batch gets the deltas of its own adapters.
+"""Batched multi-adapter LoRA, the public op: each row of a batch gets what its own adapters add.
 
-Semantics, for a site of projections p with outputs side by side, over pairs (row, slot, scale)::
+Semantics, for a site of projections p with outputs side by side, over pairs (row, slot, c)::
 
-    y[row, p] += scale * scaling[p][slot, layer] * (x[row] @ A_p[slot, layer]) @ B_p[slot, layer]
+    y[row, p] += c * scaling[p][slot, layer] * (x[row] @ A_p[slot, layer]) @ B_p[slot, layer]
+    y[row]    += c * ((gain[slot, layer] - 1) * base[row] + bias[slot, layer])
 
-in place, accumulated in fp32. A row without a pair (a base row) is not touched; a row may have several pairs; ranks may
-differ between slots and projections, each costing its own pages. Pairs come sorted by slot, as segments.
+in place, accumulated in fp32; ``base`` is the layer's product without bias and residual. A row without a pair (a base
+row) is not touched; a row may have several pairs; ranks may differ between slots and projections, each costing its own
+pages; gain and bias cost only the rows whose adapters have some. Pairs come sorted by slot, as segments.
+``kernels.lora_step`` says what rows of tables do that an adapter replaces.
 """
 
 from __future__ import annotations
@@ -15,22 +18,44 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from manylora.kernels.cpu import available as cpu_kernels_available
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_segments import LoraSegments
+from manylora.kernels.lora_step import StepAdapters, VectorRows, add_vectors_, embed_adapters_, replace_logits_
+from manylora.kernels.lora_tables import DeviceTable
 from manylora.kernels.reference import pool_matrices
-from manylora.kernels.sites import GLOBAL_PROJECTIONS, SITES
+from manylora.kernels.sites import SITES
 
 Implementation = Literal["auto", "cpu", "triton", "torch"]
+
+
+class Routed(Protocol):
+    """A step's adapters in the form that an implementation works with."""
+
+    @property
+    def step(self) -> StepAdapters | None:
+        """None where the contents change under a captured graph; see ``lora_routing.StaticRouting``."""
+
+    def vector_rows(self, site: str, layer: int) -> VectorRows | None:
+        """The rows whose product ``add_`` has to be given there, because it has more to add than pairs."""
 
 
 class Kernel(Protocol):
     """An implementation of the op."""
 
-    def route(self, segments: LoraSegments, n_rows: int) -> Any:
-        """What ``add_`` takes for a step's segments over ``n_rows`` rows: made once, used at every site."""
+    def route(self, segments: LoraSegments, n_rows: int) -> Routed:
+        """What the others take for a step's segments over ``n_rows`` rows: made once, used at every site."""
 
-    def add_(self, y: torch.Tensor, x: torch.Tensor, adapters: Any, site: str, layer: int) -> None: ...
+    def add_(self, y: torch.Tensor, x: torch.Tensor, adapters: Any, site: str, layer: int) -> None:
+        """The low-rank pairs alone."""
+
+    def add_vectors_(self, y: torch.Tensor, base: torch.Tensor, vectors: VectorRows, site: str, layer: int) -> None:
+        """Gains and biases alone; ``base`` ``[R, N]``: the products of the rows that ``vectors`` names."""
+
+    def table_product(self, x: torch.Tensor, table: DeviceTable) -> torch.Tensor:
+        """``x @ rows.T``, fp32 ``[rows of x, >= table.count]``."""
+
+    def flush(self) -> None:
+        """Run what is queued, so that torch may look at it."""
 
 
 class TorchLora:
@@ -39,10 +64,11 @@ class TorchLora:
     def __init__(self, pool: LoraPool) -> None:
         self._pool = pool
 
-    def route(self, segments: LoraSegments, n_rows: int) -> LoraSegments:
-        return segments
+    def route(self, segments: LoraSegments, n_rows: int) -> StepAdapters:
+        return StepAdapters(segments, self._pool)
 
-    def add_(self, y: torch.Tensor, x: torch.Tensor, segments: LoraSegments, site: str, layer: int) -> None:
+    def add_(self, y: torch.Tensor, x: torch.Tensor, adapters: StepAdapters, site: str, layer: int) -> None:
+        segments = adapters.segments
         bounds = segments.host_offsets.tolist()
         columns = self._pool.shapes.site_offsets(site)
         for s, slot in enumerate(segments.slot_list):
@@ -57,6 +83,15 @@ class TorchLora:
                 delta = ((inputs @ a.float()) * (factors * scaling)) @ b.float()
                 y[members, columns[j] : columns[j + 1]] += delta.to(y.dtype)
 
+    def add_vectors_(self, y: torch.Tensor, base: torch.Tensor, vectors: VectorRows, site: str, layer: int) -> None:
+        add_vectors_(y, base, vectors, self._pool.sites[site], layer)
+
+    def table_product(self, x: torch.Tensor, table: DeviceTable) -> torch.Tensor:
+        return x.float() @ table.plain().float().T
+
+    def flush(self) -> None:
+        pass
+
 
 class BatchedLora:
     """The op bound to one pool. ``implementation="auto"`` takes the fastest that fits the device and the shapes.
@@ -69,18 +104,25 @@ class BatchedLora:
         self.implementation = _choose(pool) if implementation == "auto" else implementation
         self.kernel = _make(pool, self.implementation)
         self.queues = self.implementation == "cpu"
-        self._with_global: dict[str, frozenset[int]] = {}
-        self._seen_version = -1
 
-    def route(self, segments: LoraSegments, n_rows: int) -> Any:
+    def route(self, segments: LoraSegments, n_rows: int) -> Routed:
         """A step's segments in the form that the implementation works with; ``add_`` takes either."""
         return self.kernel.route(segments, n_rows)
 
-    def add_(self, y: torch.Tensor, x: torch.Tensor, adapters: Any, site: str, layer: int) -> None:
-        """Add the deltas of ``site`` in ``layer`` to ``y`` ``[T, N]``, given its input ``x`` ``[T, K]``.
+    def add_(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        adapters: LoraSegments | Routed,
+        site: str,
+        layer: int,
+        base: torch.Tensor | None = None,
+    ) -> None:
+        """Add what the adapters have at ``site`` in ``layer`` to ``y`` ``[T, N]``, given its input ``x`` ``[T, K]``.
 
-        ``adapters``: the step's `LoraSegments`, or what ``route`` made of them. Raises ValueError if a shape or dtype
-        is not the site's; the message has both.
+        ``adapters``: the step's `LoraSegments`, or what ``route`` made of them. ``base`` ``[R, N]``: the products,
+        without bias and residual, of the rows that ``vector_rows`` names; not needed for ``lm_head``, whose y is just
+        that. Raises ValueError if a shape or dtype is not the site's, or if ``base`` is missing; the message has both.
         """
         shapes = self.pool.shapes
         k, n = shapes.in_features[SITES[site][0]], shapes.site_offsets(site)[-1]
@@ -92,36 +134,36 @@ class BatchedLora:
             raise ValueError("x and y need contiguous rows")
         if self.implementation == "cpu" and (x.dtype != torch.float32 or y.dtype != torch.float32):
             raise ValueError(f"the CPU op computes in float32, got x {x.dtype} and y {y.dtype}")
-        self.kernel.add_(y, x, adapters, site, layer)
+        routed = self.route(adapters, x.shape[0]) if isinstance(adapters, LoraSegments) else adapters
+        vectors = routed.vector_rows(site, layer)
+        if vectors is not None and base is None and site == "lm_head":
+            self.kernel.flush()
+            base = y[vectors.rows]
+        if site == "lm_head" and routed.step is not None and routed.step.has_tables(site):
+            self.kernel.flush()
+            replace_logits_(y, x, routed.step, self.kernel.table_product)
+        if vectors is not None:
+            if base is None or base.shape != (vectors.count, n):
+                got = "nothing" if base is None else list(base.shape)
+                raise ValueError(
+                    f"gains and biases at `{site}` need the products of their {vectors.count} rows, without bias and "
+                    f"residual, [{vectors.count}, {n}], got {got}"
+                )
+            self.kernel.add_vectors_(y, base, vectors, site, layer)
+        self.kernel.add_(y, x, routed, site, layer)
 
     def add_embedding_(self, y: torch.Tensor, token_ids: torch.Tensor, segments: LoraSegments) -> None:
-        """Add the token embedding's deltas: ``y[row] += scale * A[token] B``; ids int64 ``[T]``, y ``[T, hidden]``.
+        """The token embedding's part of the adapters; ids int64 ``[T]``, ``y`` ``[T, hidden]`` the base's rows::
 
-        A one-hot input makes the shrink a gather, so this is torch on every device.
+        y[row] = own row of the token, if the adapter has one
+        y[row] += c * (scale * A[token] B + (gain - 1) * base[row] + bias)
         """
-        if not self.touches("embed", segments):
-            return
-        bounds = segments.host_offsets.tolist()
-        for s, slot in enumerate(segments.slot_list):
-            matrices = pool_matrices(self.pool, "embed", slot, 0)
-            if matrices is None:
-                continue
-            a, b, scaling = matrices
-            members = segments.rows[bounds[s] : bounds[s + 1]].long()
-            factors = segments.scales[bounds[s] : bounds[s + 1], None] * scaling
-            # One product per row: a row's result must not depend on how many rows its segment has.
-            hidden = a[token_ids[members]].float() * factors
-            y[members] += (hidden[:, :, None] * b.float()[None]).sum(1).to(y.dtype)
+        if self.touches("embed", segments):
+            embed_adapters_(y, token_ids, StepAdapters(segments, self.pool), self.pool)
 
     def touches(self, projection: str, segments: LoraSegments) -> bool:
-        """Whether any of the segments' adapters has a delta on ``projection``, one of the global ones."""
-        if self._seen_version != self.pool.version:
-            # Read before the tables: a write that ends in between is seen at the next step, before its slot is used.
-            self._seen_version = self.pool.version
-            self._with_global = {
-                p: frozenset(self.pool.ranks[p].any(dim=1).nonzero().flatten().tolist()) for p in GLOBAL_PROJECTIONS
-            }
-        return not self._with_global[projection].isdisjoint(segments.slot_list)
+        """Whether any of the segments' adapters has anything for ``projection``, in any layer."""
+        return any(self.pool.contents(slot).touches(projection) for slot in segments.slot_list)
 
 
 @dataclass(frozen=True)
@@ -133,16 +175,23 @@ class SiteAdapters:
     site: str
     layer: int
 
-    def add_(self, y: torch.Tensor, x: torch.Tensor) -> None:
+    def vector_rows(self) -> VectorRows | None:
+        """The rows whose products ``add_`` needs as its ``base``; None if there are none."""
+        adapters = self.adapters
+        if isinstance(adapters, LoraSegments):
+            adapters = StepAdapters(adapters, self.lora.pool)
+        found: VectorRows | None = adapters.vector_rows(self.site, self.layer)
+        return found
+
+    def add_(self, y: torch.Tensor, x: torch.Tensor, base: torch.Tensor | None = None) -> None:
         """See ``BatchedLora.add_``."""
-        self.lora.add_(y, x, self.adapters, self.site, self.layer)
+        self.lora.add_(y, x, self.adapters, self.site, self.layer, base)
 
 
 def _choose(pool: LoraPool) -> Implementation:
     if pool.device.type == "cuda":
         return "triton"
-    aligned = all(n % 16 == 0 for p, n in pool.shapes.out_features.items() if p != "embed")
-    if cpu_kernels_available() and pool.dtype == torch.float32 and aligned:
+    if pool.suits_cpu_kernels:
         return "cpu"
     return "torch"
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
 
-from manylora.kernels.lora_weights import LoraPair, LoraWeights
-from manylora.kernels.sites import PROJECTIONS, RANK_PAGE, SITES, LoraShapes
+from manylora.kernels.cpu import available as cpu_kernels_available
+from manylora.kernels.lora_books import POOL_SITES, SlotContents
+from manylora.kernels.lora_tables import TABLE_BYTES, DeviceTable, TableForm
+from manylora.kernels.lora_weights import LoraPair, LoraWeights, TableRows
+from manylora.kernels.sites import PROJECTIONS, RANK_PAGE, LoraShapes
 
 MAX_RANK: Final = 256
 
@@ -48,7 +51,8 @@ class SiteStore:
     ``a`` ``[J, pages, L, K, 16]``; ``b`` flat: projection j's ``[pages, L, 16, N_j]`` from element ``16 * L * pages *
     columns[j]`` on; ``page_table`` ``[J, slots, max_rank / 16]``; ``ranks`` and ``scaling`` ``[J, slots, L]``.
     ``columns``: where the projections start in the site's output, and its width. ``gain`` and ``bias`` fp32 ``[slots,
-    L, N]``, empty in a pool without vectors.
+    L, N]``, empty in a pool without vectors: all layers of a slot are written if it has vectors at the site (1 and 0
+    where it has none); those of other slots hold anything, and must not be read.
     """
 
     a: torch.Tensor
@@ -59,6 +63,9 @@ class SiteStore:
     gain: torch.Tensor
     bias: torch.Tensor
     columns: tuple[int, ...]
+
+
+_NOTHING: Final = SlotContents()
 
 
 class LoraPool:
@@ -73,8 +80,14 @@ class LoraPool:
 
     These are views of ``sites[name]``, where the projections of a fused site lie side by side; ``embed`` is a site of
     its own. An adapter of rank r on a projection takes ``ceil(r / 16)`` pages *of that projection*, whatever others
-    take. ``vectors``: keep a gain and a bias for every slot too (``set_vectors``). ``write`` may run on another
-    thread than the reader's: it touches only free pages and its own slot.
+    take. ``write`` may run on other threads than the reader's, several at once for different slots: it touches only
+    free pages and its own slot.
+
+    ``vectors``: keep room for a gain and a bias in every slot: 8 bytes for each output of each layer (11 MB a slot for
+    a Llama of 8 billion). On the CPU the system commits it only where an adapter that has some is written; on other
+    devices it is taken at once, and the fused kernel is compiled with them. Without, adapters that have some are
+    refused.
+    ``table_bytes``: how much may be held of replaced rows (`TableRows`), all slots together; taken as it is needed.
     """
 
     def __init__(
@@ -86,15 +99,16 @@ class LoraPool:
         max_rank: int = MAX_RANK,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        vectors: bool = False,
+        vectors: bool = True,
+        table_bytes: int = 0,
     ) -> None:
-        if max_slots < 1 or max_pages < 1 or not 1 <= max_rank <= MAX_RANK:
+        if max_slots < 1 or max_pages < 1 or not 1 <= max_rank <= MAX_RANK or table_bytes < 0:
             raise ValueError(
-                f"a LoRA pool needs at least one slot and page and a rank of 1..{MAX_RANK}, "
-                f"got max_slots={max_slots}, max_pages={max_pages}, max_rank={max_rank}"
+                f"a LoRA pool needs at least one slot and page, a rank of 1..{MAX_RANK} and no negative bytes, got "
+                f"max_slots={max_slots}, max_pages={max_pages}, max_rank={max_rank}, table_bytes={table_bytes}"
             )
         self.shapes, self.max_slots, self.max_pages, self.max_rank = shapes, max_slots, max_pages, max_rank
-        self.dtype, self.device, self.vectors = dtype, torch.device(device), vectors
+        self.dtype, self.device, self.vectors, self.table_bytes = dtype, torch.device(device), vectors, table_bytes
         self.pages_per_slot = -(-max_rank // RANK_PAGE)
         self.a: dict[str, torch.Tensor] = {}
         self.b: dict[str, torch.Tensor] = {}
@@ -102,11 +116,17 @@ class LoraPool:
         self.ranks: dict[str, torch.Tensor] = {}
         self.scaling: dict[str, torch.Tensor] = {}
         self.sites: dict[str, SiteStore] = {}
-        for name, projections in {**SITES, "embed": ("embed",)}.items():
+        for name, projections in POOL_SITES.items():
             self._add_site(name, projections)
+        self._forms = {
+            "embed": TableForm(shapes.in_features["embed"], dtype, head=False, tiled=False),
+            "lm_head": TableForm(shapes.out_features["lm_head"], dtype, head=True, tiled=self.suits_cpu_kernels),
+        }
         self._lock = threading.Lock()
         self._free = {p: list(range(max_pages - 1, -1, -1)) for p in PROJECTIONS}
-        self._held: dict[int, dict[str, list[int]]] = {}
+        self._free_table_bytes = table_bytes
+        self._held: dict[int, SlotContents] = {}
+        self._tables: dict[int, Mapping[str, DeviceTable]] = {}
         self._uploads: Any = None
         self._cleared: Any = None
         if self.device.type == "cuda":
@@ -128,8 +148,8 @@ class LoraPool:
             page_table=torch.full((count, self.max_slots, self.pages_per_slot), -1, dtype=torch.int32, device=device),
             ranks=torch.zeros((count, self.max_slots, layers), dtype=torch.int32, device=device),
             scaling=torch.zeros((count, self.max_slots, layers), dtype=torch.float32, device=device),
-            gain=torch.ones(vectors, dtype=torch.float32, device=device),
-            bias=torch.zeros(vectors, dtype=torch.float32, device=device),
+            gain=_zeros(vectors, torch.float32, device),
+            bias=_zeros(vectors, torch.float32, device),
             columns=tuple(columns),
         )
         self.sites[name] = store
@@ -139,68 +159,138 @@ class LoraPool:
             part = store.b[row * columns[j] : row * columns[j + 1]]
             self.b[p] = part.view(self.max_pages, layers, RANK_PAGE, shapes.out_features[p])
 
+    @property
+    def suits_cpu_kernels(self) -> bool:
+        """Whether the numba kernels can compute with this pool."""
+        on_cpu = self.device.type == "cpu" and self.dtype == torch.float32 and cpu_kernels_available()
+        return on_cpu and all(n % RANK_PAGE == 0 for p, n in self.shapes.out_features.items() if p != "embed")
+
+    # --- what there is room for ----------------------------------------------------------------------------------
+
     def pages_needed(self, weights: LoraWeights) -> dict[str, int]:
-        """Pages an adapter takes of each projection it touches: by its largest rank there."""
+        """What an adapter takes: pages of each projection that it touches, by its largest rank there, and the bytes of
+        its tables under ``"table bytes"``."""
         ranks: dict[str, int] = {}
         for (projection, _), pair in weights.pairs.items():
             ranks[projection] = max(ranks.get(projection, 0), pair.rank)
-        return {p: -(-rank // RANK_PAGE) for p, rank in ranks.items()}
+        needed = {p: -(-rank // RANK_PAGE) for p, rank in ranks.items()}
+        if weights.tables:
+            needed[TABLE_BYTES] = sum(self._forms[p].nbytes(table) for p, table in weights.tables.items())
+        return needed
 
     def fits(self, weights: LoraWeights) -> str | None:
         """Why the adapter could never be resident, or None if it could."""
-        rank = max((pair.rank for pair in weights.pairs.values()), default=0)
-        if rank > self.max_rank:
-            return f"its rank {rank} is above the server's --max-rank {self.max_rank}"
-        for projection, pages in self.pages_needed(weights).items():
+        if weights.max_rank > self.max_rank:
+            return f"its rank {weights.max_rank} is above the server's --max-rank {self.max_rank}"
+        if weights.vectors and not self.vectors:
+            return "it has gains or biases (DoRA, trained biases), and this server keeps no room for them"
+        for projection, table in weights.tables.items():
+            last, vocab = int(table.ids[-1]) if table.ids.numel() else -1, self._forms[projection].vocab
+            if last >= vocab:
+                return f"it replaces row {last} of `{projection}`, the base has {vocab}"
+        needed = self.pages_needed(weights)
+        if (n_bytes := needed.pop(TABLE_BYTES, 0)) > self.table_bytes:
+            names = " and ".join(f"`{projection}`" for projection in weights.tables)
+            return (
+                f"its own rows of {names} need {n_bytes} bytes on the device, the server keeps "
+                f"{self.table_bytes} for such (raise --table-memory)"
+            )
+        for projection, pages in needed.items():
             if pages > self.max_pages:
                 return f"it needs {pages} pages of `{projection}`, the pool has {self.max_pages}"
         return None
 
+    def overflows(self, weights: LoraWeights) -> str | None:
+        """Why the adapter cannot be held in the pool's types (float16 ends at 65504), or None."""
+        parts: list[tuple[str, str, torch.Tensor, torch.dtype]] = []
+        for (projection, layer), pair in weights.pairs.items():
+            where = f"`{projection}` of layer {layer}"
+            parts += [(where, "A", pair.a, self.dtype), (where, "B", pair.b, self.dtype)]
+            parts.append((where, "the scale", torch.tensor(pair.scale, dtype=torch.float64), torch.float32))
+        for (projection, layer), vectors in weights.vectors.items():
+            for name, vector in (("the gain", vectors.gain), ("the bias", vectors.bias)):
+                if vector is not None:
+                    parts.append((f"`{projection}` of layer {layer}", name, vector, torch.float32))
+        for projection, table in weights.tables.items():
+            parts.append((f"`{projection}`", "its rows", table.rows, self._forms[projection].stored_dtype(table)))
+        for where, name, values, dtype in parts:
+            highest = torch.finfo(dtype).max
+            if values.numel() and not float(values.abs().max()) <= highest:  # NaN is no number that it holds either
+                return f"{where}: {name} has values above {highest:g}, more than {dtype} holds"
+        return None
+
     def has_room(self, weights: LoraWeights) -> bool:
         """Whether ``write`` would find its pages now."""
-        with self._lock:
-            return all(len(self._free[p]) >= n for p, n in self.pages_needed(weights).items())
+        free = self.free_pages()
+        return all(free[kind] >= n for kind, n in self.pages_needed(weights).items())
 
     def free_pages(self) -> dict[str, int]:
-        """Free pages of each projection."""
+        """Free pages of each projection, and free ``"table bytes"``."""
         with self._lock:
-            return {p: len(pages) for p, pages in self._free.items()}
+            return self._count_free()
+
+    def _count_free(self) -> dict[str, int]:
+        return {p: len(pages) for p, pages in self._free.items()} | {TABLE_BYTES: self._free_table_bytes}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pages that are taken."""
-        total = 0
+        """Bytes of the pages, gains, biases and tables that are taken."""
+        with self._lock:
+            free, held = self._count_free(), tuple(self._held.values())
+        total = self.table_bytes - free[TABLE_BYTES]
         for p in PROJECTIONS:
-            taken = self.max_pages - len(self._free[p])
-            total += taken * (self.a[p][0].nbytes + self.b[p][0].nbytes)
+            total += (self.max_pages - free[p]) * (self.a[p][0].nbytes + self.b[p][0].nbytes)
+        for contents in held:
+            total += sum(2 * store.gain[0].nbytes for name, store in self.sites.items() if contents.has_vectors(name))
         return total
+
+    # --- writing and clearing ------------------------------------------------------------------------------------
 
     def write(self, slot: int, weights: LoraWeights) -> None:
         """Copy an adapter into an empty slot; it is computed with from the next step that names the slot.
 
-        Raises PoolFull, with nothing changed, if pages are missing; ValueError for a slot that is taken.
+        Raises PoolFull, with nothing changed, if pages are missing; ValueError for a slot that is taken, and for
+        vectors in a pool without. After any other error the slot holds its pages until it is cleared.
         """
         needed = self.pages_needed(weights)
+        if weights.vectors and not self.vectors:
+            raise ValueError("this pool was made without room for gains and biases (vectors=True)")
+        layers: dict[str, set[int]] = {}
+        for p, layer in weights.vectors:
+            layers.setdefault(p, set()).add(layer)
         with self._lock:
             if slot in self._held:
                 raise ValueError(f"slot {slot} holds an adapter; clear it first")
-            for p, n in needed.items():
-                if len(self._free[p]) < n:
-                    raise PoolFull(f"{n} pages of `{p}` are needed, {len(self._free[p])} of {self.max_pages} are free")
+            for kind, free in self._count_free().items():
+                if needed.get(kind, 0) > free:
+                    what, total = (
+                        (kind, self.table_bytes) if kind == TABLE_BYTES else (f"pages of `{kind}`", self.max_pages)
+                    )
+                    raise PoolFull(f"{needed[kind]} {what} are needed, {free} of {total} are free")
+            table_bytes = needed.pop(TABLE_BYTES, 0)
+            self._free_table_bytes -= table_bytes
             held = {p: [self._free[p].pop() for _ in range(n)] for p, n in needed.items()}
-            self._held[slot] = held
+            self._held[slot] = SlotContents(
+                held, {p: frozenset(of) for p, of in layers.items()}, frozenset(weights.tables), table_bytes
+            )
         if self._uploads is None:
-            self._fill(slot, held, weights)
+            self._fill(slot, held, weights, lambda: None)
         else:
             # On a stream of its own, so that no step waits for the copies; the slot is named only after this returns.
-            # A slot that was just cleared is cleared on the other stream: that must come first.
-            self._uploads.wait_event(self._cleared)
             with torch.cuda.stream(self._uploads):
-                self._fill(slot, held, weights)
+                self._fill(slot, held, weights, self._wait_for_clears)
             self._uploads.synchronize()
-        self.version += 1
+        with self._lock:
+            self.version += 1
 
-    def _fill(self, slot: int, held: Mapping[str, list[int]], weights: LoraWeights) -> None:
+    def _wait_for_clears(self) -> None:
+        # A slot that was just cleared was cleared, and last read, on another stream: that must come first. The lock,
+        # because ``clear`` records this event anew at any time.
+        with self._lock:
+            self._uploads.wait_event(self._cleared)
+
+    def _fill(self, slot: int, held: Mapping[str, list[int]], weights: LoraWeights, ready: Callable[[], None]) -> None:
+        ready()
         for p, pages in held.items():
             layers = self.shapes.layers_of(p)
             for i, page in enumerate(pages):
@@ -221,33 +311,34 @@ class LoraPool:
             self.page_table[p][slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
             self.ranks[p][slot] = torch.tensor(ranks, dtype=torch.int32)
             self.scaling[p][slot] = torch.tensor(scaling)
+        self._fill_vectors(slot, weights)
+        self._fill_tables(slot, weights.tables, ready)
 
-    def set_vectors(self, slot: int, site: str, layer: int, gain: torch.Tensor, bias: torch.Tensor) -> None:
-        """Give a slot that holds an adapter a gain and a bias (each ``[N]``) at a site; ``clear`` takes them away.
+    def _fill_vectors(self, slot: int, weights: LoraWeights) -> None:
+        """All layers and columns of each site that has any: work lists on CUDA are the same for all layers."""
+        touched = {p for p, _ in weights.vectors}
+        for site, projections in POOL_SITES.items():
+            if touched.isdisjoint(projections):
+                continue
+            store = self.sites[site]
+            gain, bias = torch.ones(store.gain.shape[1:]), torch.zeros(store.bias.shape[1:])
+            for j, p in enumerate(projections):
+                columns = slice(store.columns[j], store.columns[j + 1])
+                for layer in range(self.shapes.layers_of(p)):
+                    if (vectors := weights.vectors.get((p, layer))) is not None:
+                        for target, vector in ((gain, vectors.gain), (bias, vectors.bias)):
+                            if vector is not None:
+                                # reshape, or a vector of one element would be repeated
+                                target[layer, columns] = vector.reshape(self.shapes.out_features[p]).float()
+            store.gain[slot].copy_(gain)
+            store.bias[slot].copy_(bias)
 
-        See ``kernels.lora`` for what they do. ValueError in a pool without vectors.
-        """
-        if not self.vectors:
-            raise ValueError("this pool was made without room for gains and biases (vectors=True)")
-        self.sites[site].gain[slot, layer] = gain.to(self.device, torch.float32)
-        self.sites[site].bias[slot, layer] = bias.to(self.device, torch.float32)
-
-    def pages_of(self, slot: int) -> Mapping[str, list[int]]:
-        """The pages that a slot holds of each projection; empty if it holds none."""
-        with self._lock:
-            return dict(self._held.get(slot, {}))
-
-    def overflows(self, weights: LoraWeights) -> str | None:
-        """Why the adapter cannot be held in the pool's type (float16 ends at 65504), or None."""
-        highest = torch.finfo(self.dtype).max
-        for (projection, layer), pair in weights.pairs.items():
-            for name, matrix in (("A", pair.a), ("B", pair.b)):
-                if matrix.numel() and float(matrix.abs().max()) > highest:
-                    return (
-                        f"`{projection}` of layer {layer}: {name} has values above "
-                        f" {highest:g}, more than {self.dtype} holds"
-                    )
-        return None
+    def _fill_tables(self, slot: int, tables: Mapping[str, TableRows], ready: Callable[[], None]) -> None:
+        """``ready`` once more for each table: its memory may be what a later ``clear`` has given back since."""
+        if tables:
+            made = {p: self._forms[p].put(table, self.device, ready) for p, table in tables.items()}
+            with self._lock:
+                self._tables[slot] = made
 
     def clear(self, slot: int) -> None:
         """Empty a slot and give its pages back; nothing happens if it is empty."""
@@ -255,27 +346,54 @@ class LoraPool:
             held = self._held.pop(slot, None)
             if held is None:
                 return
-            for p, pages in held.items():
+            for p, pages in held.pages.items():
                 self.ranks[p][slot] = 0
                 self.scaling[p][slot] = 0
                 self.page_table[p][slot] = -1
                 self._free[p].extend(pages)
-            if self.vectors:
-                for store in self.sites.values():
-                    store.gain[slot] = 1
-                    store.bias[slot] = 0
             if self._cleared is not None:
                 self._cleared.record()
-        self.version += 1
+            # After the event: whoever gets a table's memory waits for it, and so for the steps that read the table.
+            self._tables.pop(slot, None)
+            self._free_table_bytes += held.table_bytes
+            self.version += 1
+
+    # --- the books -----------------------------------------------------------------------------------------------
+
+    def contents(self, slot: int) -> SlotContents:
+        """What a slot holds; nothing if it is empty."""
+        with self._lock:
+            return self._held.get(slot, _NOTHING)
+
+    def pages_of(self, slot: int) -> Mapping[str, list[int]]:
+        """The pages that a slot holds of each projection; empty if it holds none."""
+        return self.contents(slot).pages
+
+    def tables_of(self, slot: int) -> Mapping[str, DeviceTable]:
+        """The rows of ``embed`` and ``lm_head`` that the slot's adapter replaces."""
+        with self._lock:
+            return self._tables.get(slot, {})
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError, with the numbers, unless every page is either free or held by exactly one slot."""
+        """Raise RuntimeError, with the numbers, unless every page is either free or held by exactly one slot, and the
+        tables take what was booked for them."""
         with self._lock:
             for p in PROJECTIONS:
-                held = [page for slot in self._held.values() for page in slot.get(p, ())]
+                held = [page for slot in self._held.values() for page in slot.pages.get(p, ())]
                 everything = sorted(held + self._free[p])
                 if everything != list(range(self.max_pages)):
                     raise RuntimeError(
                         f"LoRA pool, `{p}`: {len(held)} held + {len(self._free[p])} free pages are not the "
                         f"{self.max_pages} there are, each once"
                     )
+            booked = sum(contents.table_bytes for contents in self._held.values())
+            if booked + self._free_table_bytes != self.table_bytes:
+                raise RuntimeError(
+                    f"LoRA pool, tables: {booked} bytes held + {self._free_table_bytes} free are not the "
+                    f"{self.table_bytes} there are"
+                )
+            for slot, tables in self._tables.items():
+                n_bytes = sum(table.nbytes for table in tables.values())
+                of_slot = self._held.get(slot, _NOTHING).table_bytes
+                if n_bytes != of_slot:
+                    raise RuntimeError(f"LoRA pool, slot {slot}: tables of {n_bytes} bytes, booked {of_slot}")

@@ -13,13 +13,14 @@ copied.
 - counts of a site: ``[entries, bounds of the pieces of projection 0, 1, 2 (4 numbers), offset of the entries in the
   lists, offset of the pieces, 0]``.
 
-Pages are looked up here, from the pool's own books, so no kernel has to follow a table.
+Pages are looked up here, from the pool's own books, so no kernel has to follow a table; and so is which slots have
+vectors at all, so that no row pays for those of others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
 
@@ -28,6 +29,7 @@ import torch
 
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_segments import Ints, LoraSegments
+from manylora.kernels.lora_step import StepAdapters, VectorRows
 from manylora.kernels.sites import SITES
 
 ENTRY: Final = 5
@@ -40,7 +42,9 @@ _SITES: Final = tuple(SITES)
 class LoraRouting:
     """Views of one device buffer, as the kernels take them; ``counts[site]`` int32 ``[8]``.
 
-    ``max_entries``: at most so many in any site's list. ``segments``: what they were made from, if still known.
+    ``max_entries``: at most so many in any site's list. ``step``: what they were made from; None in a
+    `StaticRouting`, of which ``apart`` has the sites that were computed by other means than the fused kernel, and
+    ``with_vectors`` those where an adapter has gains or biases now.
     """
 
     buffer: torch.Tensor
@@ -52,11 +56,25 @@ class LoraRouting:
     stride_level: int
     levels: int
     max_entries: int
-    segments: LoraSegments | None = None
+    step: StepAdapters | None = None
+    apart: set[str] = field(default_factory=set)
+    with_vectors: set[str] = field(default_factory=set)
+
+    def vector_rows(self, site: str, layer: int) -> VectorRows | None:
+        """See ``kernels.lora.Routed``; for sites that the fused kernel does not compute.
+
+        RuntimeError in a `StaticRouting` with vectors there: what a graph captured cannot add them, see its ``fits``.
+        """
+        if self.step is not None:
+            return self.step.vector_rows(site, layer)
+        self.apart.add(site)
+        if site in self.with_vectors:
+            raise RuntimeError(f"gains and biases at `{site}` cannot be computed in a step of static memory")
+        return None
 
     @classmethod
     def views(
-        cls, buffer: torch.Tensor, n_pairs: int, rows: int, levels: int, max_entries: int, segments: LoraSegments | None
+        cls, buffer: torch.Tensor, n_pairs: int, rows: int, levels: int, max_entries: int, step: StepAdapters | None
     ) -> LoraRouting:
         """Cut up a buffer that is laid out for ``n_pairs``, ``rows`` and ``levels``."""
         at = _Layout(n_pairs, rows, levels)
@@ -70,7 +88,7 @@ class LoraRouting:
             stride_level=rows,
             levels=levels,
             max_entries=max_entries,
-            segments=segments,
+            step=step,
         )
 
 
@@ -102,7 +120,8 @@ def route(segments: LoraSegments, pool: LoraPool, n_rows: int, *, rows_per_block
     levels = _levels(segments)
     depth = int(levels.max()) + 1
     array, most = _lists(segments, levels, pool, _Layout(len(levels), n_rows, depth), rows_per_block)
-    return LoraRouting.views(torch.from_numpy(array).to(pool.device), len(levels), n_rows, depth, most, segments)
+    buffer = torch.from_numpy(array).to(pool.device)
+    return LoraRouting.views(buffer, len(levels), n_rows, depth, most, StepAdapters(segments, pool))
 
 
 class StaticRouting:
@@ -120,35 +139,42 @@ class StaticRouting:
         # further blocks are bounded by the rows.
         blocks = max_rows * levels // rows_per_block * pool.pages_per_slot
         self._max_entries = widest * (pool.max_pages + blocks)
-        pieces = projections * (pool.max_pages * levels + pool.max_slots)
+        # At each level a slot's pages are met once, and a slot without pages, but with vectors, once.
+        pieces = projections * (pool.max_pages + pool.max_slots) * levels
         size = self._layout.lists + projections * (pool.max_pages + blocks) * ENTRY + pieces * PIECE
         on_device = pool.device.type == "cuda"
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=on_device)
         buffer = torch.zeros(size, dtype=torch.int32, device=pool.device)
-        self.routing = LoraRouting.views(
-            buffer, self._layout.n_pairs, max_rows, levels, self._max_entries, segments=None
-        )
+        self.routing = LoraRouting.views(buffer, self._layout.n_pairs, max_rows, levels, self._max_entries, step=None)
+        self.routing.apart.add("lm_head")  # its product is no NF4 weight's
         self._key: object = None
 
     def fits(self, segments: LoraSegments) -> bool:
-        """Whether no row has more adapters than there are levels."""
-        return int(np.bincount(segments.host_rows).max()) <= self._layout.levels
+        """Whether a step of these is computed in full from the lists alone: no row has more adapters than there are
+        levels, none replaces rows of a table or touches the embedding, and gains and biases are at sites only that
+        the fused kernel computes."""
+        if int(np.bincount(segments.host_rows).max()) > self._layout.levels:
+            return False
+        for contents in map(self._pool.contents, segments.slot_list):
+            if contents.tables or contents.touches("embed"):
+                return False
+            if contents.vectors and any(contents.has_vectors(site) for site in self.routing.apart):
+                return False
+        return True
 
-    def fill(self, segments: LoraSegments | None) -> None:
-        """Take over a step's segments; None: every row is a base row."""
-        key = None
-        if segments is not None:
-            bits = (segments.host_rows.tobytes(), segments.host_scales.tobytes(), segments.host_offsets.tobytes())
-            key = (bits, segments.slot_list, self._pool.version)
+    def fill(self, segments: LoraSegments) -> None:
+        """Take over a step's segments."""
+        bits = (segments.host_rows.tobytes(), segments.host_scales.tobytes(), segments.host_offsets.tobytes())
+        key = (bits, segments.slot_list, self._pool.version)
         if key == self._key:
             return
-        if segments is None:
-            self.routing.buffer[: self._layout.places] = 0
-        else:
-            array, _ = _lists(segments, _levels(segments), self._pool, self._layout, self._rows_per_block)
-            # The last copy out of the pinned memory has long been done: each step ends with a synchronisation.
-            self._host[: len(array)] = torch.from_numpy(array)
-            self.routing.buffer[: len(array)].copy_(self._host[: len(array)], non_blocking=True)
+        contents = list(map(self._pool.contents, segments.slot_list))
+        self.routing.with_vectors.clear()
+        self.routing.with_vectors.update(site for site in SITES if any(one.has_vectors(site) for one in contents))
+        array, _ = _lists(segments, _levels(segments), self._pool, self._layout, self._rows_per_block)
+        # The last copy out of the pinned memory has long been done: each step ends with a synchronisation.
+        self._host[: len(array)] = torch.from_numpy(array)
+        self.routing.buffer[: len(array)].copy_(self._host[: len(array)], non_blocking=True)
         self._key = key
 
 
@@ -177,7 +203,8 @@ def _lists(
     slot_at[places] = np.repeat(np.array(segments.slot_list, np.int32), np.diff(segments.host_offsets))
     head[layout.scale_at : layout.lists].view(np.float32)[places] = segments.host_scales
 
-    held = [pool.pages_of(slot) for slot in segments.slot_list]
+    contents = [pool.contents(slot) for slot in segments.slot_list]
+    held = [one.pages for one in contents]
     spans = [_spans(rows[first:last], levels[first:last]) for first, last in pairwise(bounds)]
     lists: list[int] = []
     most = 0
@@ -193,10 +220,10 @@ def _lists(
                     for first in range(bounds[s], bounds[s + 1], rows_per_block):
                         last = min(first + rows_per_block, bounds[s + 1])
                         entries += (slot, first_column + i, first, last, page)
+                has_vectors = projection in contents[s].vectors
                 for level, lowest, highest in spans[s]:
-                    for i, page in enumerate(pages or ([-1] if pool.vectors else [])):
-                        has_vectors = pool.vectors and i == 0
-                        pieces += (slot, level, first_column + i, page, j, lowest, highest, has_vectors)
+                    for i, page in enumerate(pages or ([-1] if has_vectors else [])):
+                        pieces += (slot, level, first_column + i, page, j, lowest, highest, has_vectors and i == 0)
             piece_bounds.append(len(pieces) // PIECE)
         piece_bounds += [piece_bounds[-1]] * (4 - len(piece_bounds))
         count = len(entries) // ENTRY

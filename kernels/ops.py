@@ -59,6 +59,8 @@ class Ops(Protocol):
     name: str
     device: torch.device
     dtype: torch.dtype
+    dense_itemsize: int
+    """Bytes of a weight in what ``prepare_dense`` returns."""
 
     def together(self) -> contextlib.AbstractContextManager[None]:
         """Operations within may be queued and run, in order, at the end of the outermost such block or at ``flush``:
@@ -70,6 +72,22 @@ class Ops(Protocol):
 
     def prepare_linear(self, weights: Sequence[Nf4Tensor], bias: torch.Tensor | None) -> Any:
         """Fuse NF4 weights of equal K into one linear layer; its output is theirs, one behind the other."""
+
+    def prepare_dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        """A linear layer of a float ``[N, K]`` that is not quantised: rounded once, to the type in which it is kept
+        (bf16 on the CPU)."""
+
+    def rows(self, weight: Any, first: int, last: int) -> Any:
+        """Outputs ``first .. last - 1`` of a prepared linear layer, without its bias: a view of the same bytes, whose
+        own ``nbytes`` is 0. The bounds are those of weights that were prepared together."""
+
+    def stack(self, parts: Sequence[Any], bias: torch.Tensor | None) -> Any:
+        """One linear layer of prepared ones of equal K, whose biases do not count; its output is theirs, one behind
+        the other. Parts held in the same way are copied into one; else each is computed by itself."""
+
+    def dense(self, weight: Any) -> torch.Tensor:
+        """The matrix of a prepared linear layer, fp32 ``[N, K]``: a copy of the very values it multiplies with. Any
+        thread, at any time: it uses no memory of the operations' own, and nothing is queued."""
 
     def linear(
         self,

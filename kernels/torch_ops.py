@@ -17,15 +17,30 @@ from manylora.kernels.ops import PAGE_SIZE, AttentionShape, PagedSequences
 
 @dataclass(frozen=True)
 class TorchLinear:
-    """NF4 weights side by side, or their dequantised copy where ``TorchOps`` keeps one."""
+    """Weights side by side, in NF4 or dense, or one dequantised copy where ``TorchOps`` keeps one. ``borrowed``: the
+    bytes are another's."""
 
-    weights: tuple[Nf4Tensor, ...]
+    weights: tuple[Nf4Tensor | torch.Tensor, ...]
     resident: torch.Tensor | None
     bias: torch.Tensor | None
+    borrowed: bool = False
+
+    @property
+    def out_features(self) -> int:
+        return sum(w.shape[0] for w in self.weights) if self.resident is None else self.resident.shape[0]
 
     @property
     def nbytes(self) -> int:
+        if self.borrowed:
+            return 0
         return sum(w.nbytes for w in self.weights) if self.resident is None else self.resident.nbytes
+
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight ``[N, K]``."""
+        if self.resident is not None:
+            return self.resident.to(dtype)
+        parts = [w.dequantize(dtype) if isinstance(w, Nf4Tensor) else w.to(dtype) for w in self.weights]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class TorchOps:
@@ -39,6 +54,7 @@ class TorchOps:
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype, *, resident: bool) -> None:
         self.device, self.dtype, self._resident = torch.device(device), dtype, resident
+        self.dense_itemsize = dtype.itemsize
 
     def together(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -53,6 +69,33 @@ class TorchOps:
             return TorchLinear((), torch.cat([w.dequantize(self.dtype) for w in here]), moved)
         return TorchLinear(here, None, moved)
 
+    def prepare_dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> TorchLinear:
+        here = weight.to(self.device, self.dtype, copy=True)
+        moved = None if bias is None else bias.to(self.device, self.dtype)
+        return TorchLinear((), here, moved) if self._resident else TorchLinear((here,), None, moved)
+
+    def rows(self, weight: TorchLinear, first: int, last: int) -> TorchLinear:
+        if weight.resident is not None:
+            return TorchLinear((), weight.resident[first:last], None, borrowed=True)
+        within, at = [], 0
+        for part in weight.weights:
+            end = at + part.shape[0]
+            if first <= at and end <= last:
+                within.append(part)
+            elif at < last and first < end:
+                raise ValueError(f"rows {first} to {last} cut through a weight of rows {at} to {end}")
+            at = end
+        return TorchLinear(tuple(within), None, None, borrowed=True)
+
+    def stack(self, parts: Sequence[TorchLinear], bias: torch.Tensor | None) -> TorchLinear:
+        moved = None if bias is None else bias.to(self.device, self.dtype)
+        if self._resident:
+            return TorchLinear((), torch.cat([part.matrix(self.dtype) for part in parts]), moved)
+        return TorchLinear(tuple(weight for part in parts for weight in part.weights), None, moved)
+
+    def dense(self, weight: TorchLinear) -> torch.Tensor:
+        return weight.matrix(self.dtype).to(torch.float32, copy=True)
+
     def linear(
         self,
         x: torch.Tensor,
@@ -61,14 +104,14 @@ class TorchOps:
         add_to: torch.Tensor | None = None,
         adapters: SiteAdapters | None = None,
     ) -> torch.Tensor:
-        if weight.resident is not None:
-            matrix = weight.resident
-        else:
-            matrix = torch.cat([w.dequantize(self.dtype) for w in weight.weights])
-        y = F.linear(x, matrix, weight.bias)
+        vectors = None if adapters is None else adapters.vector_rows()
+        y = F.linear(x, weight.matrix(self.dtype), weight.bias if vectors is None else None)
+        base = None if vectors is None else y[vectors.rows]
+        if vectors is not None and weight.bias is not None:
+            y += weight.bias
         y = y if add_to is None else add_to.add_(y)
         if adapters is not None:
-            adapters.add_(y, x)
+            adapters.add_(y, x, base)
         return y
 
     def prepare_embedding(self, weight: torch.Tensor, *, head: bool) -> torch.Tensor:

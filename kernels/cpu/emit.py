@@ -243,11 +243,11 @@ def _bf16_row(b: Builder, address: Value) -> tuple[Value, Value]:
 
 def _fused_bf16(rows: int, tiles: int) -> Callable[..., Any]:
     @intrinsic
-    def fused(typingctx, x, x_offsets, packed, tile_bytes, depth, c, c_offsets):
+    def fused(typingctx, x, x_offsets, packed, tile_bytes, depth, c, c_offsets, accumulate):
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-            x, x_offsets, packed, tile_bytes, depth, c, c_offsets = args
+            x, x_offsets, packed, tile_bytes, depth, c, c_offsets, accumulate = args
             state = _Rows(b, rows, tiles, x, x_offsets, c, c_offsets)
-            state.start(i64(0))
+            state.start(accumulate)
             weights = [b.add(packed, b.mul(tile_bytes, i64(t))) for t in range(tiles)]
             with cgutils.for_range(b, depth, intp=I64) as loop:
                 at = b.mul(loop.index, i64(32))
@@ -255,7 +255,7 @@ def _fused_bf16(rows: int, tiles: int) -> Callable[..., Any]:
             state.finish()
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), codegen
+        return types.void(*[types.int64] * 8), codegen
 
     return fused  # type: ignore[no-any-return]
 

@@ -31,6 +31,7 @@ from manylora.kernels.cpu.emit import (
 )
 from manylora.kernels.cpu.threads import KERNEL, launch
 from manylora.kernels.cpu.tiles import address_of, gemm_rows, keep_alive, share
+from manylora.kernels.nf4_code import NF4_CODE
 
 DEPTH = 256
 """Rows of a decoded panel: 256 x 16 fp32 = 16 KiB, half of a 32 KiB L1."""
@@ -67,6 +68,36 @@ def pack_nf4(packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
 def pack_absmax(absmax: torch.Tensor, n: int) -> torch.Tensor:
     """Re-lay absmax (fp32, one a block of the flattened ``[N, K]``, K % blocksize == 0) as ``[N / 16, blocks, 16]``."""
     return absmax.float().reshape(n // TILE, TILE, -1).permute(0, 2, 1).contiguous()
+
+
+@njit("void(uint8[:, :, ::1], float32[:, :, ::1], float32[::1], int64, float32[:, ::1])", nogil=True, cache=True)
+def _unpack_nf4(packed, absmax, code, block, out):
+    for tile in range(packed.shape[0]):
+        for n in range(16):
+            half, lane, e = n // 8, n // 4 % 2, n % 4
+            row = 16 * tile + n
+            for quad in range(packed.shape[1]):
+                scale = absmax[tile, 4 * quad // block, n]
+                for pair in range(2):
+                    byte = packed[tile, quad, 16 * lane + 8 * pair + 4 * half + e]
+                    out[row, 4 * quad + pair] = code[byte & 15] * scale
+                    out[row, 4 * quad + 2 + pair] = code[byte >> 4] * scale
+
+
+def unpack_nf4(packed: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> torch.Tensor:
+    """The weight that `pack_nf4` and `pack_absmax` packed, fp32 ``[N, K]``, as the kernels multiply with it.
+
+    On the caller's thread alone, without Python's lock: adapters are loaded while the step loop computes.
+    """
+    out = torch.empty(packed.shape[0] * TILE, packed.shape[1] * 4)
+    _unpack_nf4(packed.numpy(), absmax.numpy(), np.array(NF4_CODE, np.float32), blocksize, out.numpy())
+    return out
+
+
+def unpack_bf16(tiles: torch.Tensor) -> torch.Tensor:
+    """The weight that `pack_bf16` packed, fp32 ``[16 * tiles, K]``."""
+    count, k, _ = tiles.shape
+    return tiles.view(count, k, 8, 2).permute(0, 3, 2, 1).reshape(count * TILE, k).float()
 
 
 def pack_bf16(weight: torch.Tensor) -> torch.Tensor:
@@ -142,41 +173,42 @@ def _nf4_kernel(arguments, part, parts):
 
 
 @njit(nogil=True, inline="never")
-def _bf16_few_rows(rows, first, last, x, xo, packed, depth, y, co):
+def _bf16_few_rows(rows, first, last, x, xo, packed, depth, y, co, accumulate):
     weight_bytes = 32 * depth
     tile = first
     while tile < last:
         w, c = packed + tile * weight_bytes, y + 64 * tile
         if rows == 1 and tile + 4 <= last:
-            fused_bf16_1x4(x, xo, w, weight_bytes, depth, c, co)
+            fused_bf16_1x4(x, xo, w, weight_bytes, depth, c, co, accumulate)
             tile += 4
         elif rows == 2 and tile + 2 <= last:
-            fused_bf16_2x2(x, xo, w, weight_bytes, depth, c, co)
+            fused_bf16_2x2(x, xo, w, weight_bytes, depth, c, co, accumulate)
             tile += 2
         elif rows == 3 and tile + 2 <= last:
-            fused_bf16_3x2(x, xo, w, weight_bytes, depth, c, co)
+            fused_bf16_3x2(x, xo, w, weight_bytes, depth, c, co, accumulate)
             tile += 2
         else:
             if rows == 1:
-                fused_bf16_1x1(x, xo, w, weight_bytes, depth, c, co)
+                fused_bf16_1x1(x, xo, w, weight_bytes, depth, c, co, accumulate)
             elif rows == 2:
-                fused_bf16_2x1(x, xo, w, weight_bytes, depth, c, co)
+                fused_bf16_2x1(x, xo, w, weight_bytes, depth, c, co, accumulate)
             elif rows == 3:
-                fused_bf16_3x1(x, xo, w, weight_bytes, depth, c, co)
+                fused_bf16_3x1(x, xo, w, weight_bytes, depth, c, co, accumulate)
             else:
-                fused_bf16_4x1(x, xo, w, weight_bytes, depth, c, co)
+                fused_bf16_4x1(x, xo, w, weight_bytes, depth, c, co, accumulate)
             tile += 1
 
 
 @cfunc(KERNEL, cache=True)
 def _bf16_kernel(arguments, part, parts):
-    a = carray(arguments, 8)
+    a = carray(arguments, 9)
     x, x_stride, rows, depth, packed, n_tiles, y, y_stride = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
+    accumulate = a[8]
     x_offsets, c_offsets = np.arange(rows) * x_stride, np.arange(rows) * y_stride
     xo, co = address_of(x_offsets), address_of(c_offsets)
     first, last = share(n_tiles, part, parts, 4)
     if rows <= FUSED_ROWS:
-        _bf16_few_rows(rows, first, last, x, xo, packed, depth, y, co)
+        _bf16_few_rows(rows, first, last, x, xo, packed, depth, y, co, accumulate)
     else:
         panel_memory = np.empty(DEPTH * TILE, np.float32)
         panel = address_of(panel_memory)
@@ -186,7 +218,7 @@ def _bf16_kernel(arguments, part, parts):
                 for k in range(0, depth, DEPTH):
                     length = min(DEPTH, depth - k)
                     decode_bf16(packed + 32 * (tile * depth + k), panel, 64, length)
-                    keep = 1 if k > 0 else 0
+                    keep = 1 if accumulate != 0 or k > 0 else 0
                     gemm_rows(count, x + 4 * k, xo + 8 * row, panel, 64, length, y + 64 * tile, co + 8 * row, keep)
         keep_alive(panel_memory)
     keep_alive(x_offsets)
@@ -210,10 +242,10 @@ def nf4_linear(
     )  # fmt: skip
 
 
-def bf16_linear(x: torch.Tensor, packed: torch.Tensor, out: torch.Tensor) -> None:
-    """``out = x @ W.T``, x ``[M, K]`` fp32, ``out`` ``[M, 16 * tiles]`` fp32, both with contiguous rows."""
+def bf16_linear(x: torch.Tensor, packed: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False) -> None:
+    """``out (+)= x @ W.T``, x ``[M, K]`` fp32, ``out`` ``[M, 16 * tiles]`` fp32, both with contiguous rows."""
     m, k = x.shape
     launch(
         _bf16_kernel, x.data_ptr(), x.stride(0) * 4, m, k, packed.data_ptr(), packed.shape[0], out.data_ptr(),
-        out.stride(0) * 4, keep=(x, out),
+        out.stride(0) * 4, int(accumulate), keep=(x, out),
     )  # fmt: skip

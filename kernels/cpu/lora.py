@@ -12,11 +12,15 @@ import torch
 from numba import carray, cfunc, njit
 
 from manylora.kernels.cpu.emit import float32_at, int32_at
-from manylora.kernels.cpu.threads import KERNEL, launch
+from manylora.kernels.cpu.lora_tables import table_product
+from manylora.kernels.cpu.lora_vectors import add_vectors
+from manylora.kernels.cpu.threads import KERNEL, flush, launch
 from manylora.kernels.cpu.tiles import address_of, gemm_few_rows, gemm_rows, keep_alive, share
 from manylora.kernels.cpu.vectors import scale_16
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_segments import LoraSegments
+from manylora.kernels.lora_step import StepAdapters, VectorRows
+from manylora.kernels.lora_tables import DeviceTable
 from manylora.kernels.sites import RANK_PAGE, SITES
 
 _HEADER = 14
@@ -149,11 +153,12 @@ class CpuLora:
             ]
         return tuple(fields)
 
-    def route(self, segments: LoraSegments, n_rows: int) -> LoraSegments:
-        return segments
+    def route(self, segments: LoraSegments, n_rows: int) -> StepAdapters:
+        return StepAdapters(segments, self._pool)
 
-    def add_(self, y: torch.Tensor, x: torch.Tensor, segments: LoraSegments, site: str, layer: int) -> None:
-        """Add the segments' deltas of a site to ``y`` fp32 in place; see ``kernels.lora.lora_add_``."""
+    def add_(self, y: torch.Tensor, x: torch.Tensor, adapters: StepAdapters, site: str, layer: int) -> None:
+        """Add the pairs of a site to ``y`` fp32 in place; see ``kernels.lora.Kernel``."""
+        segments = adapters.segments
         n_pairs, projections = segments.rows.numel(), len(SITES[site])
         if self._h.numel() < n_pairs * 3 * self._h_width:
             self._h = torch.empty(n_pairs * 3 * self._h_width, dtype=torch.float32)
@@ -164,3 +169,12 @@ class CpuLora:
             self._h.data_ptr(), self._h_width, projections, *self._fields[site, layer],
             then=_expand_kernel, keep=(x, y, segments.rows, segments.scales, segments.slots, segments.offsets, self._h),
         )  # fmt: skip
+
+    def add_vectors_(self, y: torch.Tensor, base: torch.Tensor, vectors: VectorRows, site: str, layer: int) -> None:
+        add_vectors(y, base, vectors, self._pool.sites[site], layer)
+
+    def table_product(self, x: torch.Tensor, table: DeviceTable) -> torch.Tensor:
+        return table_product(x, table)
+
+    def flush(self) -> None:
+        flush()

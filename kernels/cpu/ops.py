@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from manylora.kernels.cpu import attention, elementwise, linear
+from manylora.kernels.cpu import attention, elementwise, linear, lora_vectors
 from manylora.kernels.cpu.emit import TILE
 from manylora.kernels.cpu.scratch import Scratch
 from manylora.kernels.cpu.threads import flush, queued
@@ -29,17 +29,54 @@ def _bits(value: float) -> int:
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """NF4 in tiles of 16 outputs; see ``linear.pack_nf4``."""
+    """NF4 in tiles of 16 outputs; see ``linear.pack_nf4``. ``borrowed``: the bytes are another's."""
 
     packed: torch.Tensor
     absmax: torch.Tensor
     blocksize: int
     bias: torch.Tensor | None
     out_features: int
+    borrowed: bool = False
 
     @property
     def nbytes(self) -> int:
-        return self.packed.nbytes + self.absmax.nbytes
+        return 0 if self.borrowed else self.packed.nbytes + self.absmax.nbytes
+
+
+@dataclass(frozen=True)
+class DenseLinear:
+    """bf16 in tiles of 16 outputs; see ``linear.pack_bf16``. ``borrowed``: the bytes are another's."""
+
+    tiles: torch.Tensor
+    bias: torch.Tensor | None
+    borrowed: bool = False
+
+    @property
+    def out_features(self) -> int:
+        return self.tiles.shape[0] * TILE
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.borrowed else self.tiles.nbytes
+
+
+@dataclass(frozen=True)
+class StackedLinear:
+    """Linear layers of equal input side by side, each computed by itself; their own biases do not count."""
+
+    parts: tuple[PackedLinear | DenseLinear, ...]
+    bias: torch.Tensor | None
+
+    @property
+    def out_features(self) -> int:
+        return sum(part.out_features for part in self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+AnyLinear = PackedLinear | DenseLinear | StackedLinear
 
 
 @dataclass(frozen=True)
@@ -67,10 +104,31 @@ def unsupported(weight: Nf4Tensor) -> str | None:
     return None
 
 
+def _flat(parts: Sequence[AnyLinear]) -> list[PackedLinear | DenseLinear]:
+    flat: list[PackedLinear | DenseLinear] = []
+    for part in parts:
+        flat += part.parts if isinstance(part, StackedLinear) else [part]
+    return flat
+
+
+def _multiply(x: torch.Tensor, weight: AnyLinear, out: torch.Tensor, *, accumulate: bool) -> None:
+    """``out (+)= x @ W.T``."""
+    if isinstance(weight, PackedLinear):
+        linear.nf4_linear(x, weight.packed, weight.absmax, weight.blocksize, out, accumulate=accumulate)
+    elif isinstance(weight, DenseLinear):
+        linear.bf16_linear(x, weight.tiles, out, accumulate=accumulate)
+    else:
+        at = 0
+        for part in weight.parts:
+            _multiply(x, part, out[:, at : at + part.out_features], accumulate=accumulate)
+            at += part.out_features
+
+
 class NumbaOps:
     """See ``kernels.ops.Ops``. A row's result is bit-identical whatever rows are beside it and however it is cut."""
 
     name = "numba"
+    dense_itemsize = 2
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -102,10 +160,56 @@ class NumbaOps:
             sum(weight.shape[0] for weight in weights),
         )
 
+    def prepare_dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> DenseLinear:
+        if weight.shape[0] % TILE:
+            raise ValueError(f"a weight {list(weight.shape)} cannot be packed: its outputs are no multiple of {TILE}")
+        return DenseLinear(linear.pack_bf16(weight), None if bias is None else bias.float().contiguous())
+
+    def rows(self, weight: AnyLinear, first: int, last: int) -> AnyLinear:
+        if first % TILE or last % TILE:
+            raise ValueError(f"rows {first} to {last} are not whole tiles of {TILE}")
+        tiles = slice(first // TILE, last // TILE)
+        if isinstance(weight, PackedLinear):
+            packed, absmax = weight.packed[tiles], weight.absmax[tiles]
+            return PackedLinear(packed, absmax, weight.blocksize, None, last - first, borrowed=True)
+        if isinstance(weight, DenseLinear):
+            return DenseLinear(weight.tiles[tiles], None, borrowed=True)
+        within, at = [], 0
+        for part in weight.parts:
+            begin, end = max(first - at, 0), min(last - at, part.out_features)
+            if begin < end:
+                within.append(self.rows(part, begin, end))
+            at += part.out_features
+        return StackedLinear(tuple(_flat(within)), None)
+
+    def stack(self, parts: Sequence[AnyLinear], bias: torch.Tensor | None) -> AnyLinear:
+        bias = None if bias is None else bias.float().contiguous()
+        flat = _flat(parts)
+        packed = [part for part in flat if isinstance(part, PackedLinear)]
+        tiles = [part.tiles for part in flat if isinstance(part, DenseLinear)]
+        if not packed:
+            return DenseLinear(torch.cat(tiles), bias)
+        if tiles or len({part.blocksize for part in packed}) > 1:
+            return StackedLinear(tuple(flat), bias)
+        return PackedLinear(
+            torch.cat([part.packed for part in packed]),
+            torch.cat([part.absmax for part in packed]),
+            packed[0].blocksize,
+            bias,
+            sum(part.out_features for part in packed),
+        )
+
+    def dense(self, weight: AnyLinear) -> torch.Tensor:
+        if isinstance(weight, PackedLinear):
+            return linear.unpack_nf4(weight.packed, weight.absmax, weight.blocksize)
+        if isinstance(weight, DenseLinear):
+            return linear.unpack_bf16(weight.tiles)
+        return torch.cat([self.dense(part) for part in weight.parts])
+
     def linear(
         self,
         x: torch.Tensor,
-        weight: PackedLinear,
+        weight: AnyLinear,
         *,
         add_to: torch.Tensor | None = None,
         adapters: SiteAdapters | None = None,
@@ -114,11 +218,20 @@ class NumbaOps:
         if weight.bias is not None:
             elementwise.put_bias(weight.bias, out, add=add_to is not None)
         accumulate = add_to is not None or weight.bias is not None
-        linear.nf4_linear(x, weight.packed, weight.absmax, weight.blocksize, out, accumulate=accumulate)
+        vectors = None if adapters is None else adapters.vector_rows()
+        held = None
+        if vectors is not None and accumulate:
+            held = self._scratch.empty(vectors.count, weight.out_features)
+            lora_vectors.set_aside(out, vectors, held)
+        _multiply(x, weight, out, accumulate=accumulate)
         if adapters is not None:
+            base = None
+            if vectors is not None:
+                base = self._scratch.empty(vectors.count, weight.out_features)
+                lora_vectors.take_products(out, vectors, held, base)
             if not adapters.lora.queues:
                 flush()
-            adapters.add_(out, x)
+            adapters.add_(out, x, base)
         return out
 
     def prepare_embedding(self, weight: torch.Tensor, *, head: bool) -> PackedTable:

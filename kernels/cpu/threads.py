@@ -73,6 +73,24 @@ _SPINS = 1000
 """Rounds of waiting, some 20 microseconds, before a thread offers its processor to whoever else wants it."""
 
 
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """torch's operations on this thread use no other one: for long work beside the step loop. Threads that wait for
+    each other while there are more of them than processors cost several times what they compute.
+
+    ``torch.set_num_threads`` would do it for threads that begin meanwhile, too. Nothing happens without libgomp.
+    """
+    if _libgomp is None:
+        yield
+        return
+    before = torch.get_num_threads()  # torch has set this thread's number by now, and does not do it again
+    _libgomp.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        _libgomp.omp_set_num_threads(before)
+
+
 @intrinsic
 def _call_kernel(typingctx, kernel, arguments, part, parts):
     """Call the kernel at address ``kernel``."""

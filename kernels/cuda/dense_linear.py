@@ -1,4 +1,5 @@
-"""``x @ W.T`` with a 16-bit W, for lm_head: fp32 out, and the same bits for a row whatever the number of rows.
+"""``x @ W.T`` with a 16-bit W, for lm_head and merged weights: fp32 out, and the same bits for a row whatever the
+number of rows.
 
 A library's product would do but for that: it picks another kernel, with another order of summation, for another
 number of rows, and so would let a neighbour in the batch change a logit's last bits.
@@ -6,6 +7,7 @@ number of rows, and so would let a neighbour in the batch change a logit's last 
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,7 +15,10 @@ import triton
 import triton.language as tl
 
 BN, BK = 128, 64
-_ROW_TILES = (16, 32, 64)
+_NARROW, _WIDE_FROM = 64, 16384
+"""Outputs of a program for a weight of fewer rows than that."""
+ROW_TILES = (16, 32, 64)
+"""Rows of a program: the smallest that holds a step's."""
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -51,13 +56,15 @@ def dense_linear_kernel(
 
 def dense_linear(x: torch.Tensor, weight: torch.Tensor, *, wide: bool, out: torch.Tensor | None = None) -> torch.Tensor:
     """``x`` ``[M, K]``, ``weight`` ``[N, K]`` of one type (fp32 x may meet a 16-bit weight if ``wide``): fp32 ``[M,
-    N]``."""
+    N]``. ``out``: where to write it, with contiguous rows."""
     (m, k), n = x.shape, weight.shape[0]
     out = torch.empty(m, n, dtype=torch.float32, device=x.device) if out is None else out
-    bm = next((tile for tile in _ROW_TILES if m <= tile), _ROW_TILES[-1])
-    dense_linear_kernel[(triton.cdiv(m, bm), triton.cdiv(n, BN))](
+    bm = next((tile for tile in ROW_TILES if m <= tile), ROW_TILES[-1])
+    # A layer has fewer outputs than a vocabulary: narrower tiles keep more processors busy. By W's shape alone.
+    bn = BN if n >= _WIDE_FROM else _NARROW
+    dense_linear_kernel[(triton.cdiv(m, bm), triton.cdiv(n, bn))](
         out, x, weight, m, n, k, x.stride(0), weight.stride(0), out.stride(0),
-        BM=bm, BN=BN, BK=BK, EVEN=k % BK == 0, WIDE=wide, num_warps=4, num_stages=1 if wide else 4,
+        BM=bm, BN=bn, BK=BK, EVEN=k % BK == 0, WIDE=wide, num_warps=4, num_stages=1 if wide else 4,
     )  # fmt: skip
     return out
 
@@ -68,7 +75,8 @@ def shipped_configurations() -> list[tuple[Any, dict[str, str], dict[str, Any], 
     for dtype in ("bf16", "fp16"):
         types = {name: "i32" for name in ("M", "N", "K", "stride_x", "stride_w", "stride_y")}
         types |= {"p_y": "*fp32", "p_x": f"*{dtype}", "p_w": f"*{dtype}"}
-        for bm in _ROW_TILES:
-            constants: dict[str, Any] = {"BM": bm, "BN": BN, "BK": BK, "EVEN": True, "WIDE": False}
-            found.append((dense_linear_kernel, types, constants, 4, 4, f"dense_linear_kernel {dtype} M {bm}"))
+        for bm, bn in product(ROW_TILES, (BN, _NARROW)):
+            constants: dict[str, Any] = {"BM": bm, "BN": bn, "BK": BK, "EVEN": True, "WIDE": False}
+            label = f"dense_linear_kernel {dtype} M {bm}{', narrow' * (bn == _NARROW)}"
+            found.append((dense_linear_kernel, types, constants, 4, 4, label))
     return found

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 import triton
 
+from manylora.kernels.cuda.dense_linear import dense_linear
 from manylora.kernels.cuda.lora import expand_kernel, shrink_kernel
 from manylora.kernels.cuda.scratch import Scratch
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_routing import LoraRouting, route
 from manylora.kernels.lora_segments import LoraSegments
+from manylora.kernels.lora_step import VectorRows, add_vectors_
+from manylora.kernels.lora_tables import DeviceTable
 from manylora.kernels.sites import RANK_PAGE, SITES
 
 ROWS = 16
@@ -23,7 +26,7 @@ EXPAND_BM, EXPAND_BN = 16, 128
 
 
 class TritonLora:
-    """See ``kernels.lora.BatchedLora``; ``scratch`` may be shared with other users of the same stream."""
+    """See ``kernels.lora.Kernel``; ``scratch`` may be shared with other users of the same stream."""
 
     def __init__(self, pool: LoraPool, scratch: Scratch | None = None) -> None:
         self.pool = pool
@@ -49,7 +52,7 @@ class TritonLora:
     def add_(
         self, y: torch.Tensor, x: torch.Tensor, adapters: LoraSegments | LoraRouting, site: str, layer: int
     ) -> None:
-        """See ``kernels.lora.BatchedLora.add_``."""
+        """See ``kernels.lora.Kernel``."""
         pool, store = self.pool, self.pool.sites[site]
         routing = adapters if isinstance(adapters, LoraRouting) else self.route(adapters, x.shape[0])
         (m, k), n = x.shape, store.columns[-1]
@@ -68,3 +71,14 @@ class TritonLora:
             y.stride(0), self.stride_h, routing.stride_level, m, n, column_1, column_2,
             layer, n_layers, pool.max_pages, BM=EXPAND_BM, BN=EXPAND_BN, WIDE=self.wide,
         )  # fmt: skip
+
+    def add_vectors_(self, y: torch.Tensor, base: torch.Tensor, vectors: VectorRows, site: str, layer: int) -> None:
+        """In torch: prompts, and heads; a decode step's other sites have them in the fused kernel."""
+        add_vectors_(y, base, vectors, self.pool.sites[site], layer)
+
+    def table_product(self, x: torch.Tensor, table: DeviceTable) -> torch.Tensor:
+        # The product of the base's own head: a row's bits do not depend on the rows beside it.
+        return dense_linear(x, table.plain(), wide=self.wide)
+
+    def flush(self) -> None:
+        pass

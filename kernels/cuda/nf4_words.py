@@ -9,7 +9,7 @@ in memory once. Codes are relabelled (``nf4_lookup``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -75,6 +75,12 @@ class Nf4Words:
                 out[:, :, j, :, b] = (words >> 4 * (2 * j + b) & 15).to(torch.uint8)
         return out.view(n, k)
 
+    def rows(self, first: int, last: int) -> Nf4Words:
+        """Rows ``first .. last - 1``: views of the same bytes."""
+        taken = slice(first, last)
+        here, offset = (self.first[taken], self.offset[taken]) if self.nested else (self.first, self.offset)
+        return replace(self, words=self.words[taken], scales=self.scales[taken], first=here, offset=offset)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight ``[N, K]`` that the kernels multiply with, ``values[label] * scale`` in fp32, rounded once."""
         n, k = self.shape
@@ -130,6 +136,24 @@ def pack(weights: Sequence[Nf4Tensor], dtype: torch.dtype) -> Nf4Words:
         code, outer, first_block, offset = none, none, none.int(), none
     values = torch.tensor(lookup.values, device=device)
     return Nf4Words(words, scales, code, outer, first_block, offset, values, dtype)
+
+
+def join(parts: Sequence[Nf4Words]) -> Nf4Words | None:
+    """Weights of equal K, one behind the other, in one copy; None if their scales are not held in the same way."""
+    head = parts[0]
+    if len({(part.nested, part.dtype) for part in parts}) > 1:
+        return None
+    words, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("words", "scales"))
+    if not head.nested:
+        return replace(head, words=words, scales=scales)
+    if any(not torch.equal(part.code, head.code) for part in parts):
+        return None
+    first, place = [], 0
+    for part in parts:
+        first.append(part.first + place)
+        place += part.outer.numel() * _NESTED_BLOCK
+    outer, offset = (torch.cat([getattr(part, name) for part in parts]) for name in ("outer", "offset"))
+    return replace(head, words=words, scales=scales, outer=outer, first=torch.cat(first), offset=offset)
 
 
 def _words(weight: Nf4Tensor, label_of: torch.Tensor) -> torch.Tensor:

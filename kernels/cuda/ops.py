@@ -8,18 +8,19 @@ depend on the rows beside it; above, the linear layers are a library's products 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from manylora.kernels.cuda import attention, elementwise
-from manylora.kernels.cuda.configs import Configs, configs_for
-from manylora.kernels.cuda.dense_linear import dense_linear
+from manylora.kernels.cuda.configs import configs_for
+from manylora.kernels.cuda.dense_linear import ROW_TILES, dense_linear
 from manylora.kernels.cuda.linear import LinearAdapters, LinearKernels
 from manylora.kernels.cuda.lora_op import TritonLora
-from manylora.kernels.cuda.nf4_words import Nf4Words, pack, unsupported
+from manylora.kernels.cuda.nf4_words import Nf4Words, join, pack, unsupported
 from manylora.kernels.cuda.scratch import Scratch
 from manylora.kernels.lora import SiteAdapters
 from manylora.kernels.lora_routing import LoraRouting
@@ -28,21 +29,68 @@ from manylora.kernels.ops import AttentionShape, PagedSequences
 from manylora.kernels.torch_ops import TorchLinear, TorchOps
 
 _MAX_WAITS = 4096
+_DENSE_CHUNK = 1 << 24
+"""Weights dequantised at a time by ``dense``: torch makes four temporaries of 4 bytes a weight of them."""
 
 
 @dataclass(frozen=True)
 class CudaLinear:
-    """A fused linear layer's weights; ``plain`` instead of ``words`` where these kernels cannot hold them."""
+    """A fused linear layer's weights; ``plain`` instead of ``words`` where these kernels cannot hold them.
+    ``borrowed``: the bytes are another's."""
 
     words: Nf4Words | None
     plain: TorchLinear | None
     bias: torch.Tensor | None
+    borrowed: bool = False
+
+    @property
+    def out_features(self) -> int:
+        if self.words is not None:
+            return self.words.shape[0]
+        assert self.plain is not None
+        return self.plain.out_features
 
     @property
     def nbytes(self) -> int:
         if self.words is not None:
-            return self.words.nbytes
+            return 0 if self.borrowed else self.words.nbytes
         return 0 if self.plain is None else self.plain.nbytes
+
+
+@dataclass(frozen=True)
+class CudaDense:
+    """A 16-bit weight ``[N, K]`` (fp32 in the interpreter). ``borrowed``: the bytes are another's."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    borrowed: bool = False
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.borrowed else self.weight.nbytes
+
+
+@dataclass(frozen=True)
+class CudaStack:
+    """Linear layers of equal input side by side, each computed by itself; their own biases do not count."""
+
+    parts: tuple[CudaLinear | CudaDense, ...]
+    bias: torch.Tensor | None
+
+    @property
+    def out_features(self) -> int:
+        return sum(part.out_features for part in self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+AnyLinear = CudaLinear | CudaDense | CudaStack
 
 
 class CudaOps:
@@ -50,22 +98,13 @@ class CudaOps:
 
     name = "cuda"
 
-    def __init__(
-        self,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        *,
-        configs: Configs | None = None,
-        fast: bool | None = None,
-    ) -> None:
-        self.device, self.dtype = torch.device(device), dtype
-        self.configs = configs_for(self.device) if configs is None else configs
+    def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        self.device, self.dtype, self.dense_itemsize = torch.device(device), dtype, dtype.itemsize
+        self.configs = configs_for(self.device)
         self.scratch = Scratch(self.device)
         self._wide = dtype == torch.float32
         on_nvidia = self.device.type == "cuda" and torch.version.hip is None
-        self.kernels = LinearKernels(
-            self.configs, self.scratch, fast=on_nvidia and not self._wide if fast is None else fast, wide=self._wide
-        )
+        self.kernels = LinearKernels(self.configs, self.scratch, fast=on_nvidia and not self._wide, wide=self._wide)
         self._torch = TorchOps(self.device, dtype, resident=False)
         # One counter for each launch of a step whose programs wait for others of it; zeroed together.
         self._waits = torch.zeros(_MAX_WAITS, dtype=torch.int32, device=self.device)
@@ -95,28 +134,128 @@ class CudaOps:
             return CudaLinear(None, self._torch.prepare_linear(here, bias), None)
         return CudaLinear(pack(here, self.dtype), None, None if bias is None else bias.to(self.device, self.dtype))
 
+    def prepare_dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> CudaDense:
+        here = weight.to(self.device, self.dtype, copy=True)
+        return self._compiled(CudaDense(here, None if bias is None else bias.to(self.device, self.dtype)))
+
+    def _compiled(self, dense: CudaDense) -> CudaDense:
+        """Run it for each tile of rows once, here: else the step loop would wait for the compiler while serving."""
+        if self.device.type == "cuda":
+            for rows in ROW_TILES:
+                x = torch.zeros(rows, dense.weight.shape[1], dtype=self.dtype, device=self.device)
+                dense_linear(x, dense.weight, wide=self._wide)
+        return dense
+
+    def rows(self, weight: AnyLinear, first: int, last: int) -> AnyLinear:
+        if isinstance(weight, CudaDense):
+            return CudaDense(weight.weight[first:last], None, borrowed=True)
+        if isinstance(weight, CudaLinear):
+            if weight.words is not None:
+                return CudaLinear(weight.words.rows(first, last), None, None, borrowed=True)
+            assert weight.plain is not None
+            return CudaLinear(None, self._torch.rows(weight.plain, first, last), None)
+        within, at = [], 0
+        for part in weight.parts:
+            begin, end = max(first - at, 0), min(last - at, part.out_features)
+            if begin < end:
+                within.append(self.rows(part, begin, end))
+            at += part.out_features
+        return CudaStack(tuple(_flat(within)), None)
+
+    def stack(self, parts: Sequence[AnyLinear], bias: torch.Tensor | None) -> AnyLinear:
+        bias = None if bias is None else bias.to(self.device, self.dtype)
+        flat = _flat(parts)
+        dense = [part.weight for part in flat if isinstance(part, CudaDense)]
+        words = [part.words for part in flat if isinstance(part, CudaLinear) and part.words is not None]
+        if len(dense) == len(flat):
+            return self._compiled(CudaDense(torch.cat(dense), bias))
+        joined = join(words) if len(words) == len(flat) else None
+        return CudaStack(tuple(flat), bias) if joined is None else CudaLinear(joined, None, bias)
+
+    def dense(self, weight: AnyLinear) -> torch.Tensor:
+        # In torch, not by the kernel that dequantises: that writes into memory of the step loop's, and is compiled for
+        # 16-bit results only.
+        if isinstance(weight, CudaDense):
+            return weight.weight.to(torch.float32, copy=True)
+        if isinstance(weight, CudaStack):
+            return torch.cat([self.dense(part) for part in weight.parts])
+        if weight.words is None:
+            assert weight.plain is not None
+            return self._torch.dense(weight.plain)
+        n, k = weight.words.shape
+        out = torch.empty(n, k, device=self.device)
+        step = max(1, _DENSE_CHUNK // k)
+        for first in range(0, n, step):
+            out[first : first + step] = weight.words.rows(first, min(first + step, n)).dequantize()
+        return out
+
     def linear(
         self,
         x: torch.Tensor,
-        weight: CudaLinear,
+        weight: AnyLinear,
         *,
         add_to: torch.Tensor | None = None,
         adapters: SiteAdapters | None = None,
     ) -> torch.Tensor:
-        if weight.words is not None and x.shape[0] <= self.configs.dense_above:
-            fused = None if adapters is None else self._fused_adapters(adapters)
-            y = self.kernels.fused(x, weight.words, weight.bias, add_to, fused)
-            if fused is not None:
-                return y
-        elif weight.words is not None:
-            y = F.linear(x, self.kernels.dequantize(weight.words, self.dtype), weight.bias)
-            y = y if add_to is None else add_to.add_(y)
-        else:
+        if isinstance(weight, CudaLinear) and weight.words is None:
             assert weight.plain is not None
-            y = self._torch.linear(x, weight.plain, add_to=add_to)
-        if adapters is not None:
+            return self._torch.linear(x, weight.plain, add_to=add_to, adapters=adapters)
+        if adapters is None:
+            return self._without_adapters(x, weight, add_to)
+        if isinstance(weight, CudaLinear) and weight.words is not None and x.shape[0] <= self.configs.dense_above:
+            fused = self._fused_adapters(adapters)
+            if fused is not None:
+                return self.kernels.fused(x, weight.words, weight.bias, add_to, fused)
+        vectors = adapters.vector_rows()
+        if vectors is None:
+            y = self._without_adapters(x, weight, add_to)
             adapters.add_(y, x)
+            return y
+        y = self._without_adapters(x, replace(weight, bias=None), None)
+        base = y[vectors.rows]
+        if weight.bias is not None:
+            y += weight.bias
+        y = y if add_to is None else add_to.add_(y)
+        adapters.add_(y, x, base)
         return y
+
+    def _without_adapters(self, x: torch.Tensor, weight: AnyLinear, add_to: torch.Tensor | None) -> torch.Tensor:
+        """``x @ W.T + bias``, added to ``add_to`` if there is one."""
+        if not isinstance(weight, CudaLinear):
+            return self._side_by_side(x, weight, add_to)
+        assert weight.words is not None
+        if x.shape[0] <= self.configs.dense_above:
+            return self.kernels.fused(x, weight.words, weight.bias, add_to, None)
+        y = F.linear(x, self.kernels.dequantize(weight.words, self.dtype), weight.bias)
+        return y if add_to is None else add_to.add_(y)
+
+    def _side_by_side(
+        self, x: torch.Tensor, weight: CudaDense | CudaStack, add_to: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``x @ W.T + bias``, added to ``add_to`` if there is one, without adapters."""
+        parts = weight.parts if isinstance(weight, CudaStack) else (weight,)
+        few = x.shape[0] <= self.configs.dense_above
+        y = torch.empty(x.shape[0], weight.out_features, dtype=torch.float32 if few else x.dtype, device=self.device)
+        at = 0
+        for part in parts:
+            out = y[:, at : at + part.out_features]
+            at += part.out_features
+            if isinstance(part, CudaDense):
+                # The same order of summation for any number of rows, as the NF4 kernel's; many rows by the library.
+                if few:
+                    dense_linear(x, part.weight, wide=self._wide, out=out)
+                else:
+                    out.copy_(F.linear(x, part.weight))
+            elif part.words is None:
+                assert part.plain is not None
+                out.copy_(self._torch.linear(x, part.plain))
+            elif few:
+                out.copy_(self.kernels.fused(x, part.words, None, None, None))
+            else:
+                out.copy_(F.linear(x, self.kernels.dequantize(part.words, self.dtype)))
+        if weight.bias is not None:
+            y += weight.bias
+        return y.to(x.dtype) if add_to is None else add_to.add_(y)
 
     def _fused_adapters(self, adapters: SiteAdapters) -> LinearAdapters | None:
         """What the fused kernel needs; None if another implementation of the op is to add the deltas."""
@@ -183,8 +322,8 @@ class CudaOps:
             )
             return attention.decode_attention(
                 q, cache, sequences.contexts, sequences.tables, shape, out=out,
-                planes=self.scratch.empty("attention planes", _numel(planes), torch.float32),
-                semaphores=self.scratch.zeros("attention semaphores", _numel(semaphores)),
+                planes=self.scratch.empty("attention planes", math.prod(planes), torch.float32),
+                semaphores=self.scratch.zeros("attention semaphores", math.prod(semaphores)),
             )  # fmt: skip
         tokens = attention.query_tokens(shape)
         if tokens not in self._blocks:
@@ -207,8 +346,8 @@ class CudaOps:
         self._sequences, self._blocks = sequences, {}
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def _flat(parts: Sequence[AnyLinear]) -> list[CudaLinear | CudaDense]:
+    flat: list[CudaLinear | CudaDense] = []
+    for part in parts:
+        flat += part.parts if isinstance(part, CudaStack) else [part]
+    return flat

@@ -21,6 +21,7 @@ from manylora.kernels.cuda.nf4_words import Nf4Words, pack
 from manylora.kernels.cuda.scratch import Scratch
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_segments import LoraSegments
+from manylora.kernels.lora_weights import LoraVectors, LoraWeights
 from manylora.kernels.reference import lora_magnitude, lora_reference
 from manylora.kernels.sites import SITES, LoraShapes
 from manylora.server.model.synthetic import synthetic_adapter, synthetic_nf4
@@ -115,6 +116,18 @@ def make_pool(*, vectors: bool = False) -> LoraPool:
     pool.clear(6)
     pool.write(6, synthetic_adapter(SHAPES, 20, seed=7, projections=("v", "down", "up")))
     return pool
+
+
+def give_vectors(pool: LoraPool, slot: int, gain: torch.Tensor, bias: torch.Tensor) -> None:
+    """Slot 0, 3 or 4 of ``make_pool`` written anew, with a gain and a bias ``[N]`` at qkv in layer 1; slot 3 has no
+    pages of v."""
+    pages = {0: (16, ("q", "k", "v")), 3: (64, ("k", "q")), 4: (1, ())}[slot]
+    columns, vectors = SHAPES.site_offsets("qkv"), {}
+    for p, first, last in zip(SITES["qkv"], columns, columns[1:], strict=False):
+        vectors[p, 1] = LoraVectors(gain[first:last], bias[first:last])
+    pairs = synthetic_adapter(SHAPES, pages[0], seed=slot, projections=pages[1]).pairs
+    pool.clear(slot)
+    pool.write(slot, LoraWeights(pairs, vectors))
 
 
 @pytest.fixture(scope="module")
@@ -296,8 +309,8 @@ def test_gain_and_bias_of_an_adapter() -> None:
     one = Site("qkv", pool=vectors, bias=True)
     gain = 1 + 0.2 * torch.randn(one.n, generator=torch.Generator().manual_seed(1))
     bias = torch.randn(one.n, generator=torch.Generator().manual_seed(2))
-    vectors.set_vectors(3, "qkv", 1, gain, bias)
-    vectors.set_vectors(4, "qkv", 1, gain * 2, -bias)
+    give_vectors(vectors, 3, gain, bias)
+    give_vectors(vectors, 4, gain * 2, -bias)
     x, pairs = one.x(6), [(0, 3, 1.0), (1, 4, 0.5), (2, 0, 1.0), (4, 3, -2.0)]
     y = one.run(x, pairs)
     expected, bound = one.exact(x, pairs)

@@ -18,11 +18,11 @@ from manylora.kernels.cuda.sampling_buffers import Row, SamplingBuffers
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_routing import StaticRouting
 from manylora.kernels.lora_segments import LoraSegments
-from manylora.kernels.lora_weights import LoraPair, LoraWeights
+from manylora.kernels.lora_weights import LoraPair, LoraVectors, LoraWeights
 from manylora.kernels.sites import SITES
 from manylora.server.model.synthetic import synthetic_nf4
 from tests.kernels.shapes import SHAPES
-from tests.kernels.test_cuda_linear import DTYPE, ON_GPU, Site, close, make_pool
+from tests.kernels.test_cuda_linear import DTYPE, ON_GPU, Site, close, give_vectors, make_pool
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 ROUNDING = 2.0**-7 if ON_GPU else 300 * 2.0**-24
@@ -151,7 +151,7 @@ def test_what_an_earlier_step_left_in_h_reaches_no_row() -> None:
 
 
 def test_a_static_routing_follows_every_change_of_the_batch() -> None:
-    """One change at a time: scales, rows, slots, levels, no adapters at all, and a slot that gets another adapter."""
+    """One change at a time: scales, rows, slots, levels, and a slot that gets another adapter."""
     adapters = {0: adapter(20, "o", seed=1), 1: adapter(5, "o", seed=2), 2: adapter(16, "o", seed=3)}
     pool = pool_of(adapters)
     op, x = TritonLora(pool), rows_of(20, 64)
@@ -163,28 +163,45 @@ def test_a_static_routing_follows_every_change_of_the_batch() -> None:
         [(row, 0, 0.5) for row in range(18)],
         [(row + 2, 0, 0.5) for row in range(18)],
         [(row + 2, 1, 0.5) for row in range(18)],
-        [],
         [(3, 0, 1.0), (3, 2, 2.0), (5, 1, 1.0)],
         [(3, 0, 1.0), (5, 2, 2.0), (5, 1, 1.0)],  # the same numbers of rows and slots
         [(3, 0, 1.0), (5, 0, 1.0), (7, 1, 1.0)],
         [(3, 0, 1.0), (5, 1, 1.0), (7, 1, 1.0)],  # the same rows, scales and slots
-        [],
         everyone,
     ]
     for pairs in steps:
         segments = LoraSegments.from_pairs(pairs, DEVICE)
-        assert segments is None or static.fits(segments)
+        assert segments is not None
+        assert static.fits(segments)
         static.fill(segments)
         assert agrees(added(op, static.routing, x, "o", 1), from_the_file(x, adapters, pairs, "o", 1)), pairs
     pool.clear(0)
     adapters[0] = adapter(3, "o", seed=4)
     pool.write(0, LoraWeights(adapters[0]))
-    static.fill(LoraSegments.from_pairs(everyone, DEVICE))
+    segments = LoraSegments.from_pairs(everyone, DEVICE)
+    assert segments is not None
+    static.fill(segments)
     assert agrees(added(op, static.routing, x, "o", 1), from_the_file(x, adapters, everyone, "o", 1))
     assert static.routing.buffer.data_ptr() == address
     three = LoraSegments.from_pairs([(0, 0, 1.0), (0, 1, 1.0), (0, 2, 1.0)])
     assert three is not None
     assert not static.fits(three)
+
+
+def test_a_static_routing_holds_the_longest_lists() -> None:
+    """Every row composed of adapters without pages, but with vectors at every projection: a piece for each of them."""
+    vectors = {(p, 0): LoraVectors(bias=torch.ones(SHAPES.out_features[p])) for site in SITES.values() for p in site}
+    del vectors["lm_head", 0]
+    pool = LoraPool(SHAPES, max_slots=8, max_pages=1, max_rank=16, dtype=DTYPE, device=DEVICE)
+    for slot in range(8):
+        pool.write(slot, LoraWeights({}, vectors))
+    static = StaticRouting(pool, max_rows=8, rows_per_block=ROWS, levels=2)
+    segments = LoraSegments.from_pairs([(row, (row + i) % 8, 1.0) for row in range(8) for i in (0, 1)], DEVICE)
+    assert segments is not None
+    assert static.fits(segments)
+    static.fill(segments)
+    counts = static.routing.counts["qkv"].tolist()
+    assert counts[:5] == [0, 0, 14, 28, 42], "no entries; a piece for each slot and level but 0 at 1, 7 at 0"
 
 
 def test_gains_of_composed_adapters_are_all_of_the_bases_product() -> None:
@@ -196,7 +213,7 @@ def test_gains_of_composed_adapters_are_all_of_the_bases_product() -> None:
         slot: (1 + torch.randn(one.n, generator=random), torch.randn(one.n, generator=random)) for slot in (0, 3)
     }
     for slot, (gain, bias) in vectors.items():
-        pool.set_vectors(slot, "qkv", 1, gain, bias)
+        give_vectors(pool, slot, gain, bias)
     x, pairs = one.x(3), [(1, 0, 0.7), (1, 3, -1.0), (2, 3, 1.0)]
     expected, bound = one.exact(x, pairs)
     base = x.double() @ one.words.dequantize().double().T

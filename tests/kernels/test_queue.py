@@ -116,3 +116,37 @@ def test_head_norm_is_the_norm_of_each_head(ops: Ops) -> None:
         expected[:, columns] = ops.rms_norm(wide[:, columns].contiguous(), weight, 1e-5)
     ops.head_norm_(wide[:, 64:160], weight, 1e-5)
     assert torch.equal(wide, expected)
+
+
+def test_single_threaded_is_for_this_thread_alone() -> None:
+    """Neither for threads that compute already nor for those that begin meanwhile, and not for longer."""
+    from manylora.kernels.cpu.threads import single_threaded
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        go_on, seen = threading.Event(), []
+
+        def other(wait: bool) -> None:
+            counts = [torch.get_num_threads()]
+            if wait:
+                running.set()
+                assert go_on.wait(30)
+                counts.append(torch.get_num_threads())
+            seen.append(counts)
+
+        running = threading.Event()
+        old = threading.Thread(target=other, args=(True,))
+        old.start()
+        assert running.wait(30)
+        with single_threaded():
+            assert torch.get_num_threads() == 1
+            new = threading.Thread(target=other, args=(False,))
+            new.start()
+            new.join(30)
+            go_on.set()
+            old.join(30)
+        assert torch.get_num_threads() == 2
+        assert seen == [[2], [2, 2]]
+    finally:
+        torch.set_num_threads(before)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from manylora.adapters.versions import AdapterRef
 from manylora.kernels.cuda.nf4_words import pack
 from manylora.kernels.lora import BatchedLora, Implementation
 from manylora.kernels.lora_pool import LoraPool
@@ -14,8 +15,9 @@ from manylora.kernels.nf4_tensor import Nf4Tensor
 from manylora.kernels.ops import Ops
 from manylora.kernels.torch_ops import TorchLinear, TorchOps
 from manylora.server.engine.batch import build_batch
-from manylora.server.engine.request import Request, SamplingParams, ScheduledRow, StepPlan
+from manylora.server.engine.request import AdapterUse, Request, SamplingParams, ScheduledRow, StepPlan
 from manylora.server.model.decoder import Decoder
+from manylora.server.model.decoder_weights import DecoderWeights
 from manylora.server.model.families import ModelSpec
 from manylora.server.model.kv_cache import KVCache
 from manylora.server.model.synthetic import synthetic_adapter, synthetic_base
@@ -43,7 +45,8 @@ class Model:
         self.pool.write(0, synthetic_adapter(self.pool.shapes, 8, seed=1, projections=ALL))
         self.pool.write(2, synthetic_adapter(self.pool.shapes, 33, seed=2, projections=("q", "v", "down", "up")))
         lora = BatchedLora(self.pool, implementation)
-        self.decoder = Decoder(spec, synthetic_base(spec), ops, lora, max_context=256)
+        weights = DecoderWeights.prepare(spec, synthetic_base(spec), ops, max_context=256)
+        self.decoder = Decoder(spec, weights, ops, lora)
         self.cache = KVCache(spec, 40, ops)
 
     @torch.inference_mode()
@@ -53,15 +56,16 @@ class Model:
 
 def by_slot(rows: Sequence[ScheduledRow]) -> tuple[ScheduledRow, ...]:
     """As the scheduler orders a plan."""
-    return tuple(sorted(rows, key=lambda row: -1 if row.request.slot is None else row.request.slot))
+    return tuple(sorted(rows, key=lambda row: row.request.slots))
 
 
 def request(number: int, length: int, slot: int | None, scale: float = 1.0) -> Request:
     """Of random tokens, with four pages of its own, not in order."""
     random = torch.Generator().manual_seed(number)
     tokens = torch.randint(0, 320, (length,), generator=random).tolist()
-    made = Request(f"r{number}", tokens, SamplingParams(temperature=0.0), adapter_scale=scale)
-    made.slot = slot
+    made = Request(f"r{number}", tokens, SamplingParams(temperature=0.0))
+    if slot is not None:
+        made.adapters, made.slots = (AdapterUse(AdapterRef("a", str(slot)), scale),), (slot,)
     made.pages = [4 * number + i for i in (2, 0, 3, 1)]
     return made
 
