@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, get_args
 
+from manylora.server.engine.auto_merge import AutoMerge
+
 Device = Literal["auto", "cpu", "cuda"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -65,6 +67,14 @@ class AdapterSpec:
         return cls(name, source)
 
 
+def parse_auto_merge(text: str) -> AutoMerge:
+    """``--auto-merge SHARE:SECONDS[:MODE]``."""
+    try:
+        return AutoMerge.parse(text)
+    except ValueError as error:
+        raise ConfigError("--auto-merge", str(error)) from error
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Sizes of the engine. ``None``: chosen for the device and the model at the start, and logged."""
@@ -74,6 +84,13 @@ class EngineConfig:
     """Requests computed together in one step."""
     max_device_adapters: int | None = None
     """Adapter slots on the device; more adapters than this take turns."""
+    max_host_adapters: int | None = None
+    """Adapter versions in host memory; more than this are read again when they are used. ``None``: as many as
+    ``host_memory`` holds."""
+    table_memory: int | None = None
+    """Bytes on the device for rows of the embedding and of ``lm_head`` that adapters replace, all together."""
+    host_memory: int | None = None
+    """Bytes for adapters in host memory."""
     max_rank: int = 256
     max_context: int | None = None
     """Tokens of prompt and completion together; at most the model's own."""
@@ -91,6 +108,9 @@ class EngineConfig:
         for flag, value, low, high in (
             ("--max-rows", self.max_rows, 1, 4096),
             ("--max-device-adapters", self.max_device_adapters, 1, 65536),
+            ("--max-host-adapters", self.max_host_adapters, 1, 1 << 20),
+            ("--host-memory", self.host_memory, _MIB, 1 << 50),
+            ("--table-memory", self.table_memory, 0, 1 << 50),
             ("--max-rank", self.max_rank, 1, 1024),
             ("--max-context", self.max_context, 2, 1 << 24),
             ("--max-batch-tokens", self.max_batch_tokens, 1, 1 << 20),
@@ -116,6 +136,9 @@ class ApiConfig:
     admin_key: str | None = field(default=None, repr=False)
     adapter_roots: tuple[Path, ...] = ()
     """The directories that an admin request may load adapters from (hub ids are not paths and always may be)."""
+    adapters_on_demand: int = 0
+    """Requests may name adapters that are not loaded: folders of ``adapter_roots``, which are then loaded, so many at a
+    time. 0: off."""
     upload_dir: Path | None = None
     """Where uploaded adapters are kept; ``None``: uploads are off."""
     allow_request_chat_template: bool = False
@@ -140,6 +163,9 @@ class ApiConfig:
         for root in self.adapter_roots:
             if not root.is_dir():
                 raise ConfigError("--adapter-root", f"{root} is not a directory")
+        _between("--adapters-on-demand", self.adapters_on_demand, 0, 1 << 20)
+        if self.adapters_on_demand and not self.adapter_roots:
+            raise ConfigError("--adapters-on-demand", "it needs a directory to load from: give --adapter-root")
         _between("--max-body", self.max_body_bytes, 1024, 1 << 40)
         _between("--max-upload", self.max_upload_bytes, 1024, 1 << 40)
         _between("--max-choices", self.max_choices, 1, 4096)
@@ -162,6 +188,11 @@ class ServeConfig:
     adapters: tuple[AdapterSpec, ...] = ()
     adapter_dir: Path | None = None
     """Every adapter directory in it is loaded, named by its folder."""
+    auto_merge: AutoMerge | None = None
+    """When to merge an adapter by itself; ``None``: never."""
+    watch: float | None = None
+    """Seconds between two looks at ``adapter_dir`` for folders that are new, changed or gone; ``None``: one look, at
+    the start."""
     state_dir: Path | None = None
     """Remembers the adapters' names and sources across restarts, and keeps uploads; ``None``: nothing is kept."""
     cache_dir: Path | None = None
@@ -185,6 +216,11 @@ class ServeConfig:
             seen.add(spec.name)
         if self.adapter_dir is not None and not self.adapter_dir.is_dir():
             raise ConfigError("--adapter-dir", f"{self.adapter_dir} is not a directory")
+        if self.watch is not None:
+            if self.adapter_dir is None:
+                raise ConfigError("--watch", "there is nothing to watch: give --adapter-dir")
+            if not 0.1 <= self.watch <= 86400:
+                raise ConfigError("--watch", f"expected 0.1 to 86400 seconds, got {self.watch:g}")
 
     @property
     def registry_state(self) -> Path | None:

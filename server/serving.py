@@ -5,37 +5,40 @@ Sizes left open in the configuration are chosen here, where the device and the m
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from manylora.adapters.errors import AdapterError, AdapterRefused
-from manylora.adapters.peft_loader import load_peft_adapter
+from manylora.adapters.host_tier import HostTier
 from manylora.adapters.registry import AdapterRegistry
 from manylora.adapters.slots import SlotManager
-from manylora.adapters.source import resolve_source
-from manylora.adapters.versions import AdapterInfo, AdapterRef, LoadedAdapter
+from manylora.adapters.versions import AdapterInfo, AdapterRef
+from manylora.adapters.watcher import FolderWatcher
 from manylora.kernels.cpu import available as cpu_kernels_available
 from manylora.kernels.lora import BatchedLora
 from manylora.kernels.lora_pool import MAX_RANK, LoraPool
 from manylora.kernels.ops import PAGE_SIZE, Ops
 from manylora.kernels.sites import LAYER_PROJECTIONS, PROJECTIONS, RANK_PAGE
 from manylora.kernels.torch_ops import TorchOps
+from manylora.server.adapter_loading import AdapterLoader, first_adapters
 from manylora.server.api.state import Serving
 from manylora.server.config import ConfigError, EngineConfig, ServeConfig
+from manylora.server.engine.auto_merge import AutoMerger, TokenShares
 from manylora.server.engine.decode_graphs import DecodeGraphs
 from manylora.server.engine.detokenizer import vocabulary_for
 from manylora.server.engine.engine import Engine
+from manylora.server.engine.merge_builder import MergeBuilder, probe_tokens
+from manylora.server.engine.merges import MergeManager
 from manylora.server.engine.metrics import Metrics
 from manylora.server.engine.runner import ModelRunner
 from manylora.server.engine.sampler import Sampler
 from manylora.server.engine.scheduler import Scheduler, SchedulerConfig
 from manylora.server.model.decoder import Decoder
+from manylora.server.model.decoder_weights import DecoderWeights
 from manylora.server.model.families import ModelSpec
 from manylora.server.model.kv_cache import KVCache
 from manylora.server.model.loader import LoadedBase, load_base
@@ -44,6 +47,11 @@ from manylora.server.model.weights import BaseWeights
 logger = logging.getLogger(__name__)
 
 _MIB = 1 << 20
+
+_UPLOAD_THREADS = 2
+"""Copies to the device at once: they are bound by the bus, and by the interpreter."""
+_READ_THREADS = 3
+"""Reads of adapters that had left host memory: two slow disks, and one more."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,8 @@ class Sizes:
     max_pages: int
     max_rank: int
     kv_pages: int
+    table_bytes: int
+    host_memory: int
 
 
 @dataclass
@@ -71,12 +81,23 @@ class Running:
     decoder: Decoder
     runner: ModelRunner
     sizes: Sizes
-    _uploads: ThreadPoolExecutor = field(repr=False)
+    host: HostTier
+    watcher: FolderWatcher | None
+    merges: MergeManager
+    auto_merger: AutoMerger | None
+    _threads: tuple[ThreadPoolExecutor, ...] = field(repr=False)
 
     async def close(self) -> None:
         """Stop the engine; what still runs is aborted."""
+        if self.watcher is not None:
+            await asyncio.to_thread(self.watcher.stop)
+        if self.auto_merger is not None:
+            self.auto_merger.close()
         await self.engine.close()
-        self._uploads.shutdown(wait=True)
+        self.merges.close()
+        self.host.close()
+        for executor in self._threads:
+            executor.shutdown(wait=True, cancel_futures=True)
 
 
 def choose_device(name: str) -> torch.device:
@@ -129,14 +150,18 @@ def choose_sizes(config: EngineConfig, spec: ModelSpec, ops: Ops) -> Sizes:
     # Two pages a slot serve ranks up to 32 everywhere; larger ones share what smaller ones leave.
     max_pages = max(2 * max_slots, -(-config.max_rank // RANK_PAGE))
     page_bytes = KVCache.bytes_per_page(spec, ops.dtype)
+    free = _free_memory(ops.device)
+    # Room for two adapters that bring a whole table of their own (a retrained lm_head), or many that add some tokens.
+    two_tables = 2 * spec.vocab_size * spec.hidden_size * ops.dtype.itemsize
+    table_bytes = min(two_tables, free // 16) if config.table_memory is None else config.table_memory
     if config.kv_memory is not None:
         kv_pages = config.kv_memory // page_bytes
     else:
-        free = _free_memory(ops.device)
         if not on_cpu:
             # There the base and the adapters' pages are still to come; on the CPU the base is there already, and pages
             # are committed as they are first used.
-            base, adapters = _base_bytes(spec), max_pages * _adapter_page_bytes(spec, ops.dtype)
+            base = _base_bytes(spec)
+            adapters = max_pages * _adapter_page_bytes(spec, ops.dtype) + max_slots * _vector_bytes(spec) + table_bytes
             if base + adapters > free:
                 raise ConfigError(
                     "--max-device-adapters",
@@ -162,6 +187,8 @@ def choose_sizes(config: EngineConfig, spec: ModelSpec, ops: Ops) -> Sizes:
         max_pages=max_pages,
         max_rank=config.max_rank,
         kv_pages=kv_pages,
+        table_bytes=table_bytes,
+        host_memory=config.host_memory or _free_memory(torch.device("cpu")) // 4,
     )
 
 
@@ -171,6 +198,12 @@ def _base_bytes(spec: ModelSpec) -> int:
     weights = sum(shapes.in_features[p] * shapes.out_features[p] for p in LAYER_PROJECTIONS) * spec.n_layers
     tables = (1 if spec.tie_embeddings else 2) * spec.vocab_size * spec.hidden_size * 2
     return weights // 2 + weights // 64 + weights // 4096 + tables
+
+
+def _vector_bytes(spec: ModelSpec) -> int:
+    """Of a slot's gains and biases, at every projection."""
+    shapes = spec.lora_shapes()
+    return sum(shapes.out_features[p] * shapes.layers_of(p) for p in PROJECTIONS) * 2 * torch.float32.itemsize
 
 
 def _adapter_page_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
@@ -185,30 +218,6 @@ def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(os.sysconf("SC_AVPHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
-
-
-class _AdapterLoader:
-    """Reads an adapter for this base, and refuses what the pool could never hold. Called on loaders' threads."""
-
-    def __init__(self, base: str, decoder: Decoder, pool: LoraPool, metrics: Metrics) -> None:
-        self._base, self._decoder, self._pool, self._metrics = base, decoder, pool, metrics
-
-    def __call__(self, source: str) -> LoadedAdapter:
-        start = time.monotonic()
-        try:
-            weights = load_peft_adapter(
-                resolve_source(source), self._pool.shapes, base_name=self._base, base_tensor=self._decoder.table
-            )
-            reason = self._pool.fits(weights.lora) or self._pool.overflows(weights.lora)
-            if reason is not None:
-                raise AdapterRefused(f"in {source}", [reason])
-        except AdapterRefused:
-            self._metrics.adapter_loaded(time.monotonic() - start, refused=True)
-            raise
-        self._metrics.adapter_loaded(time.monotonic() - start)
-        for warning in weights.report.warnings:
-            logger.warning("adapter %s: %s", source, warning)
-        return LoadedAdapter(version=weights.version, nbytes=weights.nbytes, report=weights.report, weights=weights)
 
 
 def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None = None) -> Running:
@@ -233,33 +242,45 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
         max_rank=sizes.max_rank,
         dtype=ops.dtype,
         device=device,
+        table_bytes=sizes.table_bytes,
     )
     lora = BatchedLora(pool)
-    decoder = Decoder(spec, weights, ops, lora, max_context=sizes.max_context)
+    prepared = DecoderWeights.prepare(spec, weights, ops, max_context=sizes.max_context)
+    decoder = Decoder(spec, prepared, ops, lora)
     del weights, base  # the decoder holds its own form of them; the base is in memory once
     cache = KVCache(spec, sizes.kv_pages, ops)
     eos = frozenset(tokenizer.eos_token_ids)
     graphs = None
     if device.type == "cuda":
         graphs = DecodeGraphs(decoder, cache, max_rows=sizes.max_rows, max_context=sizes.max_context)
-    runner = ModelRunner(decoder, cache, Sampler(spec.vocab_size, device, eos_token_ids=eos), graphs)
+    sampler = Sampler(spec.vocab_size, device, eos_token_ids=eos)
+    shares = None if config.auto_merge is None else TokenShares()
+    runner = ModelRunner(decoder, cache, sampler, graphs, shares=shares)
     runner.warm_up(sizes.max_batch_tokens, sizes.max_context)
     metrics = Metrics(name)
     parts: list[Engine] = []
 
-    def freed(ref: AdapterRef) -> None:
+    def retired(ref: AdapterRef) -> None:
         if parts:
             parts[0].drop_adapter(ref)
 
-    registry = AdapterRegistry(
-        _AdapterLoader(model_name, decoder, pool, metrics),
-        state_path=config.registry_state,
-        on_freed=freed,
-        reserved={name},
+    loader = AdapterLoader(model_name, decoder, pool, metrics)
+    reads = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="manylora-read")
+    uploads = ThreadPoolExecutor(_UPLOAD_THREADS, thread_name_prefix="manylora-upload")
+    host = HostTier(
+        loader.read, executor=reads, max_bytes=sizes.host_memory, max_copies=config.engine.max_host_adapters
     )
-    uploads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="manylora-upload")
+    registry = AdapterRegistry(
+        loader.load, host=host, state_path=config.registry_state, on_retired=retired, reserved={name}
+    )
+    host.bind(registry)
     slots = SlotManager(
-        pool, executor=uploads, on_ready=lambda: parts[0].wake() if parts else None, pinned=registry.is_pinned
+        pool,
+        host,
+        executor=uploads,
+        on_ready=lambda: parts[0].wake() if parts else None,
+        pinned=registry.is_pinned,
+        live=registry.is_live,
     )
     scheduler = Scheduler(
         SchedulerConfig(
@@ -280,10 +301,20 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
         registry=registry,
         eos_token_ids=eos,
         max_slots=sizes.max_slots,
+        host_stats=host.stats,
     )
     parts.append(engine)
+    probe = probe_tokens(tokenizer.encode, vocabulary=spec.vocab_size, limit=sizes.max_context)
+    merges = MergeManager(
+        registry, host.fetch, MergeBuilder(decoder, engine.call, probe, warm_up=runner.merged_warm_up)
+    )
+    registry.when_freed(merges.version_freed)
+    auto_merger = None
+    if config.auto_merge is not None and shares is not None:
+        auto_merger = AutoMerger(config.auto_merge, merges, shares)
     logger.info(
-        "%s on %s (%s operations, LoRA: %s): base %d MiB, %d rows, context of %d, KV cache %d MiB, %d adapter slots",
+        "%s on %s (%s operations, LoRA: %s): base %d MiB, %d rows, context of %d, KV cache %d MiB, %d adapter slots, "
+        "%d MiB of host memory for adapters",
         name,
         device,
         ops.name,
@@ -293,6 +324,7 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
         sizes.max_context,
         sizes.kv_pages * KVCache.bytes_per_page(spec, ops.dtype) // _MIB,
         sizes.max_slots,
+        sizes.host_memory // _MIB,
     )
     serving = Serving(
         engine=engine,
@@ -303,29 +335,23 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
         base_digest=digest,
         max_context=sizes.max_context,
         base_root=str(source),
+        host=host,
+        merges=merges,
     )
-    return Running(serving, engine, registry, slots, pool, decoder, runner, sizes, uploads)
+    watcher = None
+    if config.adapter_dir is not None and config.watch is not None:
+        watcher = FolderWatcher(config.adapter_dir, registry, interval=config.watch)
+    return Running(
+        serving, engine, registry, slots, pool, decoder, runner, sizes, host, watcher, merges, auto_merger,
+        (reads, uploads),
+    )  # fmt: skip
 
 
 def load_adapters(running: Running, config: ServeConfig) -> list[AdapterInfo]:
-    """Bring back the adapters of the last run, then load those that the configuration names.
-
-    The configuration wins over what was remembered. Raises AdapterError for one that it names and that cannot be
-    served: a server that was told to serve an adapter does not start without it. A remembered one that fails is logged.
-    """
-    named = {spec.name: spec.source for spec in config.adapters}
-    if config.adapter_dir is not None:
-        for folder in sorted(Path(config.adapter_dir).iterdir()):
-            if (folder / "adapter_config.json").is_file():
-                named.setdefault(folder.name, str(folder))
-    for name, error in running.registry.restore():
-        if name not in named:
-            logger.error("adapter %s, loaded before the restart, could not be brought back: %s", name, error)
-    loaded = []
-    for name, source in named.items():
-        try:
-            loaded.append(running.registry.load(name, source, replace=True))
-        except AdapterError as error:
-            error.add_note(f"(adapter `{name}`, from the command line)")
-            raise
+    """Load what the server begins with (see ``adapter_loading.first_adapters``), then watch, if it is to be watched."""
+    loaded = first_adapters(running.registry, config, running.watcher)
+    if running.watcher is not None:
+        running.watcher.start()
+    if running.auto_merger is not None:
+        running.auto_merger.start()
     return loaded

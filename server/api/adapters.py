@@ -10,33 +10,38 @@ from fastapi.responses import JSONResponse, Response
 from manylora.adapters.errors import AdapterNotFound
 from manylora.adapters.versions import AdapterInfo
 from manylora.server.api.body import parse
-from manylora.server.api.errors import ApiError, bad_request, not_found
-from manylora.server.api.management import load_adapter, load_upload, pin_adapter, unload_adapter
+from manylora.server.api.errors import ApiError, not_found
+from manylora.server.api.management import alias_adapter, load_adapter, load_upload, pin_adapter, unload_adapter
+from manylora.server.api.merging import merge_adapter, merged_fields, unmerge_adapter
 from manylora.server.api.openapi import describes
-from manylora.server.api.schemas import AdapterPatch, AdapterPut
+from manylora.server.api.schemas import AdapterMerge, AdapterPatch, AdapterPut
 from manylora.server.api.state import Serving, state_of
 from manylora.server.api.uploads import read_upload
 
 router = APIRouter(tags=["adapters"])
 
 _MAX_JSON = 1 << 16
+_ARCHIVES = frozenset(f"application/{kind}" for kind in ("zip", "gzip", "x-tar", "x-zip-compressed", "x-gzip", "zstd"))
 
 
 def describe(serving: Serving, info: AdapterInfo, resident: frozenset[str]) -> dict[str, Any]:
     """An adapter as JSON: its registry entry, where it is, and what its load found.
 
-    ``tier`` is "device" if the adapter holds a slot there, else "host"; tokens are of the requests that have ended.
+    ``tier`` is "device" if its version (``resident`` are those that do) holds a slot there, else "host" if its weights
+    are in memory, else "disk"; tokens are of the requests that have ended.
     """
     report = info.report
+    tier = "device" if info.version in resident else "host" if info.version in serving.host else "disk"
     served = serving.metrics.adapter_tokens(info.name)
     return {
         "object": "adapter",
         "name": info.name,
         "version": info.version,
         "state": info.state,
-        "tier": "device" if info.name in resident else "host",
+        "tier": tier,
         "pinned": info.pinned,
         "source": info.source,
+        "alias_of": info.alias_of,
         "base_model": report.base_model,
         "ranks": list(report.ranks),
         "scales": list(report.scales),
@@ -50,19 +55,20 @@ def describe(serving: Serving, info: AdapterInfo, resident: frozenset[str]) -> d
         "generation_tokens": served[1],
         "loaded_at": info.loaded_at,
         "last_used": info.last_used,
+        **merged_fields(serving, info),
     }
 
 
 def _described(request: Request, info: AdapterInfo) -> dict[str, Any]:
     serving = state_of(request).serving
-    return describe(serving, info, frozenset(serving.engine.stats().resident_adapters))
+    return describe(serving, info, serving.engine.stats().resident_versions)
 
 
 @router.get("/v1/adapters")
 async def list_adapters(request: Request) -> dict[str, Any]:
     """Every adapter, and the old versions that only finish their requests (``state``: "draining")."""
     serving = state_of(request).serving
-    resident = frozenset(serving.engine.stats().resident_adapters)
+    resident = serving.engine.stats().resident_versions
     infos = serving.registry.list(draining=True)
     return {"object": "list", "data": [describe(serving, info, resident) for info in infos]}
 
@@ -75,7 +81,7 @@ async def get_adapter(request: Request, name: str) -> dict[str, Any]:
 
 @router.put("/v1/adapters/{name:path}", openapi_extra=describes(AdapterPut))
 async def put_adapter(request: Request, name: str) -> Response:
-    """Load an adapter, or replace it: from JSON ``{source}``, or from a multipart upload of its files.
+    """Load an adapter, or replace it: from JSON ``{source}`` or ``{alias_of}``, or a multipart upload of its files.
 
     201 if the name is new, 200 if it was replaced; running requests finish on the version they began with.
     """
@@ -88,9 +94,14 @@ async def put_adapter(request: Request, name: str) -> Response:
     if kind == "multipart/form-data":
         async with read_upload(request, state.config.max_upload_bytes) as upload:
             info = await load_upload(state, name, upload)
+    elif kind in _ARCHIVES:
+        raise ApiError(415, f"{kind} is not unpacked here: send the adapter's files themselves as multipart/form-data.")
     else:
         body = await parse(request, AdapterPut, _MAX_JSON)
-        info = await load_adapter(state, name, body.source, replace=body.replace, pinned=bool(body.pinned))
+        if body.source is not None:
+            info = await load_adapter(state, name, body.source, replace=body.replace, pinned=bool(body.pinned))
+        else:
+            info = await alias_adapter(state, name, body.alias_of or "", body.replace, bool(body.pinned))
         if body.pinned is False and info.pinned:  # a pin survives being replaced, unless it is taken off
             info = await pin_adapter(state, name, pinned=False)
     return JSONResponse(_described(request, info), status_code=200 if existed else 201)
@@ -112,18 +123,20 @@ async def delete_adapter(request: Request, name: str) -> dict[str, Any]:
 
 
 @router.post("/v1/adapters/unmerge")
-async def unmerge(request: Request) -> Response:
-    """Reserved."""
-    raise _no_merging()
+async def unmerge(request: Request) -> dict[str, Any]:
+    """End the merge: new requests for the adapter are computed beside the base again, running ones finish."""
+    return await unmerge_adapter(state_of(request))
 
 
-@router.post("/v1/adapters/{name:path}")
-async def act_on_adapter(request: Request, name: str) -> Response:
-    """Reserved: ``POST /v1/adapters/{name}/merge``."""
-    if name.endswith("/merge"):
-        raise _no_merging()
-    raise not_found(f"There is no POST {request.url.path} here.")
+@router.post("/v1/adapters/{name:path}", openapi_extra=describes(AdapterMerge))
+async def act_on_adapter(request: Request, name: str) -> dict[str, Any]:
+    """``POST /v1/adapters/{name}/merge``: compute the adapter's requests by merged weights; answers when they serve.
 
-
-def _no_merging() -> ApiError:
-    return bad_request("Merging adapters into the base is not served yet.")
+    Other adapters and the base are served as before, in the same steps. One adapter is merged at a time: another one
+    takes its place.
+    """
+    adapter, _, action = name.rpartition("/")
+    if action != "merge" or not adapter:
+        raise not_found(f"There is no POST {request.url.path} here.")
+    body = await parse(request, AdapterMerge, _MAX_JSON)
+    return await merge_adapter(state_of(request), adapter, body.mode)

@@ -4,7 +4,7 @@ ApiError (a status, a message, a type, the field at fault)
 ├── bad_request(...)        400  BadRequestError
 ├── not_found(...)          404  NotFoundError
 └── whatever else raises below is turned into one by ``as_api_error``:
-    ├── EngineRefusal       QueueFull 429 with Retry-After, EngineDraining 503, the others 400
+    ├── EngineRefusal       QueueFull 429 with Retry-After, EngineDraining 503, MergeBusy 409, the others 400
     ├── AdapterError        by the table in adapters/errors.py
     └── ChatTemplateError   400
 """
@@ -29,7 +29,14 @@ from manylora.adapters.errors import (
     RegistryStateError,
     SlotUploadFailed,
 )
-from manylora.server.engine.errors import EngineDraining, EngineRefusal, QueueFull
+from manylora.server.engine.errors import (
+    AdaptersNeverFit,
+    EngineDraining,
+    EngineRefusal,
+    MergeBusy,
+    MergeRefused,
+    QueueFull,
+)
 from manylora.server.model.errors import ChatTemplateError
 
 _log = logging.getLogger(__name__)
@@ -40,6 +47,7 @@ _TYPES: Final[Mapping[int, str]] = {
     403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    409: "ConflictError",
     413: "ContentTooLargeError",
     415: "UnsupportedMediaTypeError",
     429: "RateLimitError",
@@ -104,6 +112,12 @@ def as_api_error(error: EngineRefusal | AdapterError | ChatTemplateError) -> Api
             return ApiError(503, message)
         case RegistryStateError():
             return ApiError(500, message)
+        case AdaptersNeverFit():
+            return ApiError(400, message, param="adapters")
+        case MergeBusy():
+            return ApiError(409, message)
+        case MergeRefused():
+            return ApiError(400, message, param=error.param)
         case ChatTemplateError():
             return ApiError(400, message, param="messages")
         case _:

@@ -1,16 +1,14 @@
-"""Changing the set of adapters, for every dialect: on threads of their own, one change of the uploads at a time."""
+"""Changing the set of adapters, for every dialect: on threads of their own."""
 
 from __future__ import annotations
 
 import asyncio
-import shutil
+import contextlib
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
-from manylora.adapters.errors import AdapterError, AdapterNotFound
-from manylora.adapters.source import resolve_source, store_upload
+from manylora.adapters.source import resolve_source
 from manylora.adapters.versions import AdapterInfo
 from manylora.server.api.errors import ApiError
 from manylora.server.api.state import AppState
@@ -34,40 +32,26 @@ async def load_adapter(
         resolve_source(source, allowed_roots=state.config.adapter_roots, download=lambda hub_id: hub_id)
         return state.serving.registry.load(name, source, replace=replace, pinned=pinned)
 
-    return await _blocking(state, partial(_and_clean_up, state, name, load))
+    return await _blocking(state, partial(_and_sweep, state, load))
 
 
 async def load_upload(state: AppState, name: str, upload: Upload) -> AdapterInfo:
     """Store the uploaded files and load them from there. Raises AdapterError, ApiError where uploads are off."""
     _check_draining(state)
-    if state.config.upload_dir is None:
+    if state.uploads is None:
         raise ApiError(403, "Uploads are off: the server keeps no state (--state-dir).")
-    return await _blocking(state, partial(_load_upload, state, name, upload, state.config.upload_dir))
+    return await _blocking(state, partial(state.uploads.load, name, upload))
 
 
-def _load_upload(state: AppState, name: str, upload: Upload, root: Path) -> AdapterInfo:
-    with state.upload_lock:
-        before = {path.name for path in root.iterdir()} if root.is_dir() else set()
-        directory = store_upload(name, upload.files, root, state.config.max_upload_bytes)
-
-        def load() -> AdapterInfo:
-            return state.serving.registry.load(name, str(directory), replace=upload.replace, pinned=upload.pinned)
-
-        try:
-            return _and_clean_up(state, name, load)
-        except (AdapterError, OSError):
-            if directory.name not in before:  # refused, so of no use; content stored before belongs to another name
-                shutil.rmtree(directory, ignore_errors=True)
-            raise
+async def alias_adapter(state: AppState, name: str, other: str, replace: bool, pinned: bool) -> AdapterInfo:
+    """Let ``name`` mean the version that ``other`` means now. Raises AdapterError."""
+    alias = partial(state.serving.registry.alias, name, other, replace=replace, pinned=pinned)
+    return await _blocking(state, partial(_and_sweep, state, alias))
 
 
 async def unload_adapter(state: AppState, name: str) -> None:
     """Take the name away. Raises AdapterNotFound."""
-
-    def unload() -> None:
-        _and_clean_up(state, name, partial(state.serving.registry.unload, name))
-
-    await _blocking(state, unload)
+    await _blocking(state, partial(_and_sweep, state, partial(state.serving.registry.unload, name)))
 
 
 async def pin_adapter(state: AppState, name: str, *, pinned: bool) -> AdapterInfo:
@@ -75,22 +59,10 @@ async def pin_adapter(state: AppState, name: str, *, pinned: bool) -> AdapterInf
     return await _blocking(state, partial(state.serving.registry.pin, name, pinned))
 
 
-def _and_clean_up(state: AppState, name: str, change: Callable[[], _T]) -> _T:
-    """Make a change to ``name``, then delete the upload that it had before if no adapter has it any more.
-
-    The files are only needed to load again after a restart: what is loaded is in memory.
-    """
-    registry, root = state.serving.registry, state.config.upload_dir
-    try:
-        before = registry.info(name).source
-    except AdapterNotFound:
-        before = ""
-    result = change()
-    if root is not None and before and Path(before).parent == root:
-        with state.upload_lock:
-            if all(info.source != before for info in registry.list()):
-                shutil.rmtree(before, ignore_errors=True)
-    return result
+def _and_sweep(state: AppState, change: Callable[[], _T]) -> _T:
+    """Make a change, then delete the uploads that nobody needs any more."""
+    with contextlib.nullcontext() if state.uploads is None else state.uploads.sweeping():
+        return change()
 
 
 def _check_draining(state: AppState) -> None:

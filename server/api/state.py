@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastapi import Request
 
 from manylora.adapters.versions import AdapterInfo, AdapterRef
 from manylora.server.config import ApiConfig
+from manylora.server.engine.merges import MergedModel, MergeInfo
 from manylora.server.engine.metrics import EngineStats
 from manylora.server.engine.request import Event, FinishEvent, TokenEvent
 from manylora.server.engine.request import Request as EngineRequest
+
+if TYPE_CHECKING:
+    from manylora.server.api.on_demand import OnDemandLoads
+    from manylora.server.api.stored_uploads import StoredUploads
 
 
 class EventStream(Protocol):
@@ -39,15 +43,31 @@ class EngineLike(Protocol):
 
 
 class RegistryLike(Protocol):
-    """``adapters.registry.AdapterRegistry``; ``load``, ``unload`` and ``pin`` block on the disk."""
+    """``adapters.registry.AdapterRegistry``; ``load``, ``alias``, ``unload``, ``pin`` and ``sources_in_use`` block on
+    the disk."""
 
-    def load(self, name: str, source: str, *, replace: bool = False, pinned: bool = False) -> AdapterInfo: ...
+    def load(
+        self, name: str, source: str, *, replace: bool = False, pinned: bool = False, remember: bool = True
+    ) -> AdapterInfo: ...
+    def alias(self, name: str, other: str, *, replace: bool = False, pinned: bool = False) -> AdapterInfo: ...
+    def sources_in_use(self) -> set[str]: ...
+    def when_freed(self, callback: Callable[[AdapterRef], None]) -> None: ...
     def unload(self, name: str) -> None: ...
     def acquire(self, name: str) -> AdapterRef: ...
     def release(self, ref: AdapterRef) -> None: ...
     def pin(self, name: str, pinned: bool) -> AdapterInfo: ...
     def info(self, name: str) -> AdapterInfo: ...
     def list(self, *, draining: bool = False) -> list[AdapterInfo]: ...
+
+
+class MergesLike(Protocol):
+    """``engine.merges.MergeManager``; ``merge`` and ``unmerge`` block, for minutes perhaps."""
+
+    @property
+    def current(self) -> MergeInfo | None: ...
+    def merge(self, name: str, mode: str) -> MergeInfo: ...
+    def unmerge(self) -> MergeInfo: ...
+    def bind(self, ref: AdapterRef, scale: float = 1.0, count: int = 1) -> MergedModel | None: ...
 
 
 class TokenizerLike(Protocol):
@@ -95,6 +115,10 @@ class Serving:
     """Hexadecimal digest of the base's content."""
     max_context: int
     """Tokens of prompt and completion together."""
+    host: Container[str] = frozenset()
+    """Adapter versions whose weights are in host memory."""
+    merges: MergesLike | None = None
+    """Merges adapters into copies of the weights; None if that is not served."""
     base_root: str = ""
     """Where the base came from (``root`` in /v1/models); the base's name if empty."""
     created: int = field(default_factory=lambda: int(time.time()))
@@ -109,8 +133,10 @@ class AppState:
     config: ApiConfig
     admin_executor: Executor
     """Threads of their own for loads, which may take minutes, so that they never use up those of the tokeniser."""
-    upload_lock: AbstractContextManager[object]
-    """Held while the uploads' directory changes. Re-entrant."""
+    uploads: StoredUploads | None = None
+    """Uploaded adapters; None if uploads are off."""
+    on_demand: OnDemandLoads | None = None
+    """Loads the adapters that requests name; None if that is off."""
 
 
 def state_of(request: Request) -> AppState:

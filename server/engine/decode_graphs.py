@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -30,6 +31,11 @@ BUCKETS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Numbers of rows that graphs are captured for. Padding a step costs little: tiles are of 16 rows or more anyway."""
 
 
+LEVELS: Final = 2
+"""Adapters that a row of a graph may have. Each further one makes all steps launch more blocks that find nothing to do,
+and a step with a row of more adapters is only computed without a graph, one kernel launched after the other."""
+
+
 class Graph(Protocol):
     """A step that can be run again; ``output`` is where it leaves its result."""
 
@@ -45,7 +51,8 @@ class CudaGraph:
         compute()
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # Other threads may take memory meanwhile: adapters are loaded, weights are merged.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.output = compute()
 
     def replay(self) -> None:
@@ -116,7 +123,13 @@ class DecodeGraphs:
             return None
         from manylora.kernels.cuda.lora_op import ROWS  # triton, which a CPU need not have
 
-        return StaticRouting(lora.pool, max_rows=rows, rows_per_block=ROWS)
+        return StaticRouting(lora.pool, max_rows=rows, rows_per_block=ROWS, levels=LEVELS)
+
+    def beside(self, decoder: Decoder) -> DecodeGraphs:
+        """The same steps for another decoder, without adapters: graphs of its own, in the same buffers."""
+        other = copy(self)
+        other._decoder, other._routing, other._graphs = decoder, None, {}
+        return other
 
     def takes(self, rows: Sequence[ScheduledRow], segments: LoraSegments | None) -> bool:
         """Whether a step of these rows can be run here."""
@@ -141,6 +154,13 @@ class DecodeGraphs:
     @property
     def _variants(self) -> tuple[bool, ...]:
         return (False,) if self._routing is None else (True, False)
+
+    @torch.inference_mode()
+    def capture(self, rows: int) -> None:
+        """Capture one of ``buckets`` without adapters, between steps: so that no step has to wait for it."""
+        # The buffers hold the last step's rows, whose keys and values must not be computed again by other weights.
+        self._fill([], rows)
+        self._graph(rows, adapters=False)
 
     def run(self, rows: Sequence[ScheduledRow], segments: LoraSegments | None) -> torch.Tensor:
         """Logits fp32 ``[rows, vocab]`` of a step that ``takes`` accepts; valid until the next one."""

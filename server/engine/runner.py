@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Final
 
 import torch
 
+from manylora.adapters.versions import AdapterRef
 from manylora.kernels.lora_segments import LoraSegments
+from manylora.server.engine.auto_merge import TokenShares
 from manylora.server.engine.batch import adapter_segments, build_batch
 from manylora.server.engine.decode_graphs import DecodeGraphs
-from manylora.server.engine.request import Request, SampledToken, SampleFailed, SamplingParams, ScheduledRow, StepPlan
+from manylora.server.engine.merges import MergedModel
+from manylora.server.engine.request import (
+    AdapterUse,
+    Request,
+    SampledToken,
+    SampleFailed,
+    SamplingParams,
+    ScheduledRow,
+    StepPlan,
+)
 from manylora.server.engine.sampler import Sampler
 from manylora.server.model.decoder import Decoder
 from manylora.server.model.kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
+
+_WARM_UP: Final = AdapterUse(AdapterRef("warm-up", ""))
 
 
 class ModelRunner:
@@ -24,26 +39,75 @@ class ModelRunner:
 
     With ``graphs``, rows that decode one token are computed apart from prompts: replayed from a captured graph, and by
     kernels whose results do not depend on a prompt that happens to be computed in the same step.
+
+    Rows of requests with merged weights (``Request.merged``) are computed by that decoder, all others by the base's, as
+    if they were steps of their own: both write to the same KV cache. ``shares`` counts what is generated for whom.
     """
 
-    def __init__(self, decoder: Decoder, cache: KVCache, sampler: Sampler, graphs: DecodeGraphs | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        sampler: Sampler,
+        graphs: DecodeGraphs | None = None,
+        *,
+        shares: TokenShares | None = None,
+    ) -> None:
         self._decoder, self._cache, self._sampler, self._graphs = decoder, cache, sampler, graphs
+        self._shares = shares
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """Compute the plan's tokens; fp32 logits ``[rows that sample, vocab]``, in the order of the plan."""
-        return self._decoder.forward(build_batch(plan, self._decoder.ops.device), self._cache)
+        groups = _by_model(plan.rows)
+        if len(groups) == 1:
+            return self._forward(*groups[0])
+        places = {row.request: i for i, row in enumerate(row for row in plan.rows if row.sample)}
+        out = torch.empty(len(places), self._decoder.spec.vocab_size, device=self._decoder.ops.device)
+        for model, rows in groups:
+            out[[places[row.request] for row in rows if row.sample]] = self._forward(model, rows)
+        return out
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> dict[str, SampledToken | SampleFailed]:
         """See ``step_loop.Runner``."""
-        decoding, segments = self._decoding(plan)
-        if self._graphs is None or not decoding:
-            return self._sample(self.logits(plan), plan.rows)
+        if self._shares is not None:
+            self._shares.count(plan.rows)
+        sampled: dict[str, SampledToken | SampleFailed] = {}
+        for model, rows in _by_model(plan.rows):
+            sampled |= self._execute(model, rows)
+        return sampled
+
+    def _execute(
+        self, model: MergedModel | None, rows: Sequence[ScheduledRow]
+    ) -> dict[str, SampledToken | SampleFailed]:
+        graphs = self._graphs_of(model)
+        decoding, segments = _decoding(rows, graphs)
+        if graphs is None or not decoding:
+            return self._sample(self._forward(model, rows), rows)
         # Prompts first: their rows are sampled while nothing else waits for the graph's output.
-        rest = [row for row in plan.rows if not _decodes(row)]
-        sampled = self._sample(self.logits(StepPlan(tuple(rest))), rest) if rest else {}
-        return sampled | self._sample(self._graphs.run(decoding, segments), decoding)
+        rest = [row for row in rows if not _decodes(row)]
+        sampled = self._sample(self._forward(model, rest), rest) if rest else {}
+        return sampled | self._sample(graphs.run(decoding, segments), decoding)
+
+    def _forward(self, model: MergedModel | None, rows: Sequence[ScheduledRow]) -> torch.Tensor:
+        decoder = self._decoder if model is None else model.decoder
+        logits: torch.Tensor = decoder.forward(build_batch(StepPlan(tuple(rows)), decoder.ops.device), self._cache)
+        return logits
+
+    def _graphs_of(self, model: MergedModel | None) -> DecodeGraphs | None:
+        if model is None or self._graphs is None:
+            return self._graphs
+        if model.graphs is None:
+            model.graphs = self._graphs.beside(model.decoder)
+        graphs: DecodeGraphs = model.graphs
+        return graphs
+
+    def merged_warm_up(self, model: MergedModel) -> Sequence[Callable[[], None]]:
+        """What to call between steps, one at a time, before a merged model serves: else its first steps would wait for
+        their graphs to be captured."""
+        graphs = self._graphs_of(model)
+        return [] if graphs is None else [partial(graphs.capture, rows) for rows in reversed(graphs.buckets)]
 
     @torch.inference_mode()
     def warm_up(self, max_tokens: int, max_context: int) -> None:
@@ -62,23 +126,38 @@ class ModelRunner:
                 rows = []
                 for first in range(0, length, max_context):
                     request = Request(f"warm-up {first}", [0] * min(max_context, length - first), SamplingParams())
-                    request.pages, request.slot = [0] * KVCache.pages_for(request.num_tokens), slot
+                    request.pages = [0] * KVCache.pages_for(request.num_tokens)
+                    if slot is not None:
+                        request.adapters, request.slots = (_WARM_UP,), (slot,)
                     rows.append(ScheduledRow(request, 0, request.num_tokens))
                 self._sample(self.logits(StepPlan(tuple(rows))), rows)
         logger.info("prompt kernels ready in %.1f s", time.monotonic() - began)
-
-    def _decoding(self, plan: StepPlan) -> tuple[list[ScheduledRow], LoraSegments | None]:
-        """The rows for the graphs, with their adapters; none if they cannot be run there."""
-        if self._graphs is None:
-            return [], None
-        decoding = [row for row in plan.rows if _decodes(row)]
-        segments = adapter_segments(decoding) if decoding else None  # on the host: graphs have their own lists
-        return (decoding, segments) if self._graphs.takes(decoding, segments) else ([], None)
 
     def _sample(self, logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> dict[str, SampledToken | SampleFailed]:
         """``logits`` has a row for each of ``rows`` that samples."""
         requests = [row.request for row in rows if row.sample]
         return {r.request_id: token for r, token in zip(requests, self._sampler.sample(logits, requests), strict=True)}
+
+
+def _by_model(rows: Sequence[ScheduledRow]) -> list[tuple[MergedModel | None, Sequence[ScheduledRow]]]:
+    """The rows of each decoder, in order; None for the base's, which come first."""
+    if not any(row.request.merged is not None for row in rows):
+        return [(None, rows)]
+    groups: dict[MergedModel | None, list[ScheduledRow]] = {}
+    for row in rows:
+        groups.setdefault(row.request.merged, []).append(row)
+    return sorted(groups.items(), key=lambda group: group[0] is not None)
+
+
+def _decoding(
+    rows: Sequence[ScheduledRow], graphs: DecodeGraphs | None
+) -> tuple[list[ScheduledRow], LoraSegments | None]:
+    """The rows for the graphs, with their adapters; none if they cannot be run there."""
+    if graphs is None:
+        return [], None
+    decoding = [row for row in rows if _decodes(row)]
+    segments = adapter_segments(decoding) if decoding else None  # on the host: graphs have their own lists
+    return (decoding, segments) if graphs.takes(decoding, segments) else ([], None)
 
 
 def _decodes(row: ScheduledRow) -> bool:

@@ -8,25 +8,14 @@ import torch
 
 from manylora.kernels.lora import BatchedLora, SiteAdapters
 from manylora.kernels.ops import Ops
-from manylora.kernels.sites import SITES
-from manylora.server.model.weights import BaseWeights
 
 
 class SiteLinear:
-    """One of a layer's four sites (``qkv``, ``o``, ``gate_up``, ``down``), its projections' base rows fused."""
+    """One of a layer's four sites (``qkv``, ``o``, ``gate_up``, ``down``), its projections' base rows fused in
+    ``weight``, as the operations prepared it."""
 
-    def __init__(self, ops: Ops, weights: BaseWeights, site: str, layer: int, lora: BatchedLora | None) -> None:
-        projections = SITES[site]
-        tensors = [weights.projections[p, layer] for p in projections]
-        biases = [weights.biases.get((p, layer)) for p in projections]
-        bias = None
-        if any(b is not None for b in biases):
-            bias = torch.cat(
-                [torch.zeros(t.shape[0]) if b is None else b.float() for t, b in zip(tensors, biases, strict=True)]
-            )
-        self._ops, self._site, self._layer, self._lora = ops, site, layer, lora
-        self._weight: Any = ops.prepare_linear(tensors, bias)
-        self.nbytes: int = self._weight.nbytes
+    def __init__(self, ops: Ops, weight: Any, site: str, layer: int, lora: BatchedLora | None) -> None:
+        self._ops, self._weight, self._site, self._layer, self._lora = ops, weight, site, layer, lora
 
     def __call__(self, x: torch.Tensor, adapters: Any | None, *, add_to: torch.Tensor | None = None) -> torch.Tensor:
         """``x`` ``[T, K]`` -> ``[T, N]``; with ``add_to`` the result is added to that residual stream in place.

@@ -1,0 +1,117 @@
+"""What a decoder computes with, apart from the computing: prepared linear layers, norms, tables.
+
+Decoders share them: a merged model has most in common with the base, and what is common is in memory once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from manylora.kernels.ops import AttentionShape, Ops
+from manylora.kernels.sites import LAYER_PROJECTIONS, SITES, LoraShapes
+from manylora.server.model.families import ModelSpec, rope_inv_freq
+from manylora.server.model.weights import BaseWeights
+
+LAYER_SITES = tuple(site for site in SITES if site != "lm_head")
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One block. ``sites``: the prepared linear layer of each fused site, by ``LAYER_SITES``. ``biases``: fp32
+    ``[out_features]`` on the CPU, by projection, of those that have one (they are in the prepared layers already)."""
+
+    input_norm: torch.Tensor
+    post_attention_norm: torch.Tensor
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    sites: Mapping[str, Any]
+    biases: Mapping[str, torch.Tensor]
+    attention: AttentionShape
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """All of a model, prepared for one implementation of the operations. Frozen: nothing writes into its tensors.
+
+    ``embedding`` and ``head`` are prepared tables, one and the same object if they are tied; ``head_bias`` fp32
+    ``[vocab]`` is added to the logits (no base has one); ``rope``: cos and sin, see ``rope_tables``.
+    """
+
+    layers: tuple[LayerWeights, ...]
+    final_norm: torch.Tensor
+    embedding: Any
+    head: Any
+    head_bias: torch.Tensor | None
+    rope: tuple[torch.Tensor, torch.Tensor]
+
+    @classmethod
+    def prepare(cls, spec: ModelSpec, base: BaseWeights, ops: Ops, *, max_context: int) -> DecoderWeights:
+        """Takes the base's tensors over: what the operations re-lay replaces them, so they should be let go of.
+        ``max_context`` bounds the positions the rotary tables are made for."""
+        embedding = ops.prepare_embedding(base.embed, head=base.lm_head is None)
+        return cls(
+            layers=tuple(_layer(spec, base, layer, ops) for layer in range(spec.n_layers)),
+            final_norm=_norm(base.final_norm, ops),
+            embedding=embedding,
+            head=embedding if base.lm_head is None else ops.prepare_embedding(base.lm_head, head=True),
+            head_bias=None,
+            rope=rope_tables(spec, max_context, ops.device),
+        )
+
+    @property
+    def tied(self) -> bool:
+        return self.head is self.embedding
+
+    @property
+    def matrices(self) -> Sequence[Any]:
+        """The prepared layers and tables, each once."""
+        tables = [self.embedding] if self.tied else [self.embedding, self.head]
+        return [*(site for layer in self.layers for site in layer.sites.values()), *tables]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrices as they are held for computing."""
+        return sum(matrix.nbytes for matrix in self.matrices)
+
+
+def _norm(weight: torch.Tensor, ops: Ops) -> torch.Tensor:
+    return weight.to(ops.device, torch.float32).contiguous()
+
+
+def _layer(spec: ModelSpec, base: BaseWeights, layer: int, ops: Ops) -> LayerWeights:
+    biases = {
+        p: bias.to("cpu", torch.float32) for p in LAYER_PROJECTIONS if (bias := base.biases.get((p, layer))) is not None
+    }
+    shapes = spec.lora_shapes()
+    return LayerWeights(
+        input_norm=_norm(base.input_norms[layer], ops),
+        post_attention_norm=_norm(base.post_attention_norms[layer], ops),
+        q_norm=_norm(base.q_norms[layer], ops) if spec.qk_norm else None,
+        k_norm=_norm(base.k_norms[layer], ops) if spec.qk_norm else None,
+        sites={
+            site: ops.prepare_linear([base.projections[p, layer] for p in SITES[site]], site_bias(site, biases, shapes))
+            for site in LAYER_SITES
+        },
+        biases=biases,
+        attention=AttentionShape(spec.n_heads, spec.n_kv_heads, spec.head_dim, spec.window(layer) or 0),
+    )
+
+
+def site_bias(site: str, biases: Mapping[str, torch.Tensor], shapes: LoraShapes) -> torch.Tensor | None:
+    """The biases of a site's projections side by side, fp32 on the CPU, zeros for those without; None if none has
+    one."""
+    if not any(p in biases for p in SITES[site]):
+        return None
+    return torch.cat([biases[p] if p in biases else torch.zeros(shapes.out_features[p]) for p in SITES[site]])
+
+
+def rope_tables(spec: ModelSpec, n_positions: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position, fp32 ``[n_positions, head_dim / 2]``, computed in fp64 (RoPE, Su et al. 2021)."""
+    frequencies, attention_scaling = rope_inv_freq(spec.rope, spec.head_dim)
+    angles = torch.outer(torch.arange(n_positions, dtype=torch.float64), torch.tensor(frequencies, dtype=torch.float64))
+    cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
+    return cos.float().to(device).contiguous(), sin.float().to(device).contiguous()
