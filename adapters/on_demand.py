@@ -84,7 +84,7 @@ class OnDemand:
                 path = resolve_source(str(root / name), allowed_roots=[root], allow_hub=False)
             except (AdapterSourceForbidden, AdapterSourceNotFound):
                 continue
-            if (path / REQUIRED_FILES[0]).is_file():
+            if os.path.isfile(path / REQUIRED_FILES[0]):  # False for one that may not be looked at
                 return path
         return None
 

@@ -131,6 +131,8 @@ class LoraPool:
         self._cleared: Any = None
         if self.device.type == "cuda":
             self._uploads, self._cleared = torch.cuda.Stream(self.device), torch.cuda.Event()  # type: ignore[no-untyped-call]
+            # The first upload waits for the zeros above, and for whatever had their memory before.
+            self._cleared.record()
         self.version = 0
         """Counts writes and clears, so that what was derived from the tables can be kept until they change."""
 

@@ -112,8 +112,18 @@ def choose_device(name: str) -> torch.device:
 def choose_ops(device: torch.device, spec: ModelSpec, weights: BaseWeights) -> Ops:
     """The fastest operations that this device and these weights allow; the reason is logged where it is not obvious."""
     if device.type == "cuda":
-        from manylora.kernels.cuda.ops import CudaOps  # triton, which a CPU need not have
+        # triton, which a CPU need not have
+        from manylora.kernels.cuda import nf4_words
+        from manylora.kernels.cuda.ops import CudaOps
 
+        reasons = [r for r in map(nf4_words.unsupported, weights.projections.values()) if r is not None]
+        if reasons:
+            logger.warning(
+                "%d of %d weights are dequantised at every step, which is slow: %s.",
+                len(reasons),
+                len(weights.projections),
+                reasons[0],
+            )
         return CudaOps(device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
     if not cpu_kernels_available():
         reason: str | None = "this processor or installation lacks AVX2, FMA or numba"

@@ -57,6 +57,8 @@ _TYPES: Final[Mapping[int, str]] = {
 
 DRAIN_RETRY_AFTER: Final = "5"
 """Seconds after which a client of a draining server may find its successor."""
+ADAPTER_RETRY_AFTER: Final = "10"
+"""Seconds after which a failed upload of an adapter is tried again (``adapters.slots.RETRY_AFTER_S``)."""
 
 _CLIENT_GONE: Final = 499
 """nginx's status for a client that left; nobody reads it, but an access log may show it."""
@@ -124,8 +126,10 @@ def as_api_error(error: EngineRefusal | AdapterError | ChatTemplateError) -> Api
             return ApiError(400, message)
 
 
-def failed(message: str | None) -> ApiError:
+def failed(message: str | None, *, is_unavailable: bool = False) -> ApiError:
     """The engine gave up on a request: the message is its FinishEvent's, fit for a client."""
+    if is_unavailable:  # its adapter cannot be had now; others are served
+        return ApiError(503, message or "The adapter is not available.", headers={"Retry-After": ADAPTER_RETRY_AFTER})
     return ApiError(500, message or "The request failed inside the server.")
 
 

@@ -103,7 +103,7 @@ async def _abort_on_disconnect(receive: Receive, streams: Sequence[EventStream])
 def failure(finish: FinishEvent) -> ApiError | None:
     """The error that a final event stands for; None if the request ended as it should."""
     if finish.reason == "error":
-        return failed(finish.error)
+        return failed(finish.error, is_unavailable=finish.is_unavailable)
     return aborted() if finish.reason == "abort" else None
 
 

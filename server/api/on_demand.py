@@ -91,6 +91,14 @@ async def lease(state: AppState, target: Target, count: int) -> Lease:
             except ApiError as error:
                 if error.status != 404:
                     raise
+        else:
+            raise ApiError(
+                503,
+                "The adapters asked for were loaded, and forgotten again before the request could begin: more names "
+                "are asked for at once than --adapters-on-demand allows.",
+                param=target.param,
+                headers={"Retry-After": "1"},
+            )
     return target.lease(state.serving, count)
 
 

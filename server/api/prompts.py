@@ -70,9 +70,9 @@ async def chat_ids(state: AppState, body: ChatTemplateFields, uses: Sequence[Ada
             **kwargs,
         )
 
-    # A template the request brought may loop for long; the step loop's thread is not held up by another thread.
+    # A template that the request or an adapter brought may loop for long: not on the event loop's thread.
     is_short = sum(len(message["content"]) for message in messages) <= _INLINE_CHARACTERS
-    return render() if is_short and body.chat_template is None else await asyncio.to_thread(render)
+    return render() if is_short and template is None else await asyncio.to_thread(render)
 
 
 def fit(serving: Serving, body: GenerationRequest, ids: list[int], max_tokens: int | None, param: str) -> list[int]:

@@ -204,7 +204,7 @@ class AutoMerger:
                 if ref is None:  # none of its tokens are of this look: the next one has some, or it is over
                     return
                 self._merges.merge(ref.name, self._settings.mode, version=version, automatic=True)
-        except (EngineRefusal, AdapterError, OSError) as error:
+        except (EngineRefusal, AdapterError, OSError, MemoryError, RuntimeError) as error:  # torch's OOM is the last
             _log.warning("adapter could not be merged or unmerged automatically: %s", error)
             if version:
                 self._policy.failed(now, version)

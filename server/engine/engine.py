@@ -127,6 +127,7 @@ class Engine:
         self._idle_futures: list[Future[None]] = []
         self._is_draining = False
         self._is_closing = False
+        self._has_failed = False
         self._is_over = False
         self._mailbox: Mailbox | None = None
         self._ended_at: deque[float] = deque(maxlen=256)
@@ -146,7 +147,7 @@ class Engine:
 
     @property
     def is_draining(self) -> bool:
-        return self._is_draining
+        return self._is_draining and not self._has_failed
 
     def start(self) -> None:
         self._thread.start()
@@ -322,12 +323,20 @@ class Engine:
             if not self._inbox:
                 return
             inbox, self._inbox = self._inbox, _Inbox()
-        for live in inbox.submitted:
-            self._loop.add(live)
-        for request_id in inbox.aborted:
-            self._loop.abort(request_id)
-        for call in inbox.calls:
-            call()
+        try:
+            while inbox.submitted:
+                self._loop.add(inbox.submitted.pop(0))
+            while inbox.aborted:
+                self._loop.abort(inbox.aborted.pop(0))
+            while inbox.calls:
+                inbox.calls.pop(0)()
+        finally:
+            # Unless one of them raised, nothing is left: then the loop ends, and what is left is taken in at its end.
+            if inbox.submitted or inbox.aborted or inbox.calls:
+                with self._condition:
+                    self._inbox.submitted[:0] = inbox.submitted
+                    self._inbox.aborted[:0] = inbox.aborted
+                    self._inbox.calls[:0] = inbox.calls
 
     def _ended(self, request_id: str) -> None:
         with self._condition:
@@ -341,12 +350,14 @@ class Engine:
                 return
             futures, self._idle_futures = self._idle_futures, []
         for future in futures:
-            future.set_result(None)
+            if future.set_running_or_notify_cancel():  # else whoever drained was cancelled
+                future.set_result(None)
 
     def _stop(self) -> None:
         """The loop is over, as asked or by an error: end what lives, so that nobody waits for ever."""
         with self._condition:
             was_asked = self._is_closing and not self._loop.is_broken
+            self._has_failed = not was_asked
             self._is_draining = self._is_closing = True
         if not was_asked:
             _log.critical("the step loop has stopped: nothing more is served")

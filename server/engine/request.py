@@ -92,7 +92,8 @@ class FinishEvent:
     """The one final event of a request.
 
     ``stop_reason`` is the stop string or the stop token id that ended it, ``None`` for end-of-sequence and for length
-    (vLLM's convention). ``error`` is set, and fit for a client, if ``reason == "error"``.
+    (vLLM's convention). ``error`` is set, and fit for a client, if ``reason == "error"``; ``is_unavailable`` then says
+    that its adapter could not be brought to the device for now, and that the same request may succeed later.
     """
 
     reason: FinishReason
@@ -100,6 +101,7 @@ class FinishEvent:
     prompt_tokens: int
     completion_tokens: int
     error: str | None = None
+    is_unavailable: bool = False
 
 
 Event = TokenEvent | FinishEvent

@@ -136,7 +136,7 @@ class StepLoop:
         try:
             plan = self._scheduler.schedule()
             for request, message in self._scheduler.take_failed():
-                self._end(self.live[request.request_id], "error", error=message)
+                self._end(self.live[request.request_id], "error", error=message, is_unavailable=True)
             if plan.rows:
                 self._compute(plan)
         except Exception:  # noqa: BLE001 - the one boundary: what a step ran into must not end the other requests
@@ -232,13 +232,19 @@ class StepLoop:
             self._end(live, reason, stop=stop)
 
     def _end(
-        self, live: LiveRequest, reason: FinishReason, *, stop: str | int | None = None, error: str | None = None
+        self,
+        live: LiveRequest,
+        reason: FinishReason,
+        *,
+        stop: str | int | None = None,
+        error: str | None = None,
+        is_unavailable: bool = False,
     ) -> None:
         """The one place where a request ends. What its client is waiting for comes first."""
         request = live.request
         del self.live[request.request_id]
         n_prompt, n_output = len(request.prompt_token_ids), len(request.output_token_ids)
-        self._deliver(live, FinishEvent(reason, stop, n_prompt, n_output, error))
+        self._deliver(live, FinishEvent(reason, stop, n_prompt, n_output, error, is_unavailable))
         self._on_ended(request.request_id)
         self._metrics.request_ended(
             [use.ref for use in request.adapters],

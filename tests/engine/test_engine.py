@@ -237,12 +237,33 @@ def test_if_the_bookkeeping_fails_everything_ends_and_nothing_new_is_taken(caplo
         assert [end.reason for end in ends] == ["length", "error", "error"]
         await asyncio.to_thread(setup.engine._thread.join, 30)
         assert not setup.engine.is_healthy
+        assert not setup.engine.is_draining, "a dead engine is not one that was told to end: /health must fail"
         with pytest.raises(EngineDraining):
             setup.engine.submit(request())
         assert setup.registry.references.total() == 0
 
     go(main())
     assert "the step loop has stopped" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_was_asked_for_beside_the_failure_is_answered() -> None:
+    """A merge waits for its call on the loop; requests wait for their ends."""
+
+    async def main() -> None:
+        setup = Setup()
+        setup.engine.start()
+
+        def fail() -> None:
+            raise RuntimeError("a bug")
+
+        with setup.engine._condition:  # all taken in at once
+            setup.engine._inbox.calls.append(fail)
+            answer = setup.engine.call(lambda: "done")
+        assert await asyncio.wait_for(asyncio.wrap_future(answer), 30) == "done"
+        await asyncio.to_thread(setup.engine._thread.join, 30)
+
+    go(main())
 
 
 def test_a_leak_is_noticed_when_idle(caplog: pytest.LogCaptureFixture) -> None:

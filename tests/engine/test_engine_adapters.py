@@ -240,6 +240,7 @@ def test_a_failed_upload_ends_its_requests_and_nothing_else() -> None:
             ends = await asyncio.gather(*(server.generate(f"r{i}", name, 5) for i, name in enumerate(names)))
             assert [finish.reason for _text, finish in ends] == ["error", "length", "length", "error", "length"]
             assert "no room on the device" in (ends[0][1].error or "")
+            assert ends[0][1].is_unavailable  # 503: it may be had later
 
     go(main())
 
