@@ -10,7 +10,7 @@ from manylora.adapters.versions import AdapterInfo
 from manylora.server.api.errors import bad_request
 from manylora.server.api.state import AppState, MergesLike, Serving
 from manylora.server.engine.errors import EngineDraining
-from manylora.server.engine.merges import MergeInfo
+from manylora.server.engine.merges import Difference, MergeInfo
 
 
 async def merge_adapter(state: AppState, name: str, mode: str) -> dict[str, Any]:
@@ -45,10 +45,16 @@ def _described(info: MergeInfo) -> dict[str, Any]:
         "version": info.version,
         "mode": info.mode,
         "bytes": info.nbytes,
-        "drift": {"max": info.drift.max, "mean": info.drift.mean},
+        "drift": _difference(info.measured.drift),
+        "adapter_effect": _difference(info.measured.effect),
+        "warnings": list(info.warnings),
         "seconds": info.seconds,
         "automatic": info.automatic,
     }
+
+
+def _difference(found: Difference) -> dict[str, float]:
+    return {"max": found.max, "mean": found.mean}
 
 
 def _merges(state: AppState) -> MergesLike:

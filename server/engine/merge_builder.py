@@ -6,8 +6,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -23,7 +24,7 @@ from manylora.kernels.lora_weights import LoraWeights
 from manylora.kernels.ops import PagedSequences
 from manylora.kernels.sites import RANK_PAGE
 from manylora.server.engine.errors import MergeRefused
-from manylora.server.engine.merges import Drift, MergedModel, MergeMode
+from manylora.server.engine.merges import Difference, Measured, MergedModel, MergeMode
 from manylora.server.model.decoder import Decoder
 from manylora.server.model.forward_batch import ForwardBatch
 from manylora.server.model.kv_cache import KVCache
@@ -62,6 +63,7 @@ class MergeBuilder:
         warm_up: Callable[[MergedModel], Sequence[Callable[[], None]]] = lambda _model: (),
     ) -> None:
         self._base, self._between, self._probe, self._warm_up = base, between, list(probe), warm_up
+        self._stopped = threading.Event()
 
     def size(self, weights: AdapterWeights, mode: MergeMode) -> MergeSize:
         return merge_size(self._base, weights.lora, mode)
@@ -73,27 +75,35 @@ class MergeBuilder:
         """See ``merges.Builder``."""
         try:
             with _own_stream(self._base.ops.device), _own_thread():
-                merged = merge_adapter(self._base, weights.lora, mode, what=name)
+                merged = merge_adapter(self._base, weights.lora, mode, what=name, proceed=self._proceed)
         except CannotMerge as error:
             raise MergeRefused(f"Adapter `{name}` cannot be merged in mode {mode}: {error}.") from error
         return Decoder(self._base.spec, merged, self._base.ops, None), own_bytes(merged, self._base.weights)
 
-    def measure(self, decoder: Decoder, weights: AdapterWeights) -> Drift:
-        """Logits of the probe by the merged weights and by the base with the adapter beside it, computed by themselves:
-        with pages and slots of their own, each between two steps, so that no step waits for both."""
+    def measure(self, decoder: Decoder, weights: AdapterWeights) -> Measured:
+        """Logits of the probe by the merged weights, by the base with the adapter beside it and by the base alone: with
+        pages and slots of their own, each between two steps, so that no step waits for all."""
         merged = self._between(lambda: self._logits(decoder, None)).result()
         pool = _pool_for(weights.lora, self._base)
         # The implementation for CUDA is compiled for the serving pool's sizes; this one would have to be anew.
         lora = BatchedLora(pool, "torch" if pool.device.type == "cuda" else "auto")
         adapted = Decoder(self._base.spec, self._base.weights, self._base.ops, lora)
         unmerged = self._between(lambda: self._logits(adapted, 0)).result()
-        difference = (merged - unmerged).abs_()
-        return Drift(max=float(difference.max()), mean=float(difference.double().mean()))
+        base = self._between(lambda: self._logits(self._base, None)).result()
+        return Measured(drift=_difference(merged, unmerged), effect=_difference(unmerged, base))
 
     def warm_up(self, model: MergedModel) -> None:
         """See ``merges.Builder``."""
         for call in self._warm_up(model):
             self._between(call).result()
+
+    def stop(self) -> None:
+        """See ``merges.Builder``."""
+        self._stopped.set()
+
+    def _proceed(self) -> None:
+        if self._stopped.is_set():
+            raise CancelledError
 
     @torch.inference_mode()
     def _logits(self, decoder: Decoder, slot: int | None) -> torch.Tensor:
@@ -114,6 +124,11 @@ class MergeBuilder:
             segments = LoraSegments.from_arrays(rows, scales, [slot], offsets, device)
         batch = ForwardBatch(torch.tensor(self._probe, device=device), sequences, None, segments)
         return decoder.forward(batch, KVCache(decoder.spec, pages, decoder.ops)).cpu()
+
+
+def _difference(left: torch.Tensor, right: torch.Tensor) -> Difference:
+    difference = (left - right).abs_()
+    return Difference(max=float(difference.max()), mean=float(difference.double().mean()))
 
 
 def probe_tokens(encode: Callable[[str], Sequence[int]], *, vocabulary: int, limit: int) -> list[int]:

@@ -38,15 +38,25 @@ MergeMode = Literal["exact", "compact"]
 MODES: Final = get_args(MergeMode)
 
 _MIB: Final = 1 << 20
+_LOST: Final = 0.25
+"""Drift, as a share of the adapter's own effect, from which on it is warned of."""
 
 
 @dataclass(frozen=True)
-class Drift:
-    """By how much merged logits differ from those of the unmerged adapter, over all positions of the probe prompt and
-    all of the vocabulary."""
+class Difference:
+    """Of two computations' logits, absolute, over all positions of the probe prompt and all of the vocabulary."""
 
     max: float
     mean: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """``drift``: merged logits against those of the unmerged adapter. ``effect``: the latter against the base's, so how
+    much there is to lose."""
+
+    drift: Difference
+    effect: Difference
 
 
 @dataclass(frozen=True)
@@ -58,9 +68,20 @@ class MergeInfo:
     version: str
     mode: MergeMode
     nbytes: int
-    drift: Drift
+    measured: Measured
     seconds: float
     automatic: bool = False
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        drift, effect = self.measured.drift.mean, self.measured.effect.mean
+        if drift <= _LOST * effect:
+            return ()
+        hint = "; mode exact keeps it" if self.mode == "compact" else ""
+        return (
+            f"merging loses much of this adapter: its logits drift by {drift:.3g} on average, where the adapter itself "
+            f"changes the base's by {effect:.3g}{hint}",
+        )
 
 
 class Size(Protocol):
@@ -78,9 +99,12 @@ class Builder(Protocol):
     def size(self, weights: Any, mode: MergeMode) -> Size: ...
     def free_bytes(self) -> int: ...
     def build(self, weights: Any, mode: MergeMode, name: str) -> tuple[Any, int]:
-        """The decoder, and the bytes it has of its own. Raises MergeRefused."""
+        """The decoder, and the bytes it has of its own. Raises MergeRefused; CancelledError after ``stop``."""
 
-    def measure(self, decoder: Any, weights: Any) -> Drift:
+    def stop(self) -> None:
+        """End what is being built, and build nothing more."""
+
+    def measure(self, decoder: Any, weights: Any) -> Measured:
         """Raises CancelledError if the engine has stopped."""
 
     def warm_up(self, model: MergedModel) -> None:
@@ -178,16 +202,19 @@ class MergeManager:
             if self._current is not model:
                 raise AdapterNotFound(name)
         _log.info(
-            "adapter %s (version %s) is merged (%s): %d MiB, logits differ by %.3g at most and %.3g on average, "
-            "made in %.1f s",
+            "adapter %s (version %s) is merged (%s): %d MiB, logits drift by %.3g at most and %.3g on average (the "
+            "adapter's own effect is %.3g), made in %.1f s",
             name,
             ref.version[:12],
             mode,
             model.info.nbytes // _MIB,
-            model.info.drift.max,
-            model.info.drift.mean,
+            model.info.measured.drift.max,
+            model.info.measured.drift.mean,
+            model.info.measured.effect.mean,
             model.info.seconds,
         )
+        for warning in model.info.warnings:
+            _log.warning("adapter %s: %s", name, warning)
         return model.info
 
     def unmerge(self, *, only: MergeInfo | None = None) -> MergeInfo:
@@ -207,6 +234,7 @@ class MergeManager:
         """The server is going down: end the merge, and let none begin."""
         with self._lock:
             self._is_closed = True
+        self._builder.stop()
         self._switch(None)
 
     # --- requests --------------------------------------------------------------------------------------------------
@@ -278,9 +306,10 @@ class MergeManager:
         model: MergedModel | None = None
         try:
             decoder, nbytes = self._builder.build(weights, mode, ref.name)
-            info = MergeInfo(ref.name, ref.version, mode, nbytes, Drift(0.0, 0.0), 0.0, automatic)
+            nothing = Difference(0.0, 0.0)
+            info = MergeInfo(ref.name, ref.version, mode, nbytes, Measured(nothing, nothing), 0.0, automatic)
             model, decoder = MergedModel(self, info, decoder), None
-            drift = self._builder.measure(model.decoder, weights)
+            measured = self._builder.measure(model.decoder, weights)
             self._builder.warm_up(model)
         except BaseException as error:
             if model is not None:
@@ -288,7 +317,7 @@ class MergeManager:
             if isinstance(error, CancelledError):
                 raise EngineDraining from None
             raise
-        model.info = replace(info, drift=drift, seconds=time.monotonic() - began)
+        model.info = replace(info, measured=measured, seconds=time.monotonic() - began)
         return model
 
     def _switch(self, model: MergedModel | None) -> None:

@@ -55,7 +55,7 @@ def quantize(weight: torch.Tensor, *, nested: bool = True) -> Nf4Tensor:
         raise ValueError("it holds values that are not finite")
     return Nf4Tensor(
         packed=torch.cat(packed),
-        absmax=_nest(scales) if nested else scales,
+        absmax=nest(scales) if nested else scales,
         quant_map=torch.tensor(NF4_CODE, device=weight.device),
         shape=(n, k),
         blocksize=BLOCKSIZE,
@@ -63,8 +63,8 @@ def quantize(weight: torch.Tensor, *, nested: bool = True) -> Nf4Tensor:
     )
 
 
-def _nest(absmax: torch.Tensor) -> NestedAbsmax:
-    """Quantise the scales as ``quantize_4bit(compress_statistics=True)`` does."""
+def nest(absmax: torch.Tensor) -> NestedAbsmax:
+    """Quantise scales, fp32 ``[blocks]``, as ``quantize_4bit(compress_statistics=True)`` does."""
     offset = absmax.mean()
     codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
     # The code table is bitsandbytes' own, shared between all weights; a private copy is safe to save and to keep.

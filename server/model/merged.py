@@ -1,7 +1,8 @@
 """A model with one adapter folded into a copy of the weights that it acts on; everything else is the base's own.
 
 - *exact*: merged matrices are kept dense, in 16 bits (the type of ``Ops.prepare_dense``), rounded once;
-- *compact*: they are quantised to NF4 again (blocks of 64, nested scales): as large as the base's, and as fast.
+- *compact*: they are quantised to NF4 again (blocks of 64, nested scales): as large as the base's, and as fast. What
+  that costs is far more than exact's rounding (see ``requantize``), so it is to be measured.
 
 Tables (``lm_head``, the embedding) are kept in bf16 either way, as the base's are. Modules without a delta keep the
 base's bits; where one of a fused site's projections has one, the others come along as views, or in NF4 as a copy.
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -19,10 +21,11 @@ import torch
 
 from manylora.kernels.lora_weights import LoraWeights, Module
 from manylora.kernels.sites import GLOBAL_PROJECTIONS, SITES
-from manylora.server.model.bnb_format import BLOCKSIZE, quantize
+from manylora.server.model.bnb_format import BLOCKSIZE
 from manylora.server.model.decoder import Decoder
 from manylora.server.model.decoder_weights import LAYER_SITES, DecoderWeights, LayerWeights, site_bias
 from manylora.server.model.merging import merge_bias, merge_embedding, merge_table, merge_weight
+from manylora.server.model.requantize import requantize
 
 logger = logging.getLogger(__name__)
 
@@ -79,14 +82,22 @@ def _nf4_bytes(base: Decoder, weights: int) -> int:
     return -(-held * weights // size) + _TABLES
 
 
-def merge_adapter(base: Decoder, adapter: LoraWeights, mode: MergeMode, *, what: str = "an adapter") -> DecoderWeights:
+def merge_adapter(
+    base: Decoder,
+    adapter: LoraWeights,
+    mode: MergeMode,
+    *,
+    what: str = "an adapter",
+    proceed: Callable[[], None] = lambda: None,
+) -> DecoderWeights:
     """Fold ``adapter`` into a copy of what it touches. On the caller's thread, module by module, logging progress.
 
     ``base`` is only read, and may compute meanwhile on another thread. ``what``: the adapter's name, for the log.
+    ``proceed`` is called for each module, and may raise to end it here.
     Raises CannotMerge for a merged value that is not finite or does not fit the type, and for modules that cannot be
     quantised.
     """
-    progress = _Progress(what, mode, sum(1 for _ in _modules(adapter)))
+    progress = _Progress(what, mode, sum(1 for _ in _modules(adapter)), proceed)
     layers = tuple(_merge_layer(base, adapter, mode, layer, progress) for layer in range(base.spec.n_layers))
     merged = replace(base.weights, layers=layers)
     if _changes_table(adapter, "embed"):
@@ -109,11 +120,13 @@ def own_bytes(merged: DecoderWeights, base: DecoderWeights) -> int:
 
 
 class _Progress:
-    def __init__(self, what: str, mode: str, total: int) -> None:
+    def __init__(self, what: str, mode: str, total: int, proceed: Callable[[], None]) -> None:
         self._what, self._mode, self._total, self._done = what, mode, total, 0
+        self._proceed = proceed
         self._logged = time.monotonic()
 
     def step(self) -> None:
+        self._proceed()
         self._done += 1
         now = time.monotonic()
         if now - self._logged >= _LOG_EVERY_S:
@@ -177,7 +190,8 @@ def _merge_module(base: Decoder, adapter: LoraWeights, mode: MergeMode, module: 
             return ops.prepare_dense(weight, None)
         if weight.shape[1] % BLOCKSIZE:
             raise ValueError(f"its rows of {weight.shape[1]} are not whole NF4 blocks of {BLOCKSIZE}; use mode exact")
-        return ops.prepare_linear([quantize(weight)], None)
+        # The same module is rounded in the same way each time: equal merges have equal bits.
+        return ops.prepare_linear([requantize(weight, zlib.crc32(name.encode()))], None)
     except ValueError as error:
         raise CannotMerge(f"{name}: {error}") from error
 

@@ -16,8 +16,10 @@ from manylora.server.api.app import create_app
 from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig
 from manylora.server.engine.errors import QueueFull
-from manylora.server.engine.merges import Drift, MergedModel, MergeManager
+from manylora.server.engine.merges import Difference, Measured, MergedModel, MergeManager
 from tests.api.fakes import BASE_DIGEST, FakeEngine, make_serving
+
+MEASURED = Measured(drift=Difference(0.25, 0.005), effect=Difference(2.0, 0.5))
 
 
 class Builder:
@@ -35,8 +37,10 @@ class Builder:
         self.before_build()
         return object(), 1_900_000
 
-    def measure(self, decoder: Any, weights: Any) -> Drift:
-        return Drift(0.25, 0.005)
+    def measure(self, decoder: Any, weights: Any) -> Measured:
+        return MEASURED
+
+    def stop(self) -> None: ...
 
     def warm_up(self, model: MergedModel) -> None: ...
 
@@ -76,6 +80,8 @@ def test_merge_and_unmerge(client: TestClient) -> None:
         "mode": "compact",
         "bytes": 1_900_000,
         "drift": {"max": 0.25, "mean": 0.005},
+        "adapter_effect": {"max": 2.0, "mean": 0.5},
+        "warnings": [],
         "automatic": False,
     }
     assert body == {"object": "adapter.merge", **expected}

@@ -115,7 +115,7 @@ def test_before_meanwhile_and_afterwards(server: Server, mode: str) -> None:
     merges, decoder = server.running.merges, server.running.decoder
     before, held = server.ask(*EVERYBODY), digest(decoder.weights)
     info = merges.merge("sql", mode)
-    assert 0 < info.drift.mean < info.drift.max
+    assert 0 < info.measured.drift.mean < info.measured.drift.max
     meanwhile = server.ask(*EVERYBODY)
     for i, name in enumerate(EVERYBODY):
         if name != "sql":

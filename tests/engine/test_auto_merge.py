@@ -16,10 +16,11 @@ from manylora.server.engine.auto_merge import (
     TokenShares,
 )
 from manylora.server.engine.errors import MergeRefused
-from manylora.server.engine.merges import Drift, MergeInfo
+from manylora.server.engine.merges import Difference, Measured, MergeInfo
 from manylora.server.engine.request import AdapterUse, Request, SamplingParams, ScheduledRow
 
 SETTINGS = AutoMerge(0.5, 10.0)
+NOTHING = Measured(Difference(0.0, 0.0), Difference(0.0, 0.0))
 
 
 class Clock:
@@ -154,7 +155,7 @@ class Merges:
         self.calls.append(f"merge {name} {mode} {str(version)[:1]} {automatic}")
         if self.refuses:
             raise MergeRefused("it does not fit")
-        self.current = MergeInfo(name, str(version), "compact", 1, Drift(0, 0), 0.0, automatic)
+        self.current = MergeInfo(name, str(version), "compact", 1, NOTHING, 0.0, automatic)
         return self.current
 
     def unmerge(self, *, only: MergeInfo | None) -> MergeInfo:
@@ -189,7 +190,7 @@ def test_it_merges_and_unmerges() -> None:
 
 def test_it_leaves_alone_what_was_merged_by_hand() -> None:
     auto = Auto()
-    auto.merges.current = MergeInfo("b", B.version, "exact", 1, Drift(0, 0), 0.0, automatic=False)
+    auto.merges.current = MergeInfo("b", B.version, "exact", 1, NOTHING, 0.0, automatic=False)
     assert auto.run(40, AdapterUse(A)) == []
     assert auto.run(40) == []
 

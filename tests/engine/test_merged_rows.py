@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from manylora.kernels.lora import BatchedLora
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_weights import LoraWeights
 from manylora.kernels.ops import Ops
+from manylora.kernels.sites import SITES
+from manylora.kernels.torch_ops import TorchOps
 from manylora.server.engine.auto_merge import TokenShares
 from manylora.server.engine.decode_graphs import DecodeGraphs
+from manylora.server.engine.errors import EngineDraining
 from manylora.server.engine.merge_builder import MergeBuilder, _group_bytes, free_bytes
 from manylora.server.engine.merges import MergedModel, MergeManager, MergeMode
 from manylora.server.engine.request import AdapterUse, Request, SampledToken, SamplingParams, ScheduledRow, StepPlan
@@ -184,7 +188,9 @@ def test_merged_rows_are_computed_by_the_merged_weights(ops: Ops, mode: MergeMod
     torch.testing.assert_close(got[order.index(request)], expected, rtol=0, atol=1e-5)
     off = (got[order.index(request)] - got[order.index(unmerged)]).abs().max()
     away = (got[order.index(base)] - got[order.index(unmerged)]).abs().max()
-    assert 0 < off < 0.5 * away, "merged weights are the adapter's, but for their rounding"
+    assert off > 0
+    if mode == "exact":
+        assert off < 0.1 * away, "merged weights are the adapter's, but for their rounding"
     merged.release()
 
 
@@ -233,58 +239,45 @@ def test_unmerging_gives_back_bytes_and_bits() -> None:
     assert server.registry.references == 0
 
 
-def merged_matrix(decoder: Decoder, adapter: LoraWeights, p: str, layer: int) -> torch.Tensor:
-    pair = adapter.pairs.get((p, layer))
-    weight = decoder.weight(p, layer)
+def with_pair(weight: torch.Tensor, adapter: LoraWeights, module: tuple[str, int]) -> torch.Tensor:
+    pair = adapter.pairs.get(module)
     return weight if pair is None else weight + pair.scale * (pair.b.float() @ pair.a.float())
+
+
+def plain_logits(weight: Callable[[str, int], torch.Tensor], head: torch.Tensor) -> torch.Tensor:
+    """Of the probe, by the plain torch operations over dense fp32 matrices."""
+    ops = TorchOps("cpu", torch.float32, resident=True)
+    weights = DecoderWeights.prepare(SPEC, synthetic_base(SPEC), ops, max_context=128)
+    for layer, parts in enumerate(weights.layers):
+        for site, prepared in parts.sites.items():
+            prepared.resident.copy_(torch.cat([weight(p, layer) for p in SITES[site]]))
+    return logits_of(Decoder(SPEC, replace(weights, head=head), ops, None), PROBE)
 
 
 @pytest.mark.parametrize("mode", ["exact", "compact"])
 @pytest.mark.parametrize("which", [0, 1])
 def test_the_drift_reported_is_the_drift_measured_offline(which: int, mode: MergeMode) -> None:
-    """Here from dense fp32 matrices: W + sBA for the adapter, and those quantised (or rounded) by bitsandbytes itself;
-    computed in plain torch, all positions, the whole vocabulary."""
-    import bitsandbytes.functional as bnb
-
-    from manylora.kernels.torch_ops import TorchOps
-
+    """Here in plain torch from dense fp32 matrices: W + sBA for the adapter, and what the merged model says that it
+    multiplies with, dequantised; all positions, the whole vocabulary. The effect: against W alone."""
     server = Server(OPS["numba"]())
     info = server.merges.merge(f"adapter-{which}", mode)
-    adapter, base = ADAPTERS[which], synthetic_base(SPEC)
+    bound = server.merges.bind(REFS[which])
+    assert bound is not None
+    merged, adapter = bound.decoder, ADAPTERS[which]
 
-    def kept(weight: torch.Tensor) -> torch.Tensor:
-        if mode == "exact":
-            return weight.bfloat16().float()
-        codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
-        return bnb.dequantize_4bit(codes, state).float().view_as(weight)
+    def adapted(p: str, layer: int) -> torch.Tensor:
+        return with_pair(server.decoder.weight(p, layer), adapter, (p, layer))
 
-    def model(change: Callable[[torch.Tensor], torch.Tensor], head: Callable[[torch.Tensor], torch.Tensor]) -> Decoder:
-        """transformers is not needed: the plain torch operations over resident matrices."""
-        ops = TorchOps("cpu", torch.float32, resident=True)
-        prepared = DecoderWeights.prepare(SPEC, synthetic_base(SPEC), ops, max_context=128)
-        for layer in range(SPEC.n_layers):
-            sites = prepared.layers[layer].sites
-            for site, projections in (("qkv", "q k v"), ("o", "o"), ("gate_up", "gate up"), ("down", "down")):
-                matrices = []
-                for p in projections.split():
-                    matrix = merged_matrix(server.decoder, adapter, p, layer)
-                    matrices.append(change(matrix) if (p, layer) in adapter.pairs else matrix)
-                sites[site].resident.copy_(torch.cat(matrices))
-        pair = adapter.pairs.get(("lm_head", 0))
-        if pair is not None:
-            assert base.lm_head is not None
-            merged = base.lm_head.float() + pair.scale * (pair.b.float() @ pair.a.float())
-            prepared = DecoderWeights(
-                prepared.layers, prepared.final_norm, prepared.embedding, head(merged), None, prepared.rope
-            )
-        return Decoder(SPEC, prepared, ops, None)
-
-    unmerged = logits_of(model(lambda w: w, lambda w: w), PROBE)
-    merged = logits_of(model(kept, lambda w: w.bfloat16().float()), PROBE)
-    difference = (merged - unmerged).abs()
-    assert info.drift.max == pytest.approx(float(difference.max()), rel=0.02)
-    assert info.drift.mean == pytest.approx(float(difference.mean()), rel=0.01)
-    assert info.drift.max > 1e-3
+    unmerged = plain_logits(adapted, with_pair(server.decoder.table("lm_head"), adapter, ("lm_head", 0)))
+    for compared, found in (
+        (plain_logits(merged.weight, merged.table("lm_head")), info.measured.drift),
+        (plain_logits(server.decoder.weight, server.decoder.table("lm_head")), info.measured.effect),
+    ):
+        difference = (compared - unmerged).abs()
+        assert found.max == pytest.approx(float(difference.max()), rel=0.01)
+        assert found.mean == pytest.approx(float(difference.mean()), rel=0.01)
+    bound.release()
+    assert info.measured.drift.max > 1e-3
 
 
 def test_drift_is_measured_between_steps_and_leaves_the_cache_alone() -> None:
@@ -293,9 +286,28 @@ def test_drift_is_measured_between_steps_and_leaves_the_cache_alone() -> None:
     server.logits(*map(prompt, requests))
     pages = [tensor.clone() for pair in server.cache.layers for tensor in pair]
     server.merges.merge("adapter-0")
-    assert server.threads == ["step-loop"] * 2
+    assert server.threads == ["step-loop"] * 3
     assert all(torch.equal(a, b) for a, b in zip(pages, (t for pair in server.cache.layers for t in pair), strict=True))
     assert server.pool.pages_of(0), "the serving pool's slots are as they were"
+
+
+def test_a_merge_that_is_being_built_ends_when_the_server_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(OPS["numba"]())
+    kind = type(server.decoder.ops)
+    real, done = kind.dense, 0
+
+    def dense(ops: Ops, weight: Any) -> torch.Tensor:
+        nonlocal done
+        done += 1
+        if done == 3:
+            server.merges.close()
+        return real(ops, weight)
+
+    monkeypatch.setattr(kind, "dense", dense)
+    with pytest.raises(EngineDraining):
+        server.merges.merge("adapter-0")
+    assert done == 3
+    assert server.registry.references == 0
 
 
 def test_what_is_generated_is_counted_for_whom() -> None:

@@ -16,7 +16,9 @@ from manylora.adapters.errors import AdapterError, AdapterNotFound
 from manylora.adapters.registry import AdapterRegistry
 from manylora.adapters.versions import AdapterRef, LoadedAdapter
 from manylora.server.engine.errors import EngineDraining, MergeBusy, MergeRefused
-from manylora.server.engine.merges import Drift, MergedModel, MergeManager
+from manylora.server.engine.merges import Difference, Measured, MergedModel, MergeManager
+
+MEASURED = Measured(drift=Difference(0.5, 0.01), effect=Difference(3.0, 0.1))
 
 
 @dataclass
@@ -35,6 +37,8 @@ class Weights:
 class Builder:
     def __init__(self) -> None:
         self.free = 1000
+        self.stopped = False
+        self.measured = MEASURED
         self.built: list[tuple[str, str]] = []
         self.alive: list[weakref.ref[Weights]] = []
         self.before_build: Callable[[], None] = lambda: None
@@ -54,9 +58,12 @@ class Builder:
         self.alive.append(weakref.ref(made))
         return made, 590
 
-    def measure(self, decoder: Weights, weights: Any) -> Drift:
+    def measure(self, decoder: Weights, weights: Any) -> Measured:
         self.before_measure()
-        return Drift(0.5, 0.01)
+        return self.measured
+
+    def stop(self) -> None:
+        self.stopped = True
 
     def warm_up(self, model: MergedModel) -> None:
         self.warmed.append(model)
@@ -98,7 +105,7 @@ def setup() -> Setup:
 def test_requests_for_the_version_alone_are_bound(setup: Setup) -> None:
     assert setup.bind("a") is None
     info = setup.manager.merge("a")
-    assert (info.name, info.mode, info.nbytes, info.drift) == ("a", "exact", 590, Drift(0.5, 0.01))
+    assert (info.name, info.mode, info.nbytes, info.measured) == ("a", "exact", 590, MEASURED)
     assert not info.automatic
     assert setup.manager.current == info
     model = setup.bind("a")
@@ -114,6 +121,14 @@ def test_requests_for_the_version_alone_are_bound(setup: Setup) -> None:
     for bound in (model, same):
         bound.release()
     setup.manager.check_integrity(idle=True)
+
+
+def test_an_adapter_that_merging_loses_is_warned_of(setup: Setup, caplog: pytest.LogCaptureFixture) -> None:
+    assert setup.manager.merge("b").warnings == ()
+    setup.builder.measured = Measured(drift=Difference(3.0, 0.026), effect=Difference(3.0, 0.1))
+    (warning,) = setup.manager.merge("a", "compact").warnings
+    assert "drift by 0.026 on average, where the adapter itself changes the base's by 0.1; mode exact" in warning
+    assert any(record.levelname == "WARNING" and warning in record.message for record in caplog.records)
 
 
 def test_nothing_is_held_after_merging(setup: Setup) -> None:
@@ -314,6 +329,7 @@ def test_a_version_that_is_freed_takes_no_other_merge_along(setup: Setup) -> Non
 def test_nothing_begins_after_close(setup: Setup) -> None:
     setup.manager.merge("a")
     setup.manager.close()
+    assert setup.builder.stopped
     assert setup.builder.n_alive() == 0
     with pytest.raises(EngineDraining):
         setup.manager.merge("b")

@@ -14,7 +14,6 @@ from manylora.kernels.lora_weights import LoraPair, LoraVectors, LoraWeights
 from manylora.kernels.ops import Ops
 from manylora.kernels.sites import LAYER_PROJECTIONS
 from manylora.kernels.torch_ops import TorchOps
-from manylora.server.model.bnb_format import quantize
 from manylora.server.model.decoder import Decoder
 from manylora.server.model.decoder_weights import DecoderWeights
 from manylora.server.model.families import ModelSpec
@@ -135,16 +134,15 @@ def test_compact_weights_are_requantised(which: str) -> None:
     _, decoder = make_decoder(PLAIN, ops)
     adapter = full_adapter(PLAIN)
     merged = with_weights(decoder, merge_adapter(decoder, adapter, "compact"))
-    exact = exact_weight(decoder, adapter, "v", 1)
-    expected = quantize(exact.float())
-    got = merged.weight("v", 1)
-    if which == "numba":
-        # fp32 and fp64 may fall on different sides of a code's border, in a few of 8192 weights.
-        same = (got - expected.dequantize()).abs() <= 1e-6
-        assert same.double().mean() > 0.999
-    # Half the widest gap between NF4's codes is 0.152 of a block's largest value, whose scale is rounded to 8 bits.
-    largest = exact.abs().view(-1, 64).amax(1).repeat_interleave(64).view_as(exact)
-    assert ((got - exact).abs() <= 0.17 * largest).all()
+    for p in ("v", "gate", "down"):
+        exact = exact_weight(decoder, adapter, p, 1)
+        got = merged.weight(p, 1)
+        # The widest gap between NF4's codes is 0.304 of a block's largest value, whose scale is rounded to 8 bits.
+        largest = exact.abs().view(-1, 64).amax(1).repeat_interleave(64).view_as(exact)
+        assert ((got - exact).abs() <= 0.33 * largest).all()
+        # Along the delta nothing is lost but noise: of 8192 weights and more, of which it is a tenth.
+        delta = exact - decoder.weight(p, 1)
+        assert abs(float(((got - exact) * delta).sum() / delta.square().sum())) < 0.1
     assert torch.equal(merged.weight("o", 0), decoder.weight("o", 0))
 
 
