@@ -1,6 +1,6 @@
 """What merging an adapter costs and saves: tokens per second of its requests, as a share of the bare base's.
 
-    python -P bench/merged.py --workload build/workload         # about 6 minutes
+    python -P bench/merged.py --workload build/workload         # about 12 minutes
 
 For 1, 8 and 32 rows of one adapter (rank 16, all seven projections): unmerged, merged compact (NF4) and merged exact
 (bf16), each in pairs with the base's own rows, back to back and in turn (base, adapter, adapter, base, ...) in one
@@ -20,7 +20,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,9 @@ class Bench:
         return found
 
 
-async def measure(options: argparse.Namespace, running: Running) -> list[dict[str, Any]]:
+async def measure(
+    options: argparse.Namespace, running: Running, keep: Callable[[dict[str, Any]], None]
+) -> list[dict[str, Any]]:
     bench, results = Bench(running), []
     running.engine.start()
     try:
@@ -84,7 +86,12 @@ async def measure(options: argparse.Namespace, running: Running) -> list[dict[st
             made: dict[str, Any] = {}
             if mode != "unmerged":
                 info = await asyncio.to_thread(running.merges.merge, NAME, mode)
-                made = {"mib": info.nbytes >> 20, "drift_max": info.drift.max, "drift_mean": info.drift.mean}
+                made = {
+                    "mib": info.nbytes >> 20,
+                    "drift_max": round(info.measured.drift.max, 4),
+                    "drift_mean": round(info.measured.drift.mean, 4),
+                    "effect_mean": round(info.measured.effect.mean, 4),
+                }
             for rows in ROWS:
                 cases = {"adapter": [NAME] * rows}
                 if mode != "unmerged" and rows > 1:
@@ -102,6 +109,7 @@ async def measure(options: argparse.Namespace, running: Running) -> list[dict[st
                         }
                     )  # fmt: skip
                     print(json.dumps(results[-1]), flush=True)
+                    keep(results[-1])
             if mode != "unmerged":
                 running.merges.unmerge()
     finally:
@@ -124,13 +132,15 @@ def main() -> None:
     )
     running = build(config)
     load_adapters(running, config)
-    with asyncio.Runner(loop_factory=new_loop) as runner:
-        results = runner.run(measure(options, running))
     run = {"run": time.strftime("%Y-%m-%dT%H:%M:%S"), "machine": f"{os.cpu_count()} cores, {processor()}"}
     RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        for one in results:
+
+    def keep(one: dict[str, Any]) -> None:
+        with RESULTS.open("a") as file:
             file.write(json.dumps({**run, **one, **({"note": options.note} if options.note else {})}) + "\n")
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        results = runner.run(measure(options, running, keep))
     print("\nshare of the base's tokens per second, median of the pairs (min-max)")
     for one in results:
         spread = f"{min(one['shares']):.2f}-{max(one['shares']):.2f}"
