@@ -34,6 +34,7 @@ from manylora.server.http_server import new_loop
 from manylora.server.serving import Running, build, load_adapters
 
 RESULTS = Path(__file__).parent / "results" / "merged.jsonl"
+MODES = ("unmerged", "compact", "exact")
 ROWS = (1, 8, 32)
 NAME = "a0"
 
@@ -82,7 +83,7 @@ async def measure(
     bench, results = Bench(running), []
     running.engine.start()
     try:
-        for mode in ("unmerged", "compact", "exact"):
+        for mode in options.modes:
             made: dict[str, Any] = {}
             if mode != "unmerged":
                 info = await asyncio.to_thread(running.merges.merge, NAME, mode)
@@ -92,7 +93,7 @@ async def measure(
                     "drift_mean": round(info.measured.drift.mean, 4),
                     "effect_mean": round(info.measured.effect.mean, 4),
                 }
-            for rows in ROWS:
+            for rows in options.rows:
                 cases = {"adapter": [NAME] * rows}
                 if mode != "unmerged" and rows > 1:
                     cases["mixed"] = [NAME if row % 2 else None for row in range(rows)]
@@ -121,6 +122,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", type=Path, required=True, help="folder with model/ and adapters/a0")
     parser.add_argument("--pairs", type=int, default=7, help="timed pairs of each case (default 7)")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="(default: all)")
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="at once (default 1 8 32)")
     parser.add_argument("--note", default="", help="kept with the results")
     options = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)

@@ -294,7 +294,10 @@ class MergeManager:
 
     def _make(self, ref: AdapterRef, mode: MergeMode, automatic: bool) -> MergedModel:
         began = time.monotonic()
-        weights = self._fetch(ref)
+        try:
+            weights = self._fetch(ref)
+        except CancelledError:  # the host tier was closed
+            raise EngineDraining from None
         size, free = self._builder.size(weights, mode), self._builder.free_bytes()
         if size.kept + size.working > free:
             hint = "; mode compact takes less" if mode == "exact" else ""
