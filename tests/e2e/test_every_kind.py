@@ -66,7 +66,7 @@ def _kinds() -> dict[str, Any]:
         kinds[f"lokr-{rank}"] = peft.LoKrConfig(task_type="CAUSAL_LM", r=rank, alpha=16, target_modules=ALL)
         for where, modules in TARGETS.items():
             kinds[f"loha-{where}-{rank}"] = peft.LoHaConfig(
-                task_type="CAUSAL_LM", r=rank, alpha=rank, target_modules=modules
+                task_type="CAUSAL_LM", r=rank, alpha=8, target_modules=modules
             )
     kinds |= {
         "patterns": _lora(rank_pattern={"q_proj": 3, "1.mlp.up_proj": 20}, alpha_pattern={"(k|v)_proj": 5}),
