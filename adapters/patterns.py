@@ -55,6 +55,7 @@ class Patterns:
             find = compiled.fullmatch if whole else compiled.match
             return find(text, timeout=self._left, concurrent=True)
         except TimeoutError as error:
+            self._left = 0.0  # used up, also if the clock says less: regex counts the time of all threads
             raise PatternsTooSlow(_too_slow(pattern)) from error
         finally:
             self._left -= time.monotonic() - start

@@ -97,7 +97,7 @@ def test_files_that_changed_end_in_an_error_that_says_so(setup: Setup, tmp_path:
     assert setup.tiers()["mine"] == "disk"
     shutil.copy(other / "adapter_model.safetensors", source)
     failed = setup.ask("mine")
-    assert failed.status == 500
+    assert failed.status == 503
     assert "can no longer be read" in failed.body
     assert str(source) in failed.body
     assert setup.ask(NAMES[0]).status == 200
