@@ -600,7 +600,7 @@ def test_a_planted_race_is_found(
     world = World(contents)
     plant(world.running, monkeypatch)
     with pytest.raises((AssertionError, RuntimeError, ExceptionGroup, HypothesisException)):
-        live(world, 100)
+        live(world, 300)  # it ends with the first that fails
     assert world.found
     monkeypatch.undo()
     world.close()
