@@ -110,3 +110,18 @@ def test_endless_backtracking_ends_and_lets_other_threads_run() -> None:
     assert ticks > 10, "the other thread was kept waiting"
     with pytest.raises(PatternsTooSlow):  # the budget is the adapter's, not each match's
         patterns.match("q_proj", "q_proj")
+
+
+def test_a_match_that_timed_out_has_used_up_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the clock says: regex counts the processor time of all threads, which may run faster than it."""
+
+    class Slow:
+        def match(self, *_: object, **__: object) -> None:
+            raise TimeoutError
+
+    patterns = Patterns(1000.0)
+    monkeypatch.setitem(patterns._compiled, "slow", Slow())
+    with pytest.raises(PatternsTooSlow, match="slow"):
+        patterns.match("slow", "q_proj")
+    with pytest.raises(PatternsTooSlow):
+        patterns.match("q_proj", "q_proj")
