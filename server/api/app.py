@@ -14,6 +14,7 @@ from manylora.adapters.on_demand import OnDemand
 from manylora.adapters.versions import AdapterRef
 from manylora.server.api import adapters, chat, completions, dialects, health, models, tokenization
 from manylora.server.api.auth import AuthMiddleware
+from manylora.server.api.context import ContextMiddleware
 from manylora.server.api.errors import install_error_handlers
 from manylora.server.api.on_demand import OnDemandLoads
 from manylora.server.api.state import AppState, Serving
@@ -57,6 +58,7 @@ def create_app(serving: Serving, config: ApiConfig) -> FastAPI:
         app.include_router(module.router)
     install_error_handlers(app)
     app.add_middleware(AuthMiddleware, config=config)
+    app.add_middleware(ContextMiddleware)  # added last, so it is the outermost
     return app
 
 

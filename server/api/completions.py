@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from manylora.server.api.body import parse
 from manylora.server.api.chunks import CompletionChunks
+from manylora.server.api.context import context_of
 from manylora.server.api.errors import bad_request
 from manylora.server.api.generation import Envelope, PromptPlan, results, submit_all, usage
 from manylora.server.api.logprobs import CompletionLogprobs, LogprobNames
@@ -28,7 +29,7 @@ _DEFAULT_MAX_TOKENS = 16
 @router.post("/v1/completions", openapi_extra=describes(CompletionRequest))
 async def create_completion(request: Request) -> Response:
     """Continue one or several prompts."""
-    state = state_of(request)
+    state, context = state_of(request), context_of(request)
     serving = state.serving
     body = await parse(request, CompletionRequest, state.config.max_body_bytes)
     n_choices = len(body.prompt) * body.n
@@ -39,10 +40,10 @@ async def create_completion(request: Request) -> Response:
             "n" if body.n > 1 else "prompt",
         )
     target = target_of(serving, body)
-    with await lease_of(state, target, n_choices) as lease:
+    with await lease_of(state, target, n_choices, context.caller) as lease:
         plans = await _plans(serving, body)
         envelope = Envelope.new("cmpl", target.model, fingerprint(serving, lease))
-        streams = submit_all(serving, lease, body, plans, envelope.id)
+        streams = submit_all(serving, lease, body, plans, envelope.id, context)
     prompt_tokens = [len(plan.ids) for plan in plans]
     echo = _echo(serving, body, plans)
     logprobs = _logprobs(serving, body, n_choices)
@@ -56,9 +57,9 @@ async def create_completion(request: Request) -> Response:
             echo=echo,
             logprobs=[one.piece for one in logprobs],
         )
-        return EventStreamResponse(streams, chunks)
+        return EventStreamResponse(streams, chunks, context)
 
-    ended = await results(request.receive, streams)
+    ended = await results(request.receive, streams, context)
     choices: list[dict[str, Any]] = [
         {
             "index": index,

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field, replace
 
 from starlette.types import Receive
 
+from manylora.server.api.context import RequestContext
 from manylora.server.api.errors import ApiError, aborted, failed
 from manylora.server.api.prompts import choice_seed
 from manylora.server.api.schemas import GenerationRequest
 from manylora.server.api.state import EventStream, Serving
 from manylora.server.api.targets import Lease
+from manylora.server.engine.constraint import Grammar
 from manylora.server.engine.request import FinishEvent, Request, SamplingParams, TokenEvent
 
 
@@ -39,6 +41,7 @@ class PromptPlan:
 
     ids: list[int]
     params: SamplingParams
+    grammar: Grammar | None = None
 
 
 def submit_all(
@@ -47,6 +50,7 @@ def submit_all(
     body: GenerationRequest,
     plans: Sequence[PromptPlan],
     request_id: str,
+    context: RequestContext,
 ) -> list[EventStream]:
     """One engine request for each choice, in the order of the choices' indices: all of them, or none.
 
@@ -63,6 +67,8 @@ def submit_all(
                     adapters=lease.uses,
                     merged=lease.merged,
                     priority=body.priority,
+                    tenant=context.caller.tenant,
+                    constraint=None if plan.grammar is None else plan.grammar.start(),
                     arrival_time=time.monotonic(),
                 )
                 streams.append(serving.engine.submit(request))
@@ -107,7 +113,9 @@ def failure(finish: FinishEvent) -> ApiError | None:
     return aborted() if finish.reason == "abort" else None
 
 
-async def results(receive: Receive, streams: Sequence[EventStream]) -> list[tuple[TokenEvent, FinishEvent]]:
+async def results(
+    receive: Receive, streams: Sequence[EventStream], context: RequestContext
+) -> list[tuple[TokenEvent, FinishEvent]]:
     """Everything, by choice. Raises ApiError if a choice failed; the others are then aborted, not waited for."""
 
     async def one(stream: EventStream) -> tuple[TokenEvent, FinishEvent]:

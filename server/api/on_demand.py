@@ -16,6 +16,7 @@ from typing import Final
 
 from manylora.adapters.errors import AdapterError, AdapterNotFound, without_frames
 from manylora.adapters.on_demand import OnDemand
+from manylora.server.api.callers import Caller
 from manylora.server.api.errors import ApiError
 from manylora.server.api.state import AppState
 from manylora.server.api.targets import Lease, Target
@@ -78,8 +79,9 @@ class OnDemandLoads:
         return outcome
 
 
-async def lease(state: AppState, target: Target, count: int) -> Lease:
+async def lease(state: AppState, target: Target, count: int, caller: Caller) -> Lease:
     """``target.lease``, after loading what is named and not there, if that is on. Raises ApiError, AdapterError."""
+    target.check(caller)  # before anything is loaded for it
     loads = state.on_demand
     if loads is not None and not state.serving.engine.is_draining:
         for _ in range(_ATTEMPTS):
@@ -87,7 +89,7 @@ async def lease(state: AppState, target: Target, count: int) -> Lease:
             if not any(loaded):
                 break
             try:
-                return target.lease(state.serving, count)
+                return target.lease(state.serving, count, caller)
             except ApiError as error:
                 if error.status != 404:
                     raise
@@ -99,7 +101,7 @@ async def lease(state: AppState, target: Target, count: int) -> Lease:
                 param=target.param,
                 headers={"Retry-After": "1"},
             )
-    return target.lease(state.serving, count)
+    return target.lease(state.serving, count, caller)
 
 
 async def _ensure_one(state: AppState, loads: OnDemandLoads, names: tuple[str, ...]) -> bool:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from manylora.server.api.chunks import Chunks
+from manylora.server.api.context import RequestContext
 from manylora.server.api.errors import ApiError
 from manylora.server.api.generation import aborting, failure
 from manylora.server.api.state import EventStream
@@ -31,8 +32,9 @@ class EventStreamResponse(Response):
     after that an error is a last frame.
     """
 
-    def __init__(self, streams: Sequence[EventStream], chunks: Chunks) -> None:
+    def __init__(self, streams: Sequence[EventStream], chunks: Chunks, context: RequestContext) -> None:
         super().__init__()
+        self._context = context
         self._streams = streams
         self._chunks = chunks
         self._has_begun = False

@@ -14,6 +14,7 @@ from types import TracebackType
 
 from manylora.adapters.errors import AdapterNotFound
 from manylora.adapters.versions import AdapterRef
+from manylora.server.api.callers import ANYBODY, Caller
 from manylora.server.api.errors import ApiError, bad_request, not_found
 from manylora.server.api.schemas import ModelChoice
 from manylora.server.api.state import MergesLike, RegistryLike, Serving
@@ -94,11 +95,13 @@ class Target:
     param: str
     """The field that named them."""
 
-    def lease(self, serving: Serving, count: int) -> Lease:
+    def lease(self, serving: Serving, count: int, caller: Caller = ANYBODY) -> Lease:
         """Take ``count`` references to each version that is asked for, or none at all.
 
-        Raises ApiError: 404 for a name that does not exist, 400 for adapters that cannot be combined or rescaled.
+        Raises ApiError: 403 for what the caller may not use, 404 for a name that does not exist, 400 for adapters that
+        cannot be combined or rescaled.
         """
+        self.check(caller)
         lease = Lease(serving.registry, count)
         try:
             for wanted in self.adapters:
@@ -111,6 +114,14 @@ class Target:
             lease.close()
             raise
         return lease
+
+    def check(self, caller: Caller) -> None:
+        """Raise ApiError 403 for what the caller may not use, whether it exists or not."""
+        if not self.adapters and not caller.may_use_base:
+            raise ApiError(403, f"This key may not use `{self.model}`.", param=self.param)
+        for wanted in self.adapters:
+            if not caller.may_use(wanted.names):
+                raise ApiError(403, f"This key may not use `{wanted.names[0]}`.", param=self.param)
 
     def _missing(self, wanted: Wanted) -> ApiError:
         kind, name = ("model", self.model) if self.param == "model" else ("adapter", wanted.names[0])

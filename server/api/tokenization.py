@@ -7,6 +7,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from manylora.server.api.body import parse, read_json, validate
+from manylora.server.api.callers import Caller
+from manylora.server.api.context import context_of
 from manylora.server.api.on_demand import lease as lease_of
 from manylora.server.api.openapi import describes
 from manylora.server.api.prompts import chat_ids, check_token_ids, encode
@@ -17,10 +19,10 @@ from manylora.server.api.targets import Lease, target_of
 router = APIRouter(tags=["tokens"])
 
 
-async def _lease(state: AppState, model: str | None) -> Lease:
+async def _lease(state: AppState, model: str | None, caller: Caller) -> Lease:
     """Holds the model that was named, if only so that a name that does not exist is an error here as well."""
     serving = state.serving
-    return await lease_of(state, target_of(serving, ModelChoice(model=model or serving.base_name)), 1)
+    return await lease_of(state, target_of(serving, ModelChoice(model=model or serving.base_name)), 1, caller)
 
 
 @router.post("/tokenize", openapi_extra=describes(TokenizeRequest, TokenizeChatRequest))
@@ -32,11 +34,11 @@ async def tokenize(request: Request) -> dict[str, Any]:
     body: TokenizeRequest | TokenizeChatRequest
     if raw.get("messages") is not None:
         body = validate(TokenizeChatRequest, raw)
-        with await _lease(state, body.model) as lease:
+        with await _lease(state, body.model, context_of(request).caller) as lease:
             ids = await chat_ids(state, body, lease.uses)
     else:
         body = validate(TokenizeRequest, raw)
-        with await _lease(state, body.model):
+        with await _lease(state, body.model, context_of(request).caller):
             ids = await encode(serving, body.prompt, add_special_tokens=body.add_special_tokens)
     strings = [serving.tokenizer.token_text(token) for token in ids] if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": serving.max_context, "tokens": ids, "token_strs": strings}
@@ -47,6 +49,6 @@ async def detokenize(request: Request) -> dict[str, Any]:
     """The text of token ids, special tokens included."""
     state = state_of(request)
     body = await parse(request, DetokenizeRequest, state.config.max_body_bytes)
-    with await _lease(state, body.model):
+    with await _lease(state, body.model, context_of(request).caller):
         check_token_ids(state.serving, body.tokens, "tokens")
         return {"prompt": state.serving.tokenizer.decode(body.tokens, skip_special_tokens=False)}

@@ -29,7 +29,7 @@ from prometheus_client.registry import Collector
 
 from manylora.adapters.host_tier import HostStats
 from manylora.adapters.versions import AdapterRef
-from manylora.server.engine.request import FinishReason
+from manylora.server.engine.request import FinishReason, RequestTimes
 
 # Seconds. Those of the vllm:* histograms are vLLM's own, so that panels made for it keep their axes.
 _SECONDS: Final = (0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
@@ -71,16 +71,6 @@ class EngineStats:
     def kv_usage(self) -> float:
         """Share of the KV pages in use, 0 to 1."""
         return self.kv_pages_used / self.kv_pages_total
-
-
-@dataclass(frozen=True)
-class RequestTimes:
-    """``time.monotonic()`` seconds in the life of one request; ``None`` for what it did not reach."""
-
-    arrived: float
-    scheduled: float | None
-    first_token: float | None
-    ended: float
 
 
 class _Histogram:

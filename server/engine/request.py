@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from manylora.adapters.versions import AdapterRef
+from manylora.server.engine.constraint import Constraint
+from manylora.server.engine.tenant import EVERYBODY, Tenant
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class SamplingParams:
     ``top_k=0`` and ``top_p=1`` mean "all tokens". ``logprobs=k`` asks for the k most likely tokens at each step
     besides the sampled one (``None``: no log-probabilities at all; 0: the sampled token's only). Log-probabilities are
     those of the model's own distribution, before temperature, penalties and truncation (vLLM's ``raw_logprobs``).
+    ``prompt_logprobs=k`` asks for the same of every prompt token but the first.
     """
 
     max_tokens: int = 16
@@ -35,6 +38,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
@@ -79,12 +83,27 @@ class SampleFailed:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """Some new output. ``text`` never ends inside a character and may be empty while one is incomplete or while a
-    stop string might be beginning; ``token_ids`` are all tokens drawn since the last event."""
+    """Some new output.
+
+    ``text`` never ends inside a character and may be empty while one is incomplete or while a stop string might be
+    beginning; ``token_ids`` are all tokens drawn since the last event. ``prompt_logprobs``, if they were asked for,
+    come with the first: one for each prompt token, whose ``sampled`` is that token; None for the first token.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class RequestTimes:
+    """``time.monotonic()`` seconds in the life of one request; ``None`` for what it did not reach."""
+
+    arrived: float
+    scheduled: float | None
+    first_token: float | None
+    ended: float
 
 
 @dataclass(frozen=True)
@@ -102,6 +121,8 @@ class FinishEvent:
     completion_tokens: int
     error: str | None = None
     is_unavailable: bool = False
+    times: RequestTimes | None = field(default=None, compare=False)
+    """When it happened; two requests that end alike are equal whenever they did."""
 
 
 Event = TokenEvent | FinishEvent
@@ -149,6 +170,11 @@ class Request:
     adapters: tuple[AdapterUse, ...] = ()
     """The adapter versions, resolved at admission, whose scaled deltas are added up; empty: the base alone."""
     priority: int = 0
+    tenant: Tenant = EVERYBODY
+    constraint: Constraint | None = None
+    """What the output must match; its own, not shared with other requests."""
+    cache_salt: str | None = None
+    """Requests with different ones must not share cached keys and values, although they be equal."""
     arrival_time: float = 0.0
     """``time.monotonic()`` seconds."""
 

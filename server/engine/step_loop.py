@@ -12,12 +12,13 @@ from typing import Final, Protocol
 
 from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.detokenizer import Detokenizer
-from manylora.server.engine.metrics import Metrics, RequestTimes
+from manylora.server.engine.metrics import Metrics
 from manylora.server.engine.request import (
     FinishEvent,
     FinishReason,
     Request,
     RequestState,
+    RequestTimes,
     SampledToken,
     SampleFailed,
     StepPlan,
@@ -244,12 +245,13 @@ class StepLoop:
         request = live.request
         del self.live[request.request_id]
         n_prompt, n_output = len(request.prompt_token_ids), len(request.output_token_ids)
-        self._deliver(live, FinishEvent(reason, stop, n_prompt, n_output, error, is_unavailable))
+        times = RequestTimes(request.arrival_time, live.scheduled, live.first_token, self._clock())
+        self._deliver(live, FinishEvent(reason, stop, n_prompt, n_output, error, is_unavailable, times))
         self._on_ended(request.request_id)
         self._metrics.request_ended(
             [use.ref for use in request.adapters],
             reason,
-            RequestTimes(request.arrival_time, live.scheduled, live.first_token, self._clock()),
+            times,
             prompt_tokens=n_prompt,
             generation_tokens=n_output,
         )

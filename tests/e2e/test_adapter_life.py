@@ -36,6 +36,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from manylora.adapters.errors import AdapterExists, AdapterNameInvalid, AdapterNotFound
 from manylora.adapters.versions import AdapterRef
 from manylora.kernels.lora_weights import LoraWeights
+from manylora.server.api.context import RequestContext
 from manylora.server.api.errors import ApiError
 from manylora.server.api.generation import PromptPlan, submit_all
 from manylora.server.api.schemas import CompletionRequest
@@ -56,6 +57,7 @@ TOKENS: Final = 16
 STEP_S: Final = 0.001
 """How much longer a step takes than it need, so that requests still run while the next things are done."""
 PROMPT: Final = [5, 17, 33, 60, 2, 9, 81, 44, 7]
+CONTEXT: Final = RequestContext("life")
 WAIT_S: Final = 60
 STRENGTH: Final = 20.0
 EXAMPLES: Final = int(os.environ.get("MANYLORA_LIFE_EXAMPLES", "100"))
@@ -192,7 +194,9 @@ class World:
         params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
         try:
             with target_of(serving, body).lease(serving, 1) as lease:
-                streams += submit_all(serving, lease, body, [PromptPlan(PROMPT, params)], f"life-{next(self._serial)}")
+                streams += submit_all(
+                    serving, lease, body, [PromptPlan(PROMPT, params)], f"life-{next(self._serial)}", CONTEXT
+                )
         except ApiError as error:
             return f"{error.status} {error.message}"
         finally:

@@ -6,7 +6,8 @@ import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-from manylora.server.engine.metrics import OTHER, EngineStats, Metrics, RequestTimes
+from manylora.server.engine.metrics import OTHER, EngineStats, Metrics
+from manylora.server.engine.request import RequestTimes
 from tests.fakes import adapter
 
 A, B = adapter("a"), adapter("b")
