@@ -1,6 +1,7 @@
 # make demo   one command to a running server with three adapters (PORT=8000)
 # make test   one command to a tested checkout
 # make check  style, types and import contracts; warnings are errors
+# make docs   writes docs/api.md and docs/metrics.md again, from the routes and the metrics themselves
 # make bench  this project on the workload of bench/ (peers: see bench/engine.py --help)
 # make gpu-check  on a machine with an NVIDIA GPU: checks the CUDA kernels, then measures them (needs torch and triton alone)
 # make loadtest  locust against a running server (HOST, USERS, SECONDS)
@@ -18,7 +19,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # Keeps the repository's folders `kernels` and `adapters` from being imported by those names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test check bench gpu-check loadtest workload clean
+.PHONY: demo test check docs bench gpu-check loadtest workload clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV)/ (a few minutes the first time) ..."
@@ -50,6 +51,10 @@ check: $(VENV)/.dev build/typing/manylora
 	$(BIN)/ruff format --check .
 	cd build/typing && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p manylora.server -p manylora.kernels -p manylora.adapters
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.base
+	$(BIN)/python -m manylora.server.api.reference > docs/api.md
+	$(BIN)/python -m manylora.server.api.metrics_reference > docs/metrics.md
 
 build/workload: $(VENV)/.dev
 	$(BIN)/python -P bench/make_workload.py $@

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import logging
 import os
 import signal
 import sys
@@ -27,6 +26,7 @@ from manylora.server.config import (
     parse_auto_merge,
     parse_size,
 )
+from manylora.server.logs import set_up_logging
 
 DONE, FAILED, REFUSED = 0, 1, 2
 
@@ -106,6 +106,7 @@ def serve_config(arguments: argparse.Namespace) -> ServeConfig:
         state_dir=state_dir,
         cache_dir=None if arguments.cache_dir is None else _path(arguments.cache_dir),
         log_level=arguments.log_level,
+        log_format=arguments.log_format,
         engine=EngineConfig(
             device=arguments.device,
             max_rows=arguments.max_rows,
@@ -125,12 +126,18 @@ def serve_config(arguments: argparse.Namespace) -> ServeConfig:
             port=arguments.port,
             api_keys=tuple(arguments.api_key or _from_environment("MANYLORA_API_KEY")),
             admin_key=arguments.admin_key or next(iter(_from_environment("MANYLORA_ADMIN_KEY")), None),
+            keys_file=None if arguments.keys is None else _path(arguments.keys),
+            protect_metrics=arguments.protect_metrics,
+            request_timeout=arguments.request_timeout or None,
+            client_timeout=arguments.client_timeout,
             adapter_roots=(*roots, *([adapter_dir] if adapter_dir is not None and adapter_dir.is_dir() else [])),
             adapters_on_demand=arguments.adapters_on_demand,
             upload_dir=None if state_dir is None else state_dir / "uploads",
             allow_request_chat_template=arguments.allow_request_chat_template,
+            tool_call_parser=arguments.tool_call_parser,
             max_body_bytes=parse_size(arguments.max_body, "--max-body"),
             max_upload_bytes=parse_size(arguments.max_upload, "--max-upload"),
+            otlp_endpoint=arguments.otlp_endpoint,
             shutdown_grace=arguments.shutdown_grace,
         ),
     )
@@ -147,11 +154,13 @@ def _from_environment(name: str) -> list[str]:
 
 def _serve(arguments: argparse.Namespace) -> int:
     config = serve_config(arguments)
-    _set_up_logging(config.log_level)
+    set_up_logging(config.log_level, config.log_format)
     from manylora.adapters.errors import AdapterError
     from manylora.server.http_server import bind
     from manylora.server.model.errors import ModelError
 
+    if config.api.keys_file is not None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is a server that reads the keys anyway
     # Before torch is imported, which takes seconds: a port that is taken is told at once.
     sockets = bind(config.api.host, config.api.port)
     try:
@@ -163,15 +172,6 @@ def _serve(arguments: argparse.Namespace) -> int:
     finally:
         for sock in sockets:
             sock.close()
-
-
-def _set_up_logging(level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    if level != "debug":
-        for chatty in ("uvicorn", "httpx", "huggingface_hub"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 # --- quantize, merge and inspect -------------------------------------------------------------------------------------
@@ -262,11 +262,43 @@ def _adapters(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+def _keys(arguments: argparse.Namespace) -> int:
+    from manylora.server.keys_command import add_key, list_keys, revoke_key
+    from manylora.server.tenants_file import KeyFileError
+
+    path = _path(arguments.file)
+    try:
+        match arguments.action:
+            case "add":
+                key = add_key(path, arguments.name, _tenant_settings(arguments), arguments.note)
+                sys.stderr.write(f"A key for {arguments.name}, shown this once; {path} has its hash:\n")
+                _say(key)
+            case "revoke":
+                tenant = revoke_key(path, arguments.key)
+                _say(f"A key of {tenant} is revoked in {path}; kill -HUP the server that reads it.")
+            case _:
+                for rules, names in list_keys(path):
+                    _say(f"{rules.tenant.name}: {', '.join(names) or 'no keys'}")
+    except KeyFileError as error:
+        return _refuse(str(error))
+    return DONE
+
+
+def _tenant_settings(arguments: argparse.Namespace) -> dict[str, str | bool | int | float | list[str]]:
+    """The fields of a tenant's table that were given."""
+    names = ("adapters", "share", "max_waiting", "requests_per_second", "burst", "tokens_per_minute")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    return given | ({"base": False} if arguments.no_base else {})
+
+
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
-    from manylora.server.cli_flags import add_adapters, add_inspect, add_merge, add_quantize, add_serve
+    from manylora.server.cli_flags import add_adapters, add_inspect, add_keys, add_merge, add_quantize, add_serve
 
     parser = argparse.ArgumentParser(
         prog="manylora",
@@ -280,6 +312,8 @@ def _parser() -> argparse.ArgumentParser:
     add_inspect(commands).set_defaults(run=_inspect)
     for name, command in add_adapters(commands).items():
         command.set_defaults(run=_adapters, action=name)
+    for name, command in add_keys(commands).items():
+        command.set_defaults(run=_keys, action=name)
     return parser
 
 

@@ -96,8 +96,35 @@ def add_serve(commands: Commands) -> argparse.ArgumentParser:
         help="the key for managing adapters (default: $MANYLORA_ADMIN_KEY; without one, only a server that listens on "
         "this machine alone can be managed)",
     )
+    add(
+        "--keys",
+        metavar="FILE",
+        help="tenants: their keys, adapters and limits, as `manylora keys` writes them; read again on SIGHUP",
+    )
+    add("--protect-metrics", action="store_true", help="/metrics takes the admin key: it names adapters and tenants")
+    add(
+        "--request-timeout",
+        metavar="SECONDS",
+        type=float,
+        default=600.0,
+        help="abort a request that takes longer; 0 for any (default: %(default)g)",
+    )
+    add(
+        "--client-timeout",
+        metavar="SECONDS",
+        type=float,
+        default=60.0,
+        help="drop a client that sends its request, or takes its answer, too slowly (default: %(default)g)",
+    )
     add("--max-body", metavar="BYTES", default="16MiB", help="largest body of other requests (default: %(default)s)")
     add("--allow-request-chat-template", action="store_true", help="let requests bring their own chat template")
+    add(
+        "--tool-call-parser",
+        metavar="P",
+        default="auto",
+        help="how the model writes tool calls: auto (as its chat template does), hermes, llama3_json, mistral, "
+        "mistral_args, or none to take no tools (default: %(default)s)",
+    )
     add(
         "--shutdown-grace",
         metavar="SECONDS",
@@ -106,6 +133,12 @@ def add_serve(commands: Commands) -> argparse.ArgumentParser:
         help="how long running requests may take to finish after SIGTERM (default: %(default)g)",
     )
     add("--log-level", default="info", metavar="LEVEL", help="debug, info, warning or error (default: %(default)s)")
+    add("--log-format", default="text", metavar="F", help="text, or json: an object a line (default: %(default)s)")
+    add(
+        "--otlp-endpoint",
+        metavar="URL",
+        help="send traces to this OpenTelemetry collector, over HTTP (needs the extra `otel`; default: off)",
+    )
 
     add = parser.add_argument_group("sizes (by default chosen for the device and the model, and logged)").add_argument
     add("--device", default="auto", metavar="D", help="auto, cpu or cuda (default: %(default)s)")
@@ -167,6 +200,46 @@ def add_inspect(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--max-rank", type=int, default=256, metavar="R", help="largest rank (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def add_keys(commands: Commands) -> dict[str, argparse.ArgumentParser]:
+    """The subcommands of ``keys``, by name."""
+    parser = _command(
+        commands,
+        "keys",
+        "make and revoke the keys of tenants",
+        "Change a key file, which `serve --keys FILE` reads: who may use the server, which adapters, and how much.\n"
+        "The file holds hashes of keys only. A running server reads it again on SIGHUP.",
+        "  manylora keys add keys.toml acme --adapters 'acme-*' --requests-per-second 5",
+    )
+    actions = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def action(name: str, summary: str, example: str) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = actions.add_parser(
+            name, help=summary, description=summary, epilog=f"example: manylora keys {example}"
+        )
+        made.add_argument("file", metavar="FILE", help="the key file")
+        return made
+
+    adding = action(
+        "add",
+        "Make a key, and the tenant if it is new. The key is printed, once; the file gets its hash.",
+        "add keys.toml acme --adapters 'acme-*' shared --share 2",
+    )
+    adding.add_argument("name", metavar="NAME", help="the tenant")
+    adding.add_argument("--note", metavar="TEXT", help="whom or what the key is for")
+    add = adding.add_argument_group("a new tenant").add_argument
+    add("--adapters", metavar="PATTERN", nargs="+", help="adapters it may use: names, * and ? for any characters")
+    add("--no-base", action="store_true", help="it may not use the base without an adapter")
+    add("--share", metavar="WEIGHT", type=float, help="its share of the server when others wait too (default: 1)")
+    add("--max-waiting", metavar="N", type=int, help="its requests that may wait (default: --max-queue)")
+    add("--requests-per-second", metavar="R", type=float, help="on average; each choice counts as one")
+    add("--burst", metavar="N", type=int, help="requests at once after a pause (default: two seconds' worth)")
+    add("--tokens-per-minute", metavar="N", type=int, help="of prompts and outputs, on average")
+    listing = action("list", "Show the tenants and the names of their keys.", "list keys.toml")
+    revoking = action("revoke", "Take a key out of the file.", "revoke keys.toml 9f86d081884c")
+    revoking.add_argument("key", metavar="KEY", help="its name, as `list` shows it")
+    return {"add": adding, "list": listing, "revoke": revoking}
 
 
 def add_adapters(commands: Commands) -> dict[str, argparse.ArgumentParser]:

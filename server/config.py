@@ -6,6 +6,7 @@ through a load. Values that depend on the device or the model (``None`` here) ar
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import os
 import re
@@ -13,10 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, get_args
+from urllib.parse import urlsplit
 
 from manylora.server.engine.auto_merge import AutoMerge
+from manylora.server.logs import LogFormat
+from manylora.server.tenants_file import MAX_KEY_LENGTH, KeyFileError, TenantRules, hashed, read_tenants
 
 Device = Literal["auto", "cpu", "cuda"]
+ToolCallParser = Literal["auto", "hermes", "llama3_json", "mistral", "mistral_args", "none"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 _MIB: Final = 1 << 20
@@ -134,6 +139,10 @@ class ApiConfig:
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     admin_key: str | None = field(default=None, repr=False)
+    keys_file: Path | None = None
+    """The tenants with their keys, see ``server.tenants_file``."""
+    protect_metrics: bool = False
+    """``/metrics``, which names every adapter and tenant, takes the admin key."""
     adapter_roots: tuple[Path, ...] = ()
     """The directories that an admin request may load adapters from (hub ids are not paths and always may be)."""
     adapters_on_demand: int = 0
@@ -143,23 +152,39 @@ class ApiConfig:
     """Where uploaded adapters are kept; ``None``: uploads are off."""
     allow_request_chat_template: bool = False
     """A template is code that runs here, so requests may not bring their own unless the operator says so."""
+    tool_call_parser: ToolCallParser = "auto"
+    """The format in which models write tool calls; ``auto``: the one that the chat template shows."""
     max_body_bytes: int = 16 * _MIB
     max_upload_bytes: int = 1024 * _MIB
     max_choices: int = 128
     """Choices of one request: ``n`` times its prompts."""
+    request_timeout: float | None = 600.0
+    """Seconds from a request's arrival to the end of its answer; then it is aborted. ``None``: any."""
+    client_timeout: float = 60.0
+    """Seconds within which a client must send the head of a request, or take some of what was sent to it."""
+    otlp_endpoint: str | None = None
+    """URL of an OTLP/HTTP collector that traces are sent to; ``None``: no traces."""
     shutdown_grace: float = 30.0
     """Seconds that running requests get to finish after SIGTERM."""
 
     def __post_init__(self) -> None:
+        _one_of("--tool-call-parser", self.tool_call_parser, get_args(ToolCallParser))
         if not self.host:
             raise ConfigError("--host", "expected a host name or address, got an empty string")
         _between("--port", self.port, 0, 65535)
         for flag, keys in (("--api-key", self.api_keys), ("--admin-key", (self.admin_key,))):
             for key in keys:
-                if key is not None and (not key or not key.isascii() or not key.isprintable() or " " in key):
-                    raise ConfigError(flag, "a key must be one or more printable ASCII characters without spaces")
+                if key is not None and (
+                    not 1 <= len(key) <= MAX_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key
+                ):
+                    raise ConfigError(
+                        flag, f"a key must be 1 to {MAX_KEY_LENGTH} printable ASCII characters without spaces"
+                    )
         if self.admin_key is not None and self.admin_key in self.api_keys:
             raise ConfigError("--admin-key", "it must differ from every --api-key, or clients could manage adapters")
+        if self.protect_metrics and self.admin_key is None:
+            raise ConfigError("--protect-metrics", "it takes the admin key to see them: give --admin-key")
+        self.read_tenants()
         for root in self.adapter_roots:
             if not root.is_dir():
                 raise ConfigError("--adapter-root", f"{root} is not a directory")
@@ -169,6 +194,12 @@ class ApiConfig:
         _between("--max-body", self.max_body_bytes, 1024, 1 << 40)
         _between("--max-upload", self.max_upload_bytes, 1024, 1 << 40)
         _between("--max-choices", self.max_choices, 1, 4096)
+        if self.request_timeout is not None and not 0.1 <= self.request_timeout <= 7 * 86400:
+            raise ConfigError("--request-timeout", f"expected 0.1 to 604800 seconds, got {self.request_timeout:g}")
+        if not 0.1 <= self.client_timeout <= 86400:
+            raise ConfigError("--client-timeout", f"expected 0.1 to 86400 seconds, got {self.client_timeout:g}")
+        if self.otlp_endpoint is not None:
+            _check_collector(self.otlp_endpoint)
         if not 0 <= self.shutdown_grace <= 86400:
             raise ConfigError("--shutdown-grace", f"expected 0 to 86400 seconds, got {self.shutdown_grace}")
 
@@ -176,6 +207,23 @@ class ApiConfig:
     def is_public(self) -> bool:
         """Whether other machines may be able to reach the server."""
         return not is_loopback(self.host)
+
+    def read_tenants(self) -> tuple[TenantRules, ...]:
+        """What the key file says now; nothing without one. Raises ConfigError."""
+        if self.keys_file is None:
+            return ()
+        try:
+            tenants = read_tenants(self.keys_file)
+        except KeyFileError as error:
+            raise ConfigError("--keys", str(error)) from error
+        own = {"--api-key": self.api_keys, "--admin-key": () if self.admin_key is None else (self.admin_key,)}
+        for flag, keys in own.items():
+            hashes = {hashed(key) for key in keys}
+            for rules in tenants:
+                if not hashes.isdisjoint(rules.keys):
+                    name = rules.tenant.name
+                    raise ConfigError("--keys", f"{self.keys_file}: tenants.{name}.keys: one of them is also {flag}")
+        return tenants
 
 
 @dataclass(frozen=True)
@@ -198,6 +246,7 @@ class ServeConfig:
     cache_dir: Path | None = None
     """Where the quantised base is cached; ``None``: the loader's default."""
     log_level: LogLevel = "info"
+    log_format: LogFormat = "text"
     engine: EngineConfig = field(default_factory=EngineConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
 
@@ -207,6 +256,7 @@ class ServeConfig:
         if self.served_model_name is not None and not self.served_model_name.strip():
             raise ConfigError("--served-model-name", "expected a name, got an empty string")
         _one_of("--log-level", self.log_level, get_args(LogLevel))
+        _one_of("--log-format", self.log_format, get_args(LogFormat))
         seen: set[str] = set()
         for spec in self.adapters:
             if spec.name in seen:
@@ -240,6 +290,18 @@ def default_state_dir(model: str, port: int, environ: Callable[[str], str | None
     name = model.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
     return Path(home) / "manylora" / f"{slug}-{port}"
+
+
+def _check_collector(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError("--otlp-endpoint", f"expected a URL such as http://127.0.0.1:4318, got {url!r}")
+    try:
+        found = importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http")
+    except ModuleNotFoundError:  # one of the packages above it is not there either
+        found = None
+    if found is None:
+        raise ConfigError("--otlp-endpoint", "OpenTelemetry is not installed: pip install 'manylora[otel]'")
 
 
 def _between(flag: str, value: int | None, low: int, high: int) -> None:

@@ -1,7 +1,8 @@
 """The HTTP server: uvicorn on sockets that were bound before, and an end in good order.
 
 On SIGTERM or SIGINT the engine takes nothing new (503, and ``/ready`` says so) and finishes what runs within the grace;
-then the server ends. A second signal aborts what still runs; a third is left to the system.
+then the server ends. A second signal aborts what still runs; a third is left to the system. On SIGHUP the key file is
+read again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import uvicorn
 from manylora.server.api.app import create_app
 from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig, ConfigError
-from manylora.server.http_limits import LimitedHttp
+from manylora.server.http_limits import limited_http
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +72,13 @@ def bind(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
+def _give_up_on_silent_peers(sock: socket.socket, seconds: float) -> None:
+    """Connections of ``sock`` end when nothing that was sent to the peer is acknowledged for so long: it may have gone
+    without a word. Where the system can."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * seconds))
+
+
 def new_loop() -> asyncio.AbstractEventLoop:
     """uvloop's where it is installed."""
     factory = uvicorn.Config("", log_config=None).get_loop_factory()
@@ -83,7 +91,7 @@ async def serve_until_signal(serving: Serving, config: ApiConfig, sockets: Seque
     server = _Server(
         uvicorn.Config(
             app,
-            http=LimitedHttp,
+            http=limited_http(config.client_timeout),
             log_config=None,
             access_log=False,
             server_header=False,
@@ -96,6 +104,14 @@ async def serve_until_signal(serving: Serving, config: ApiConfig, sockets: Seque
     signals: list[signal.Signals] = []
     drains: list[asyncio.Task[None]] = []
     loop = asyncio.get_running_loop()
+
+    def reload_keys() -> None:
+        try:
+            app.state.manylora.keys.reload()
+        except ConfigError as error:
+            _log.error("SIGHUP: the keys stay as they are: %s", error)
+        else:
+            _log.info("SIGHUP: the tenants of %s are read again", config.keys_file)
 
     async def drain() -> None:
         await serving.engine.drain(config.shutdown_grace)
@@ -114,13 +130,17 @@ async def serve_until_signal(serving: Serving, config: ApiConfig, sockets: Seque
 
     for one in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(one, on_signal, one)
+    if config.keys_file is not None:
+        loop.add_signal_handler(signal.SIGHUP, reload_keys)
+    for sock in sockets:
+        _give_up_on_silent_peers(sock, config.client_timeout)
     host, port = sockets[0].getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     _log.info("serving %s on http://%s:%d", serving.base_name, shown, port)
     try:
         await server.serve(sockets=list(sockets))
     finally:
-        for one in (signal.SIGINT, signal.SIGTERM):
+        for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.remove_signal_handler(one)
         for task in drains:
             task.cancel()

@@ -42,7 +42,7 @@ def _say_what_to_try(running: Running, config: ServeConfig, sock: socket.socket)
     host, port = sock.getsockname()[:2]
     host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     body = json.dumps({"model": names[-1], "prompt": "The capital of Sweden is", "max_tokens": 32})
-    key = " -H 'Authorization: Bearer KEY'" if config.api.api_keys else ""
+    key = " -H 'Authorization: Bearer KEY'" if config.api.api_keys or config.api.keys_file else ""
     _log.info("models: %s (a model's name is all that a request needs)", ", ".join(names))
     _log.info(
         "try:  curl -s http://%s:%d/v1/completions -H 'Content-Type: application/json'%s -d '%s'", host, port, key, body

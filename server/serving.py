@@ -31,6 +31,7 @@ from manylora.server.engine.auto_merge import AutoMerger, TokenShares
 from manylora.server.engine.decode_graphs import DecodeGraphs
 from manylora.server.engine.detokenizer import vocabulary_for
 from manylora.server.engine.engine import Engine
+from manylora.server.engine.grammars import GrammarCompiler, grammars_for
 from manylora.server.engine.merge_builder import MergeBuilder, probe_tokens
 from manylora.server.engine.merges import MergeManager
 from manylora.server.engine.metrics import Metrics
@@ -85,6 +86,7 @@ class Running:
     watcher: FolderWatcher | None
     merges: MergeManager
     auto_merger: AutoMerger | None
+    grammars: GrammarCompiler | None
     _threads: tuple[ThreadPoolExecutor, ...] = field(repr=False)
 
     async def close(self) -> None:
@@ -95,6 +97,8 @@ class Running:
             self.auto_merger.close()
         await self.engine.close()
         self.merges.close()
+        if self.grammars is not None:
+            self.grammars.close()
         self.host.close()
         for executor in self._threads:
             executor.shutdown(wait=True, cancel_futures=True)
@@ -267,6 +271,8 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
     shares = None if config.auto_merge is None else TokenShares()
     runner = ModelRunner(decoder, cache, sampler, graphs, shares=shares)
     runner.warm_up(sizes.max_batch_tokens, sizes.max_context)
+    vocabulary = vocabulary_for(tokenizer.hf)
+    grammars = grammars_for(tokenizer, spec.vocab_size, vocabulary)
     metrics = Metrics(name)
     parts: list[Engine] = []
 
@@ -306,7 +312,7 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
     engine = Engine(
         runner,
         scheduler,
-        vocabulary=vocabulary_for(tokenizer.hf),
+        vocabulary=vocabulary,
         metrics=metrics,
         registry=registry,
         eos_token_ids=eos,
@@ -347,12 +353,14 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
         base_root=str(source),
         host=host,
         merges=merges,
+        grammars=grammars,
     )
     watcher = None
     if config.adapter_dir is not None and config.watch is not None:
         watcher = FolderWatcher(config.adapter_dir, registry, interval=config.watch)
     return Running(
         serving, engine, registry, slots, pool, decoder, runner, sizes, host, watcher, merges, auto_merger,
+        grammars,
         (reads, uploads),
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from typing import Any
 
 from manylora.adapters.errors import AdapterError
@@ -25,9 +25,10 @@ def adapter(name: str, version: str | None = None) -> AdapterRef:
 def request(
     request_id: str = "r0", prompt: Sequence[int] = (1, 2, 3), *, adapter: AdapterRef | None = None, **kwargs: Any
 ) -> Request:
-    """A request. ``adapter`` is short for one in ``adapters``; ``adapters``, ``merged``, ``priority`` and
+    """A request. ``adapter`` is short for one in ``adapters``; ``adapters``, ``merged``, ``priority``, ``tenant`` and
     ``arrival_time`` are the request's, everything else is a sampling parameter."""
-    own = {key: kwargs.pop(key) for key in ("adapters", "merged", "priority", "arrival_time") if key in kwargs}
+    names = ("adapters", "merged", "priority", "tenant", "arrival_time")
+    own = {key: kwargs.pop(key) for key in names if key in kwargs}
     if adapter is not None:
         own["adapters"] = (AdapterUse(adapter),)
     return Request(request_id, list(prompt), SamplingParams(**kwargs), **own)
@@ -44,8 +45,8 @@ class FakeTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(chr(token) for token in token_ids)
 
-    def stream(self, *, skip_special_tokens: bool) -> _FakeTextStream:
-        return _FakeTextStream(self.eos_token_id if skip_special_tokens else None)
+    def stream(self, *, skip_special_tokens: bool, shown: Set[int] = frozenset()) -> _FakeTextStream:
+        return _FakeTextStream(self.eos_token_id if skip_special_tokens and self.eos_token_id not in shown else None)
 
 
 class _FakeTextStream:

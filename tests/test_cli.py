@@ -23,6 +23,8 @@ COMMANDS = [
     ["merge"],
     ["inspect"],
     ["adapters"],
+    ["keys"],
+    *[["keys", action] for action in ("add", "list", "revoke")],
     *[["adapters", action] for action in ("list", "load", "unload", "pin", "merge", "unmerge")],
 ]
 
@@ -68,6 +70,8 @@ def test_help_needs_nothing_heavy() -> None:
 
 def test_every_flag_arrives(tmp_path: Path) -> None:
     adapters, roots, state = (tmp_path / name for name in ("adapters", "roots", "state"))
+    keys = tmp_path / "keys.toml"
+    keys.write_text("")
     adapters.mkdir()
     roots.mkdir()
     got = config(
@@ -80,6 +84,8 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         *("--max-device-adapters", "3", "--max-rank", "32", "--kv-memory", "64MiB"),
         *("--max-host-adapters", "7", "--host-memory", "1GiB", "--table-memory", "0"),
         *("--watch", "2.5", "--adapters-on-demand", "50", "--auto-merge", "0.8:60:compact"),
+        *("--keys", str(keys), "--protect-metrics", "--request-timeout", "20", "--client-timeout", "7.5"),
+        *("--log-format", "json", "--otlp-endpoint", "http://localhost:4318"),
     )
     assert (got.model, got.served_model_name, got.cache_dir, got.log_level) == ("m", "base", tmp_path, "debug")
     assert got.adapters == (AdapterSpec("a", "x"), AdapterSpec("b", "y"))
@@ -95,6 +101,10 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
     assert (engine.max_host_adapters, engine.host_memory, engine.table_memory) == (7, 1 << 30, 0)
     assert (got.watch, api.adapters_on_demand) == (2.5, 50)
     assert got.auto_merge == AutoMerge(0.8, 60.0, "compact")
+    assert (api.keys_file, api.protect_metrics) == (keys, True)
+    assert (api.request_timeout, api.client_timeout) == (20.0, 7.5)
+    assert config("--model", "m", "--request-timeout", "0").api.request_timeout is None
+    assert (got.log_format, api.otlp_endpoint) == ("json", "http://localhost:4318")
 
 
 def test_watching_and_loading_on_demand_have_numbers_of_their_own(tmp_path: Path) -> None:

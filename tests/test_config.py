@@ -126,6 +126,7 @@ def test_http_limits(fields: dict[str, Any], flag: str) -> None:
         ({"model": ""}, "--model"),
         ({"served_model_name": " "}, "--served-model-name"),
         ({"log_level": "loud"}, "--log-level"),
+        ({"log_format": "xml"}, "--log-format"),
         ({"adapter_dir": Path("/not/there")}, "--adapter-dir"),
         ({"watch": 5.0}, "--watch"),
         ({"watch": 0.0, "adapter_dir": Path("/")}, "--watch"),

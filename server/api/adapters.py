@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from manylora.adapters.errors import AdapterNotFound
 from manylora.adapters.versions import AdapterInfo
+from manylora.server.api.auth import admin_only
 from manylora.server.api.body import parse
-from manylora.server.api.errors import ApiError, not_found
+from manylora.server.api.errors import ApiError
 from manylora.server.api.management import alias_adapter, load_adapter, load_upload, pin_adapter, unload_adapter
 from manylora.server.api.merging import merge_adapter, merged_fields, unmerge_adapter
-from manylora.server.api.openapi import describes
+from manylora.server.api.openapi import LOADING, describes, json_of
+from manylora.server.api.responses import Adapter, AdapterDeleted, AdapterList, AdapterMerged, AdapterUnmerged
 from manylora.server.api.schemas import AdapterMerge, AdapterPatch, AdapterPut
 from manylora.server.api.state import Serving, state_of
 from manylora.server.api.uploads import read_upload
 
-router = APIRouter(tags=["adapters"])
+router = APIRouter(tags=["adapters"], dependencies=[Depends(admin_only)])
 
 _MAX_JSON = 1 << 16
 _ARCHIVES = frozenset(f"application/{kind}" for kind in ("zip", "gzip", "x-tar", "x-zip-compressed", "x-gzip", "zstd"))
@@ -64,7 +66,7 @@ def _described(request: Request, info: AdapterInfo) -> dict[str, Any]:
     return describe(serving, info, serving.engine.stats().resident_versions)
 
 
-@router.get("/v1/adapters")
+@router.get("/v1/adapters", openapi_extra=describes(answers={200: [json_of(AdapterList)]}, access="admin"))
 async def list_adapters(request: Request) -> dict[str, Any]:
     """Every adapter, and the old versions that only finish their requests (``state``: "draining")."""
     serving = state_of(request).serving
@@ -73,13 +75,25 @@ async def list_adapters(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": [describe(serving, info, resident) for info in infos]}
 
 
-@router.get("/v1/adapters/{name:path}")
+@router.get(
+    "/v1/adapters/{name:path}",
+    openapi_extra=describes(answers={200: [json_of(Adapter)]}, errors={404}, access="admin"),
+)
 async def get_adapter(request: Request, name: str) -> dict[str, Any]:
     """One adapter."""
     return _described(request, state_of(request).serving.registry.info(name))
 
 
-@router.put("/v1/adapters/{name:path}", openapi_extra=describes(AdapterPut))
+@router.put(
+    "/v1/adapters/{name:path}",
+    openapi_extra=describes(
+        AdapterPut,
+        answers={200: [json_of(Adapter)], 201: [json_of(Adapter)]},
+        errors=LOADING,
+        access="admin",
+        upload=True,
+    ),
+)
 async def put_adapter(request: Request, name: str) -> Response:
     """Load an adapter, or replace it: from JSON ``{source}`` or ``{alias_of}``, or a multipart upload of its files.
 
@@ -107,7 +121,10 @@ async def put_adapter(request: Request, name: str) -> Response:
     return JSONResponse(_described(request, info), status_code=200 if existed else 201)
 
 
-@router.patch("/v1/adapters/{name:path}", openapi_extra=describes(AdapterPatch))
+@router.patch(
+    "/v1/adapters/{name:path}",
+    openapi_extra=describes(AdapterPatch, answers={200: [json_of(Adapter)]}, errors={404}, access="admin"),
+)
 async def patch_adapter(request: Request, name: str) -> dict[str, Any]:
     """Pin an adapter to the device, or unpin it."""
     state = state_of(request)
@@ -115,28 +132,36 @@ async def patch_adapter(request: Request, name: str) -> dict[str, Any]:
     return _described(request, await pin_adapter(state, name, pinned=body.pinned))
 
 
-@router.delete("/v1/adapters/{name:path}")
+@router.delete(
+    "/v1/adapters/{name:path}",
+    openapi_extra=describes(answers={200: [json_of(AdapterDeleted)]}, errors={404}, access="admin"),
+)
 async def delete_adapter(request: Request, name: str) -> dict[str, Any]:
     """Unload an adapter: its name is gone at once, running requests finish."""
     await unload_adapter(state_of(request), name)
     return {"object": "adapter.deleted", "name": name, "deleted": True}
 
 
-@router.post("/v1/adapters/unmerge")
+@router.post(
+    "/v1/adapters/unmerge",
+    openapi_extra=describes(answers={200: [json_of(AdapterUnmerged)]}, errors={400, 409}, access="admin"),
+)
 async def unmerge(request: Request) -> dict[str, Any]:
     """End the merge: new requests for the adapter are computed beside the base again, running ones finish."""
     return await unmerge_adapter(state_of(request))
 
 
-@router.post("/v1/adapters/{name:path}", openapi_extra=describes(AdapterMerge))
-async def act_on_adapter(request: Request, name: str) -> dict[str, Any]:
-    """``POST /v1/adapters/{name}/merge``: compute the adapter's requests by merged weights; answers when they serve.
+@router.post(
+    "/v1/adapters/{name:path}/merge",
+    openapi_extra=describes(
+        AdapterMerge, answers={200: [json_of(AdapterMerged)]}, errors={404, 409, 503}, access="admin"
+    ),
+)
+async def merge(request: Request, name: str) -> dict[str, Any]:
+    """Compute the adapter's requests by merged weights; answers when they serve.
 
     Other adapters and the base are served as before, in the same steps. One adapter is merged at a time: another one
     takes its place.
     """
-    adapter, _, action = name.rpartition("/")
-    if action != "merge" or not adapter:
-        raise not_found(f"There is no POST {request.url.path} here.")
     body = await parse(request, AdapterMerge, _MAX_JSON)
-    return await merge_adapter(state_of(request), adapter, body.mode)
+    return await merge_adapter(state_of(request), name, body.mode)

@@ -1,29 +1,40 @@
 """Who may do what, decided from the path alone, before anything of the body is read.
 
-| route                   | no key configured | --api-key          | --admin-key             | both             |
-| ----------------------- | ----------------- | ------------------ | ----------------------- | ---------------- |
-| /health /ready /metrics | open              | open               | open                    | open             |
-| managing adapters       | loopback only     | loopback + API key | admin key               | admin key        |
-| everything else         | open              | API key            | open                    | either key       |
+| route                   | no key configured | --api-key, --keys | --admin-key | both       |
+| ----------------------- | ----------------- | ----------------- | ----------- | ---------- |
+| /health /ready /metrics | open              | open              | open        | open       |
+| managing adapters       | loopback only     | see below         | admin key   | admin key  |
+| everything else         | open              | key               | open        | either key |
+
+With --protect-metrics, /metrics takes the admin key.
 
 "Loopback only": without an admin key, adapters can be managed only if the server listens on this machine alone, and
 only under a loopback host name, so that neither a reverse proxy nor a web page whose name was made to point here
-(DNS rebinding) can reach it.
+(DNS rebinding) can reach it. With --api-key it then takes that key. With --keys it is off: no tenant is the operator,
+nor is everybody on this machine.
+
+What a tenant may use is looked at where the body is known (``api.targets``). The routes that manage adapters also ask
+for the admin themselves (``admin_only``), so none of them is open because of how its path is written.
 """
 
 from __future__ import annotations
 
-import hmac
-from collections.abc import Iterable
 from typing import Final
 
+from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from manylora.server.api.errors import ApiError
+from manylora.server.api.callers import ADMIN, ANYBODY, Caller
+from manylora.server.api.context import RequestContext, context_in, context_of
+from manylora.server.api.deadlines import within_deadline
+from manylora.server.api.errors import ApiError, bad_request, too_many_requests
+from manylora.server.api.keys import KeyRing
+from manylora.server.api.rate_limits import RateLimited
 from manylora.server.config import ApiConfig, is_loopback
 
-OPEN_PATHS: Final = frozenset({"/health", "/ready", "/metrics"})
+METRICS_PATH: Final = "/metrics"
+OPEN_PATHS: Final = frozenset({"/health", "/ready", METRICS_PATH})
 
 _ADMIN_ROOT: Final = "/v1/adapters"
 _ADMIN_PATHS: Final = frozenset(
@@ -35,73 +46,131 @@ _ADMIN_PATHS: Final = frozenset(
         "/unload_lora_adapter",
     }
 )
+_READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+"""What computes nothing, and so costs a tenant nothing."""
 
 
 class AuthMiddleware:
-    """Answers 401 or 403 itself; everything else it passes on."""
+    """Says who the caller is, or answers 400, 401, 403 or 429 itself. What is for anybody with a key must be over by
+    its deadline."""
 
-    def __init__(self, app: ASGIApp, config: ApiConfig) -> None:
+    def __init__(self, app: ASGIApp, config: ApiConfig, keys: KeyRing) -> None:
         self._app = app
         self._config = config
-        self._api_keys = tuple(key.encode() for key in config.api_keys)
-        self._admin_keys = () if config.admin_key is None else (config.admin_key.encode(),)
+        self._keys = keys
+        self._open = OPEN_PATHS - {METRICS_PATH} if config.protect_metrics else OPEN_PATHS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = self._check(scope) if scope["type"] == "http" else None
-        if error is None:
+        if scope["type"] != "http" or scope["path"] in self._open:
             await self._app(scope, receive, send)
-        else:
+            return
+        is_admin = _is_admin(scope["path"])
+        try:
+            caller = self._admin(scope) if is_admin else self._caller(scope)
+            _check_path(scope["path"])
+        except ApiError as error:
             await error.response()(scope, receive, send)
+            return
+        context = context_in(scope)
+        context.caller = caller
+        if is_admin:  # loading an adapter may take minutes
+            await self._app(scope, receive, send)
+            return
+        try:
+            await within_deadline(self._app, self._config.request_timeout, scope, receive, send)
+        finally:
+            if caller.limits is not None:
+                caller.limits.spend_tokens(_tokens(context))
 
-    def _check(self, scope: Scope) -> ApiError | None:
-        path: str = scope["path"]
-        if path in OPEN_PATHS:
-            return None
+    def _caller(self, scope: Scope) -> Caller:
+        """Who may use the server. Raises ApiError."""
+        caller = _known(scope, self._keys)
+        if caller is None:
+            if self._keys.needs_key:
+                raise _unauthorized(_bearer(Headers(scope=scope)))
+            return ANYBODY
+        if caller.limits is not None and scope["method"] not in _READING:
+            try:
+                caller.limits.take_requests(1)
+            except RateLimited as error:
+                context_in(scope).caller = caller  # whom the refusal is counted for
+                raise too_many_requests(str(error), error.retry_after) from None
+        return caller
+
+    def _admin(self, scope: Scope) -> Caller:
+        """Who may manage adapters. Raises ApiError."""
+        config = self._config
+        if config.admin_key is None and config.keys_file is not None:
+            raise ApiError(403, "Managing adapters is off: the server has tenants and no admin key (--admin-key).")
         headers = Headers(scope=scope)
-        key = _bearer(headers)
-        if path in _ADMIN_PATHS or path.startswith(_ADMIN_ROOT + "/"):
-            return self._check_admin(headers, key)
-        if not self._api_keys:
-            return None
-        return None if _matches(key, self._api_keys + self._admin_keys) else _unauthorized(key)
-
-    def _check_admin(self, headers: Headers, key: bytes | None) -> ApiError | None:
-        if self._admin_keys:
-            if _matches(key, self._admin_keys):
-                return None
-            if _matches(key, self._api_keys):
-                return ApiError(403, "This key may not manage adapters; it takes the admin key.")
-            return _unauthorized(key)
-        if self._config.is_public:
-            return ApiError(
+        caller = _known(scope, self._keys)
+        if config.admin_key is not None:
+            if caller is None:
+                raise _unauthorized(_bearer(headers))
+            if not caller.is_admin:
+                context_in(scope).caller = caller
+                what = "see metrics" if scope["path"] == METRICS_PATH else "manage adapters"
+                raise ApiError(403, f"This key may not {what}; it takes the admin key.")
+            return caller
+        if config.is_public:
+            raise ApiError(
                 403,
-                f"Managing adapters is off: the server listens on {self._config.host}, where other machines may reach "
+                f"Managing adapters is off: the server listens on {config.host}, where other machines may reach "
                 "it, and has no admin key. Start it with --admin-key, or on 127.0.0.1.",
             )
         if not is_loopback(_host_name(headers.get("host", ""))):
-            return ApiError(
+            raise ApiError(
                 403,
                 "Managing adapters without an admin key takes a loopback host name (localhost, 127.0.0.1 or [::1]), "
-                f"not {headers.get('host')!r}. Start the server with --admin-key to manage it under other names.",
+                f"not {headers.get('host')!r:.100}. Start the server with --admin-key to manage it under other names.",
             )
-        if self._api_keys and not _matches(key, self._api_keys):
-            return _unauthorized(key)
-        return None
+        if config.api_keys and caller is None:
+            raise _unauthorized(_bearer(headers))
+        return ADMIN
 
 
-def _bearer(headers: Headers) -> bytes | None:
-    """The key that was sent, if one was."""
-    scheme, _, key = headers.get("authorization", "").partition(" ")
-    # Headers are Latin-1 to Starlette; keys are ASCII, so another character just never matches.
-    return key.strip().encode("latin-1") if scheme.lower() == "bearer" else None
+async def admin_only(request: Request) -> None:
+    """A dependency of every route that manages adapters. Raises ApiError 403."""
+    if not context_of(request).caller.is_admin:
+        raise ApiError(403, "Only the bearer of the admin key may manage adapters.")
 
 
-def _matches(key: bytes | None, keys: Iterable[bytes]) -> bool:
-    # Every key is compared, each in constant time, so that timing tells neither a prefix nor which one it was.
-    return key is not None and any([hmac.compare_digest(key, one) for one in keys])
+def _tokens(context: RequestContext) -> int:
+    """What a request has cost. If an end is not known, as its answer was cut off, the most that it may have cost: or to
+    be cut off would be a way not to pay."""
+    if len(context.finished) < len(context.submitted):
+        return sum(context.submitted)
+    return sum(finish.prompt_tokens + finish.completion_tokens for finish in context.finished)
 
 
-def _unauthorized(key: bytes | None) -> ApiError:
+def _is_admin(path: str) -> bool:
+    return path in _ADMIN_PATHS or path.startswith(_ADMIN_ROOT + "/") or path == METRICS_PATH
+
+
+def _check_path(path: str) -> None:
+    """Raise ApiError 404 for a path that others may take for another one: to the router, which works with regular
+    expressions, a path with a newline at its end is the path without it."""
+    if not path.isprintable():
+        raise ApiError(404, "There is no path here that holds characters that cannot be printed.")
+
+
+def _known(scope: Scope, keys: KeyRing) -> Caller | None:
+    """The bearer of the key that was sent; None without a key, and for a key that nobody has. Raises ApiError."""
+    key = _bearer(Headers(scope=scope))
+    return None if key is None else keys.find(key)
+
+
+def _bearer(headers: Headers) -> str | None:
+    """The key that was sent, if one was. Raises ApiError 400 if there are several: a proxy before this server may have
+    looked at another one."""
+    sent = headers.getlist("authorization")
+    if len(sent) > 1:
+        raise bad_request("There are several Authorization headers; send one.")
+    scheme, _, key = (sent[0] if sent else "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else None
+
+
+def _unauthorized(key: str | None) -> ApiError:
     message = (
         "No API key was sent: add the header `Authorization: Bearer KEY`." if key is None else "The API key is wrong."
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final, NoReturn, TypeVar
 
 from fastapi import Request
@@ -16,35 +18,42 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from manylora.server.api.errors import ApiError, bad_request
-from manylora.server.api.schemas import FieldError
+from manylora.server.api.schemas import FieldError, GenerationRequest
 
 Model = TypeVar("Model", bound=BaseModel)
 
-Harmless = Callable[[Any], bool]
+MAX_VALUES: Final = 1 << 19
+MAX_FIELDS: Final = 1 << 17
+"""In one body: more than any prompt of this size, and as many as are checked in a fraction of a second."""
+
+_FEW: Final = 64
+_MANY: Final = 1 << 14
+"""Errors that are listed at once."""
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+@dataclass(frozen=True)
+class Harmless:
+    """The values under which a field changes nothing: how to tell one, and their JSON schema, for the document."""
 
+    takes: Callable[[Any], bool]
+    schema: Mapping[str, Any]
 
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
+    def __call__(self, value: Any) -> bool:
+        return self.takes(value)
 
 
 def _is(*allowed: Any) -> Harmless:
-    def check(value: Any) -> bool:
+    def takes(value: Any) -> bool:
         # 1 == True in Python, and neither may pass for the other here.
         return any(type(value) is type(one) and value == one for one in allowed)
 
-    return check
+    return Harmless(takes, {"enum": list(allowed)})
 
 
-def _never(_value: Any) -> bool:
-    return False
+_is_text = Harmless(lambda value: isinstance(value, str), {"type": "string"})
+_is_mapping = Harmless(lambda value: isinstance(value, dict), {"type": "object"})
+_is_bool = Harmless(lambda value: isinstance(value, bool), {"type": "boolean"})
+_never = Harmless(lambda _value: False, {"not": {}})
 
 
 _NO_EFFECT: Final[Mapping[str, Harmless]] = {
@@ -56,34 +65,19 @@ _NO_EFFECT: Final[Mapping[str, Harmless]] = {
     # Asking for what happens anyway.
     "store": _is(False),
     "service_tier": _is("auto", "default"),
-    "modalities": lambda value: value == ["text"],
-    "response_format": lambda value: value == {"type": "text"},
+    "modalities": _is(["text"]),
     "parallel_tool_calls": _is_bool,  # no tool is ever called, one at a time or not
-    "functions": lambda value: value == [],
+    "functions": _is([]),
     "function_call": _is("none"),
     "suffix": _is(""),
-    "spaces_between_special_tokens": _is(True),
     "use_beam_search": _is(False),
     "length_penalty": _is(1, 1.0),
-    "allowed_token_ids": _never,
-    "bad_words": lambda value: value == [],
-    "logits_processors": lambda value: value == [],
-    "return_tokens_as_token_ids": _is(False),
+    "logits_processors": _is([]),
     "return_token_ids": _is(False),
     "return_hidden_states": _is(False),
     "no_stop_trim": _is(False),
-    "documents": lambda value: value == [],
+    "documents": _is([]),
     # Known elsewhere, served nowhere here yet.
-    "prompt_logprobs": _never,
-    "cache_salt": _never,
-    "guided_json": _never,
-    "guided_regex": _never,
-    "guided_choice": _never,
-    "guided_grammar": _never,
-    "structured_outputs": _never,
-    "json_schema": _never,
-    "regex": _never,
-    "ebnf": _never,
     "audio": _never,
     "prediction": _never,
     "reasoning_effort": _never,
@@ -91,6 +85,13 @@ _NO_EFFECT: Final[Mapping[str, Harmless]] = {
     "web_search_options": _never,
 }
 """Fields outside the schemas, with the values under which they change nothing; any other value is "not served yet"."""
+
+
+def harmless_fields(model: type[BaseModel]) -> Mapping[str, Harmless]:
+    """What ``model``'s body may hold besides its own fields: clients send such fields to generate, and nowhere else."""
+    if not issubclass(model, GenerationRequest):
+        return {}
+    return {name: values for name, values in _NO_EFFECT.items() if name not in model.model_fields}
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -126,6 +127,7 @@ async def read_json(request: Request, limit: int) -> dict[str, Any]:
         # Nothing is inflated here, so nothing small can become large.
         raise ApiError(415, f"The body must not be compressed, and this one's Content-Encoding is {encoding!r:.40}.")
     raw = await read_body(request, limit)
+    _check_effort(raw)
     try:
         value = json.loads(raw, parse_constant=_no_constant)
         if b"\\u" in raw:
@@ -142,6 +144,15 @@ async def read_json(request: Request, limit: int) -> dict[str, Any]:
     return value
 
 
+def _check_effort(raw: bytes) -> None:
+    """Raise ApiError for a body that would take seconds to be parsed and checked: nothing else in the process runs
+    meanwhile, and a body of 16 MiB can hold eight million values. What is in strings counts as well, which does not
+    matter: so much text is longer than any context."""
+    for mark, most, what in ((b",", MAX_VALUES, "values"), (b":", MAX_FIELDS, "fields")):
+        if raw.count(mark) > most:
+            raise bad_request(f"The body holds too many {what}: at most {most} are taken.")
+
+
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
@@ -153,19 +164,43 @@ def _json_kind(value: Any) -> str:
 
 def validate(model: type[Model], value: Mapping[str, Any]) -> Model:
     """Check a JSON object against a schema; ApiError 400 naming the first field that is wrong."""
-    given = {}
+    given, harmless = {}, harmless_fields(model)
     for name, one in value.items():
         if one is None:
             continue
-        if name not in model.model_fields and name in _NO_EFFECT:
-            if not _NO_EFFECT[name](one):
+        if name in harmless:
+            if not harmless[name](one):
                 raise bad_request(f"`{name}` = {_shown(one)} is not served yet; leave the field out.", name)
             continue
         given[name] = one
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        raise _from_pydantic(error.errors(include_url=False)[0]) from None
+        raise _first_of(model, given, error) from None
+
+
+def _first_of(model: type[BaseModel], given: dict[str, Any], error: ValidationError) -> ApiError:
+    """Of hundreds of thousands of errors, to list all would take seconds, and there is no other way to the first: so
+    it is looked for in the beginning of each list and object."""
+    count, size = error.error_count(), _FEW
+    while error.error_count() > size:
+        if size > _MANY:
+            return bad_request(f"{count} values are wrong in this body, the first of them far behind in a long list.")
+        try:
+            model.model_validate(_beginning(given, size))
+        except ValidationError as found:
+            error = found
+        size *= 2
+    return _from_pydantic(error.errors(include_url=False)[0])
+
+
+def _beginning(value: Any, size: int, depth: int = 4) -> Any:
+    """``value`` with the first ``size`` entries of what it holds; below ``depth``, as it is."""
+    if depth == 0:
+        return value
+    if isinstance(value, dict):
+        return {key: _beginning(one, size, depth - 1) for key, one in islice(value.items(), size)}
+    return [_beginning(one, size, depth - 1) for one in value[:size]] if isinstance(value, list) else value
 
 
 async def parse(request: Request, model: type[Model], limit: int) -> Model:

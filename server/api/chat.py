@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,23 +12,32 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from manylora.server.api.body import parse
-from manylora.server.api.chunks import ChatChunks
+from manylora.server.api.chat_schemas import ChatRequest
+from manylora.server.api.chunks import ChatChunks, Chunks, LogprobsPiece, ToolChatChunks
 from manylora.server.api.context import context_of
 from manylora.server.api.errors import bad_request
 from manylora.server.api.generation import Envelope, PromptPlan, results, submit_all, usage
-from manylora.server.api.logprobs import LogprobNames, chat_logprobs
+from manylora.server.api.logprobs import LogprobNames, chat_logprobs, prompt_logprobs
 from manylora.server.api.on_demand import lease as lease_of
-from manylora.server.api.openapi import describes
-from manylora.server.api.prompts import chat_ids, fit, sampling_params
-from manylora.server.api.schemas import ChatRequest
+from manylora.server.api.openapi import GENERATING, describes, events_of, json_of
+from manylora.server.api.prompts import chat_ids, check_read_logprobs, fit, sampling_params, template_of, token_rules
+from manylora.server.api.responses import ChatCompletion, ChatCompletionChunk
 from manylora.server.api.state import state_of
 from manylora.server.api.streaming import EventStreamResponse
+from manylora.server.api.structured import grammar_of
 from manylora.server.api.targets import fingerprint, target_of
+from manylora.server.api.tool_calls import CallReader, tool_calling
+from manylora.server.engine.request import FinishEvent
 
 router = APIRouter(tags=["inference"])
 
 
-@router.post("/v1/chat/completions", openapi_extra=describes(ChatRequest))
+@router.post(
+    "/v1/chat/completions",
+    openapi_extra=describes(
+        ChatRequest, answers={200: [json_of(ChatCompletion), events_of(ChatCompletionChunk)]}, errors=GENERATING
+    ),
+)
 async def create_chat_completion(request: Request) -> Response:
     """Continue a conversation."""
     state, context = state_of(request), context_of(request)
@@ -33,45 +45,72 @@ async def create_chat_completion(request: Request) -> Response:
     body = await parse(request, ChatRequest, state.config.max_body_bytes)
     if body.n > state.config.max_choices:
         raise bad_request(f"`n` is {body.n}; at most {state.config.max_choices} choices are taken.", "n")
+    context.model = body.model
     target = target_of(serving, body)
     with await lease_of(state, target, body.n, context.caller) as lease:
         wanted = body.max_completion_tokens or body.max_tokens
+        calling = await tool_calling(state, body, template_of(state, body, lease.uses))
+        grammar = await grammar_of(state, body) if calling is None else calling.grammar
+        grammar = await token_rules(serving, body, grammar)
         ids = fit(serving, body, await chat_ids(state, body, lease.uses), wanted, "messages")
+        check_read_logprobs(body, len(ids))
         top = (body.top_logprobs or 0) if body.logprobs else None
         params = sampling_params(serving, body, max_tokens=wanted or serving.max_context - len(ids), logprobs=top)
+        if calling is not None:
+            params = replace(params, shown_special_ids=calling.shown_special_ids)
         envelope = Envelope.new("chatcmpl", target.model, fingerprint(serving, lease))
-        streams = submit_all(serving, lease, body, [PromptPlan(ids, params)], envelope.id, context)
-    logprobs = partial(chat_logprobs, LogprobNames(serving.tokenizer)) if body.logprobs else None
+        streams = submit_all(serving, lease, body, [PromptPlan(ids, params, grammar)], envelope.id, context)
+    names = LogprobNames(serving.tokenizer, as_ids=body.return_tokens_as_token_ids)
+    logprobs = partial(chat_logprobs, names) if body.logprobs else None
+    readers = [None if calling is None else calling.reader() for _ in range(body.n)]
     if body.stream:
-        chunks = ChatChunks(
-            envelope,
-            len(ids),
-            body.n,
-            include_usage=body.include_usage,
-            continuous_usage=body.continuous_usage,
-            logprobs=logprobs,
-        )
-        return EventStreamResponse(streams, chunks, context)
+        return EventStreamResponse(streams, _chunks(body, envelope, len(ids), readers, logprobs), context)
 
     ended = await results(request.receive, streams, context)
     choices: list[dict[str, Any]] = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": tokens.text, "refusal": None},
+            "message": _message(tokens.text, readers[index]),
             "logprobs": logprobs(tokens.logprobs) if logprobs else None,
-            "finish_reason": finish.reason,
+            "finish_reason": _finish_reason(finish, readers[index]),
             "stop_reason": finish.stop_reason,
         }
         for index, (tokens, finish) in enumerate(ended)
     ]
-    return JSONResponse(
-        {
-            "id": envelope.id,
-            "object": "chat.completion",
-            "created": envelope.created,
-            "model": envelope.model,
-            "system_fingerprint": envelope.fingerprint,
-            "choices": choices,
-            "usage": usage(len(ids), sum(finish.completion_tokens for _, finish in ended)),
-        }
-    )
+    answer = {
+        "id": envelope.id,
+        "object": "chat.completion",
+        "created": envelope.created,
+        "model": envelope.model,
+        "system_fingerprint": envelope.fingerprint,
+        "choices": choices,
+        "usage": usage(len(ids), sum(finish.completion_tokens for _, finish in ended)),
+    }
+    if body.prompt_logprobs is None:
+        return JSONResponse(answer)
+    # Every choice has read the same prompt. There may be many values: they are written on another thread.
+    read = ended[0][0].prompt_logprobs
+    answer["prompt_logprobs"] = await asyncio.to_thread(prompt_logprobs, serving.tokenizer, read, body.prompt_logprobs)
+    return await asyncio.to_thread(JSONResponse, answer)
+
+
+def _chunks(
+    body: ChatRequest,
+    envelope: Envelope,
+    prompt_tokens: int,
+    readers: Sequence[CallReader | None],
+    logprobs: LogprobsPiece | None,
+) -> Chunks:
+    usage_wanted = {"include_usage": body.include_usage, "continuous_usage": body.continuous_usage}
+    callers = [reader for reader in readers if reader is not None]
+    if callers:
+        return ToolChatChunks(envelope, prompt_tokens, callers, logprobs=logprobs, **usage_wanted)
+    return ChatChunks(envelope, prompt_tokens, body.n, logprobs=logprobs, **usage_wanted)
+
+
+def _message(text: str, reader: CallReader | None) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, "refusal": None} if reader is None else reader.message(text)
+
+
+def _finish_reason(finish: FinishEvent, reader: CallReader | None) -> str:
+    return finish.reason if reader is None else reader.finish_reason(finish)

@@ -12,11 +12,14 @@ from json.encoder import encode_basestring_ascii as quote
 from typing import Final, Protocol
 
 from manylora.server.api.generation import Envelope, usage
+from manylora.server.api.tool_calls import CallReader, delta
+from manylora.server.api.tool_parsers import Piece
 from manylora.server.engine.request import FinishEvent, TokenEvent, TokenLogprobs
 
 DONE: Final = "data: [DONE]\n\n"
 
 LogprobsPiece = Callable[[Sequence[TokenLogprobs]], dict[str, object]]
+CompletionPiece = Callable[[TokenEvent], dict[str, object]]
 
 
 class Chunks(Protocol):
@@ -82,7 +85,8 @@ class _ChunkBase:
 
 
 class CompletionChunks(_ChunkBase):
-    """``text_completion`` chunks. ``echo`` has a text for each choice that its first chunk begins with."""
+    """``text_completion`` chunks. ``echo`` has a text for each choice that its first chunk begins with; with
+    ``prompt_ids``, by choice, chunks carry their token ids, and the first of each choice its prompt's."""
 
     def __init__(
         self,
@@ -93,7 +97,8 @@ class CompletionChunks(_ChunkBase):
         include_usage: bool = False,
         continuous_usage: bool = False,
         echo: Sequence[str] = (),
-        logprobs: Sequence[LogprobsPiece] = (),
+        logprobs: Sequence[CompletionPiece] = (),
+        prompt_ids: Sequence[Sequence[int]] = (),
     ) -> None:
         super().__init__(
             envelope,
@@ -105,25 +110,35 @@ class CompletionChunks(_ChunkBase):
         )
         self._echo = dict(enumerate(echo))
         self._logprobs = logprobs
+        self._with_ids = bool(prompt_ids)
+        self._prompt_ids = dict(enumerate(prompt_ids))
 
     def tokens(self, index: int, event: TokenEvent) -> str:
         self._usage.add(index, len(event.token_ids))
         text = self._echo.pop(index, "") + event.text
         logprobs = "null"
-        if self._logprobs and event.logprobs:
-            logprobs = json.dumps(self._logprobs[index](event.logprobs))
-        elif not text:
+        if self._logprobs and (event.logprobs or event.prompt_logprobs):
+            logprobs = json.dumps(self._logprobs[index](event))
+        elif not text and not self._with_ids:
             return ""  # inside a character, or where a stop string may be beginning
         return (
             f'{self._head}{{"index":{index},"text":{quote(text)},"logprobs":{logprobs},"finish_reason":null,'
-            f'"stop_reason":null}}]{self._usage.tail(index)}'
+            f'"stop_reason":null{self._ids(index, event.token_ids)}}}]{self._usage.tail(index)}'
         )
+
+    def _ids(self, index: int, token_ids: Sequence[int]) -> str:
+        if not self._with_ids:
+            return ""
+        prompt_ids = self._prompt_ids.pop(index, None)
+        of_the_prompt = "" if prompt_ids is None else f',"prompt_token_ids":{json.dumps(prompt_ids)}'
+        return f'{of_the_prompt},"token_ids":{json.dumps(token_ids)}'
 
     def finish(self, index: int, event: FinishEvent) -> str:
         self._usage.set(index, event.completion_tokens)
         return (
             f'{self._head}{{"index":{index},"text":{quote(self._echo.pop(index, ""))},"logprobs":null,'
-            f'"finish_reason":"{event.reason}","stop_reason":{json.dumps(event.stop_reason)}}}]{self._usage.tail(index)}'
+            f'"finish_reason":"{event.reason}","stop_reason":{json.dumps(event.stop_reason)}'
+            f"{self._ids(index, ())}}}]{self._usage.tail(index)}"
         )
 
 
@@ -172,11 +187,73 @@ class ChatChunks(_ChunkBase):
             f'"stop_reason":{json.dumps(event.stop_reason)}}}]{self._usage.tail(index)}'
         )
 
-    def _role(self, index: int) -> str:
+    def _role(self, index: int, content: str = '""') -> str:
         if index not in self._unnamed:
             return ""
         self._unnamed.remove(index)
         return (
-            f'{self._head}{{"index":{index},"delta":{{"role":"assistant","content":""}},"logprobs":null,'
+            f'{self._head}{{"index":{index},"delta":{{"role":"assistant","content":{content}}},"logprobs":null,'
             f'"finish_reason":null}}]{self._usage.tail(index)}'
         )
+
+
+class ToolChatChunks(ChatChunks):
+    """Of a chat whose answers may be calls: content and calls as each choice's reader tells them apart.
+
+    The role comes with what is first, since ``content`` beside it is null if that is a call. Log-probabilities come
+    with the next piece, as a token may be held back until it is known what it is part of.
+    """
+
+    def __init__(
+        self,
+        envelope: Envelope,
+        prompt_tokens: int,
+        readers: Sequence[CallReader],
+        *,
+        include_usage: bool = False,
+        continuous_usage: bool = False,
+        logprobs: LogprobsPiece | None = None,
+    ) -> None:
+        super().__init__(
+            envelope,
+            prompt_tokens,
+            len(readers),
+            include_usage=include_usage,
+            continuous_usage=continuous_usage,
+            logprobs=logprobs,
+        )
+        self._readers = readers
+        self._untold: list[list[TokenLogprobs]] = [[] for _ in readers]
+
+    def tokens(self, index: int, event: TokenEvent) -> str:
+        self._usage.add(index, len(event.token_ids))
+        self._untold[index].extend(event.logprobs)
+        return self._pieces(index, self._readers[index].feed(event.text))
+
+    def finish(self, index: int, event: FinishEvent) -> str:
+        reader = self._readers[index]
+        last = self._pieces(index, reader.finish())
+        role = self._role(index)
+        self._usage.set(index, event.completion_tokens)
+        return (
+            f'{last}{role}{self._head}{{"index":{index},"delta":{{}},"logprobs":{self._logprobs_so_far(index)},'
+            f'"finish_reason":"{reader.finish_reason(event)}","stop_reason":{json.dumps(event.stop_reason)}}}]'
+            f"{self._usage.tail(index)}"
+        )
+
+    def _pieces(self, index: int, pieces: Sequence[Piece]) -> str:
+        frames: list[str] = []
+        for piece in pieces:
+            frames.append(self._role(index, '""' if isinstance(piece, str) else "null"))
+            frames.append(
+                f'{self._head}{{"index":{index},"delta":{json.dumps(delta(piece))},'
+                f'"logprobs":{self._logprobs_so_far(index)},"finish_reason":null}}]{self._usage.tail(index)}'
+            )
+        return "".join(frames)
+
+    def _logprobs_so_far(self, index: int) -> str:
+        steps = self._untold[index]
+        if self._logprobs is None or not steps:
+            return "null"
+        self._untold[index] = []
+        return json.dumps(self._logprobs(steps))

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from collections.abc import Mapping
+from typing import Any, Final
+
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
-from manylora.adapters.errors import AdapterError, AdapterNotFound
+from manylora.adapters.errors import AdapterError, AdapterExists, AdapterNotFound
+from manylora.server.api.auth import admin_only
 from manylora.server.api.body import parse
 from manylora.server.api.errors import ApiError, not_found
 from manylora.server.api.management import load_adapter, unload_adapter
-from manylora.server.api.openapi import describes
+from manylora.server.api.openapi import LOADING, describes, json_of, text
+from manylora.server.api.responses import SglangResult
 from manylora.server.api.schemas import SglangLoad, SglangUnload, VllmLoad, VllmUnload
 from manylora.server.api.state import AppState, state_of
 
-router = APIRouter(tags=["adapters: vLLM and SGLang"])
+router = APIRouter(tags=["adapters: vLLM and SGLang"], dependencies=[Depends(admin_only)])
 
 _MAX_JSON = 1 << 16
+_SGLANG: Final[Mapping[str, Any]] = {
+    "answers": {200: [json_of(SglangResult)], 400: [json_of(SglangResult)]},
+    "errors": {503},
+    "access": "admin",
+}
 
 
-@router.post("/v1/load_lora_adapter", openapi_extra=describes(VllmLoad))
+@router.post(
+    "/v1/load_lora_adapter",
+    openapi_extra=describes(
+        VllmLoad,
+        answers={200: [text("Success: LoRA adapter 'sql' added successfully.")]},
+        errors=LOADING,
+        access="admin",
+    ),
+)
 async def vllm_load(request: Request) -> Response:
     """vLLM: load an adapter; ``load_inplace`` replaces one of the same name."""
     state = state_of(request)
@@ -30,17 +48,39 @@ async def vllm_load(request: Request) -> Response:
             param="lora_path" if body.lora_name else "lora_name",
             type="InvalidUserInput",
         )
-    await load_adapter(state, body.lora_name, body.lora_path, replace=body.load_inplace)
+    try:
+        await load_adapter(state, body.lora_name, body.lora_path, replace=body.load_inplace)
+    except AdapterExists:
+        raise ApiError(
+            400,
+            f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load the adapter in place, "
+            "set 'load_inplace' to True.",
+            param="lora_name",
+            type="InvalidUserInput",
+        ) from None
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter", openapi_extra=describes(VllmUnload))
+@router.post(
+    "/v1/unload_lora_adapter",
+    openapi_extra=describes(
+        VllmUnload,
+        answers={200: [text("Success: LoRA adapter 'sql' removed successfully.")]},
+        errors={404},
+        access="admin",
+    ),
+)
 async def vllm_unload(request: Request) -> Response:
     """vLLM: unload an adapter."""
     state = state_of(request)
     body = await parse(request, VllmUnload, _MAX_JSON)
     if not body.lora_name:
-        raise ApiError(400, "'lora_name' must be provided.", param="lora_name", type="InvalidUserInput")
+        raise ApiError(
+            400,
+            "'lora_name' needs to be provided to unload a LoRA adapter.",
+            param="lora_name",
+            type="InvalidUserInput",
+        )
     try:
         await unload_adapter(state, body.lora_name)
     except AdapterNotFound:
@@ -48,7 +88,7 @@ async def vllm_unload(request: Request) -> Response:
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-@router.post("/load_lora_adapter", openapi_extra=describes(SglangLoad))
+@router.post("/load_lora_adapter", openapi_extra=describes(SglangLoad, **_SGLANG))
 async def sglang_load(request: Request) -> Response:
     """SGLang: load an adapter."""
     state = state_of(request)
@@ -60,7 +100,7 @@ async def sglang_load(request: Request) -> Response:
     return _sglang_result(state)
 
 
-@router.post("/unload_lora_adapter", openapi_extra=describes(SglangUnload))
+@router.post("/unload_lora_adapter", openapi_extra=describes(SglangUnload, **_SGLANG))
 async def sglang_unload(request: Request) -> Response:
     """SGLang: unload an adapter."""
     state = state_of(request)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from starlette.types import Receive
 
 from manylora.server.api.context import RequestContext
+from manylora.server.api.deadlines import timed_out
 from manylora.server.api.errors import ApiError, aborted, failed
 from manylora.server.api.prompts import choice_seed
 from manylora.server.api.schemas import GenerationRequest
@@ -57,23 +58,28 @@ def submit_all(
     Raises EngineRefusal; those submitted before it are aborted.
     """
     streams: list[EventStream] = []
+    context.prompt_tokens = sum(len(plan.ids) for plan in plans)
     try:
         for plan in plans:
-            for choice in range(body.n):
+            for choice in range(body.n_drawn):
                 request = Request(
-                    request_id=f"{request_id}-{len(streams)}",
+                    # The client's id, for the log, and ours, as clients may use theirs twice at a time.
+                    request_id=f"{context.request_id}/{request_id}-{len(streams)}",
                     prompt_token_ids=list(plan.ids),
                     params=replace(plan.params, seed=choice_seed(plan.params.seed, choice)),
                     adapters=lease.uses,
                     merged=lease.merged,
                     priority=body.priority,
                     tenant=context.caller.tenant,
+                    cache_salt=body.cache_salt,
                     constraint=None if plan.grammar is None else plan.grammar.start(),
                     arrival_time=time.monotonic(),
                 )
                 streams.append(serving.engine.submit(request))
                 lease.handed_over()
+                context.submitted.append(len(plan.ids) + plan.params.max_tokens)
     except BaseException:
+        context.submitted.clear()
         abort_all(streams)
         raise
     return streams
@@ -86,16 +92,25 @@ def abort_all(streams: Sequence[EventStream]) -> None:
 
 
 @asynccontextmanager
-async def aborting(receive: Receive, streams: Sequence[EventStream]) -> AsyncIterator[None]:
-    """Abort the requests as soon as their client is gone, and at the end of the block if they have not ended.
+async def aborting(receive: Receive, streams: Sequence[EventStream], context: RequestContext) -> AsyncIterator[None]:
+    """Abort the requests as soon as their client is gone, or their time is up, and at the end of the block if they have
+    not ended.
 
     An aborted request still ends with its FinishEvent, so the block needs no cancelling.
     """
+
+    def late() -> None:
+        context.is_late = True
+        abort_all(streams)
+
     watcher = asyncio.create_task(_abort_on_disconnect(receive, streams))
+    timer = None if context.deadline is None else asyncio.get_running_loop().call_at(context.deadline, late)
     try:
         yield
     finally:
         watcher.cancel()
+        if timer is not None:
+            timer.cancel()
         abort_all(streams)
 
 
@@ -106,17 +121,20 @@ async def _abort_on_disconnect(receive: Receive, streams: Sequence[EventStream])
     abort_all(streams)
 
 
-def failure(finish: FinishEvent) -> ApiError | None:
+def failure(finish: FinishEvent, context: RequestContext) -> ApiError | None:
     """The error that a final event stands for; None if the request ended as it should."""
     if finish.reason == "error":
-        return failed(finish.error, is_unavailable=finish.is_unavailable)
-    return aborted() if finish.reason == "abort" else None
+        return failed(finish.error, is_unavailable=finish.is_unavailable, is_refusal=finish.is_refusal)
+    if finish.reason == "abort":
+        return timed_out() if context.is_late else aborted()
+    return None
 
 
 async def results(
     receive: Receive, streams: Sequence[EventStream], context: RequestContext
 ) -> list[tuple[TokenEvent, FinishEvent]]:
-    """Everything, by choice. Raises ApiError if a choice failed; the others are then aborted, not waited for."""
+    """Everything, by choice. Raises ApiError if a choice failed; the others are then aborted, not waited for. Raises
+    ApiError 504 if that takes until after the request's deadline."""
 
     async def one(stream: EventStream) -> tuple[TokenEvent, FinishEvent]:
         tokens, finish = await stream.result()
@@ -124,14 +142,15 @@ async def results(
             abort_all(streams)
         return tokens, finish
 
-    async with aborting(receive, streams):
+    async with aborting(receive, streams, context):
         if len(streams) == 1:
             ended = [await one(streams[0])]
         else:
             ended = await asyncio.gather(*(one(stream) for stream in streams))
+    context.finished += [finish for _, finish in ended]
     # The one that failed, not those that were aborted because of it.
     for finish in sorted((finish for _, finish in ended), key=lambda finish: finish.reason != "error"):
-        error = failure(finish)
+        error = failure(finish, context)
         if error is not None:
             raise error
     return ended

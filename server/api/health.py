@@ -9,12 +9,14 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from manylora.server.api.errors import DRAIN_RETRY_AFTER, ApiError
+from manylora.server.api.openapi import describes, json_of, text
+from manylora.server.api.responses import Status
 from manylora.server.api.state import state_of
 
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/health")
+@router.get("/health", openapi_extra=describes(answers={200: [json_of(Status)]}, errors={503}, access="open"))
 async def health(request: Request) -> Response:
     """200 while the engine runs, draining included; 503 if it died and the process should be replaced."""
     engine = state_of(request).serving.engine
@@ -24,7 +26,7 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/ready")
+@router.get("/ready", openapi_extra=describes(answers={200: [json_of(Status)]}, errors={503}, access="open"))
 async def ready(request: Request) -> Response:
     """200 when requests are taken, else 503."""
     engine = state_of(request).serving.engine
@@ -35,8 +37,15 @@ async def ready(request: Request) -> Response:
     return JSONResponse({"status": "ready"})
 
 
-@router.get("/metrics")
+@router.get(
+    "/metrics",
+    openapi_extra=describes(answers={200: [text("# TYPE up gauge\nup 1.0\n")]}, access="metrics"),
+)
 async def metrics(request: Request) -> Response:
     """The Prometheus text format."""
-    text = await asyncio.to_thread(state_of(request).serving.metrics.render)
-    return Response(text, media_type=CONTENT_TYPE_LATEST)
+    state = state_of(request)
+
+    def render() -> bytes:
+        return state.serving.metrics.render() + state.http_metrics.render()
+
+    return Response(await asyncio.to_thread(render), media_type=CONTENT_TYPE_LATEST)

@@ -17,7 +17,8 @@ from typing import Final
 from manylora.adapters.errors import AdapterError, AdapterNotFound, without_frames
 from manylora.adapters.on_demand import OnDemand
 from manylora.server.api.callers import Caller
-from manylora.server.api.errors import ApiError
+from manylora.server.api.errors import ApiError, bad_request, too_many_requests
+from manylora.server.api.rate_limits import RateLimited, RateLimits
 from manylora.server.api.state import AppState
 from manylora.server.api.targets import Lease, Target
 
@@ -80,8 +81,13 @@ class OnDemandLoads:
 
 
 async def lease(state: AppState, target: Target, count: int, caller: Caller) -> Lease:
-    """``target.lease``, after loading what is named and not there, if that is on. Raises ApiError, AdapterError."""
-    target.check(caller)  # before anything is loaded for it
+    """``target.lease``, after loading what is named and not there, if that is on. Raises ApiError, AdapterError.
+
+    The caller pays for the choices, of which there are ``count``.
+    """
+    target = target.permitted(caller)  # before anything is loaded for it
+    if caller.limits is not None:
+        _pay(caller.limits, count)
     loads = state.on_demand
     if loads is not None and not state.serving.engine.is_draining:
         for _ in range(_ATTEMPTS):
@@ -102,6 +108,21 @@ async def lease(state: AppState, target: Target, count: int, caller: Caller) -> 
                 headers={"Retry-After": "1"},
             )
     return target.lease(state.serving, count, caller)
+
+
+def _pay(limits: RateLimits, n_choices: int) -> None:
+    """For the choices besides the first, which the request itself was paid for with. Raises ApiError."""
+    if limits.max_choices is not None and n_choices > limits.max_choices:
+        raise bad_request(
+            f"The request has {n_choices} choices (`n` for each prompt), and this key may have {limits.max_choices} "
+            "at once.",
+            "n",
+        )
+    if n_choices > 1:
+        try:
+            limits.take_requests(n_choices - 1)
+        except RateLimited as error:
+            raise too_many_requests(str(error), error.retry_after) from None
 
 
 async def _ensure_one(state: AppState, loads: OnDemandLoads, names: tuple[str, ...]) -> bool:

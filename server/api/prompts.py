@@ -6,16 +6,27 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, Final
 
+from manylora.server.api.chat_schemas import ChatTemplateFields
 from manylora.server.api.errors import bad_request
 from manylora.server.api.messages import template_messages
-from manylora.server.api.schemas import ChatTemplateFields, GenerationRequest, Prompt
+from manylora.server.api.schemas import GenerationRequest, Prompt
 from manylora.server.api.state import AppState, Serving
+from manylora.server.engine.constraint import Grammar
 from manylora.server.engine.request import AdapterUse, SamplingParams
+from manylora.server.engine.token_rules import TokenRules
 
 _INLINE_CHARACTERS: Final = 4096
 """Longer text is tokenised on another thread: about a millisecond, in which no other stream moves."""
 
+MAX_CHARACTERS_PER_TOKEN: Final = 128
+"""The longest tokens that vocabularies have (runs of spaces); text of several thousand tokens has four or five."""
+
 _SEED_RANGE: Final = 1 << 64
+
+MAX_READ_LOGPROBS: Final = 1 << 20
+"""In one answer: some 70 MB of JSON."""
+MAX_STREAMED_LOGPROBS: Final = 1 << 16
+"""In a stream, whose events are written where all other streams wait meanwhile."""
 
 
 def check_token_ids(serving: Serving, ids: Sequence[int], param: str) -> None:
@@ -27,7 +38,20 @@ def check_token_ids(serving: Serving, ids: Sequence[int], param: str) -> None:
         )
 
 
+def check_length(serving: Serving, n_characters: int, param: str) -> None:
+    """Raise ApiError for text that could not fit, before the time is spent on tokenising it."""
+    limit = serving.max_context * MAX_CHARACTERS_PER_TOKEN
+    if n_characters > limit:
+        raise bad_request(
+            f"`{param}` is too long: it has {n_characters} characters, and this model's maximum context length of "
+            f"{serving.max_context} tokens never holds more than {limit}.",
+            param,
+        )
+
+
 async def encode(serving: Serving, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of a field `prompt`. Raises ApiError if it is too long for any tokens."""
+    check_length(serving, len(text), "prompt")
     if len(text) <= _INLINE_CHARACTERS:
         return serving.tokenizer.encode(text, add_special_tokens)
     return await asyncio.to_thread(serving.tokenizer.encode, text, add_special_tokens)
@@ -41,25 +65,33 @@ async def prompt_ids(serving: Serving, prompt: Prompt, *, add_special_tokens: bo
     return prompt
 
 
-async def chat_ids(state: AppState, body: ChatTemplateFields, uses: Sequence[AdapterUse]) -> list[int]:
-    """Token ids of a conversation, by the adapter's own template if it ships one, else the base's.
+def template_of(state: AppState, body: ChatTemplateFields, uses: Sequence[AdapterUse]) -> str | None:
+    """The chat template of a request, None for the base's own: the request's, or the adapter's if it ships one.
 
     Of several adapters, each was trained on its own template or on the base's: unless all have the same one, the base's
-    is taken. Raises ApiError; ChatTemplateError if the template refuses the messages.
+    is taken. Raises ApiError if the request brings a template and may not.
     """
-    templates = {use.ref.chat_template for use in uses}
-    template = templates.pop() if len(templates) == 1 else None
     if body.chat_template is not None:
         if not state.config.allow_request_chat_template:
             raise bad_request(
                 "`chat_template` in requests is off on this server (--allow-request-chat-template turns it on).",
                 "chat_template",
             )
-        template = body.chat_template
+        return body.chat_template
+    templates = {use.ref.chat_template for use in uses}
+    return templates.pop() if len(templates) == 1 else None
+
+
+async def chat_ids(state: AppState, body: ChatTemplateFields, uses: Sequence[AdapterUse]) -> list[int]:
+    """Token ids of a conversation, by the template that ``template_of`` names.
+
+    Raises ApiError; ChatTemplateError if the template refuses the messages.
+    """
+    template = template_of(state, body, uses)
     messages = template_messages(body.messages)
     kwargs: dict[str, Any] = dict(body.chat_template_kwargs)
     if body.tools:
-        kwargs["tools"] = body.tools
+        kwargs["tools"] = [tool.for_template() for tool in body.tools]
 
     def render() -> list[int]:
         return state.serving.tokenizer.apply_chat_template(
@@ -71,7 +103,9 @@ async def chat_ids(state: AppState, body: ChatTemplateFields, uses: Sequence[Ada
         )
 
     # A template that the request or an adapter brought may loop for long: not on the event loop's thread.
-    is_short = sum(len(message["content"]) for message in messages) <= _INLINE_CHARACTERS
+    n_characters = sum(len(message["content"]) for message in messages)
+    check_length(state.serving, n_characters, "messages")
+    is_short = not body.tools and n_characters <= _INLINE_CHARACTERS
     return render() if is_short and template is None else await asyncio.to_thread(render)
 
 
@@ -80,7 +114,7 @@ def fit(serving: Serving, body: GenerationRequest, ids: list[int], max_tokens: i
 
     The last tokens are kept, as vLLM does; -1 keeps as many as leave room for ``max_tokens`` (for one, if not given).
     """
-    wanted = max_tokens or 1
+    wanted = 1 if max_tokens is None else max_tokens
     if body.truncate_prompt_tokens is not None:
         keep = body.truncate_prompt_tokens
         if keep == -1:
@@ -89,7 +123,7 @@ def fit(serving: Serving, body: GenerationRequest, ids: list[int], max_tokens: i
     if not ids:
         raise bad_request(f"`{param}` has no tokens.", param)
     limit = serving.max_context
-    if len(ids) >= limit:
+    if len(ids) + min(wanted, 1) > limit:
         raise bad_request(
             f"The prompt is too long: it has {len(ids)} tokens, and this model's maximum context length is {limit} "
             "tokens, prompt and completion together.",
@@ -107,9 +141,15 @@ def fit(serving: Serving, body: GenerationRequest, ids: list[int], max_tokens: i
 def sampling_params(
     serving: Serving, body: GenerationRequest, *, max_tokens: int, logprobs: int | None
 ) -> SamplingParams:
-    """The engine's parameters for choice 0; see ``for_choice``."""
+    """The engine's parameters for choice 0; see ``choice_seed``."""
     check_token_ids(serving, body.stop_token_ids, "stop_token_ids")
     check_token_ids(serving, list(body.logit_bias), "logit_bias")
+    are_joined = body.skip_special_tokens or not serving.tokenizer.spaces_special_tokens
+    if not body.spaces_between_special_tokens and not are_joined:
+        raise bad_request(
+            "`spaces_between_special_tokens` = false is not served for this model: its tokenizer puts spaces there.",
+            "spaces_between_special_tokens",
+        )
     if body.min_tokens > max_tokens:
         raise bad_request(
             f"`min_tokens` ({body.min_tokens}) must not be above the {max_tokens} tokens that may be generated.",
@@ -128,12 +168,57 @@ def sampling_params(
         repetition_penalty=body.repetition_penalty,
         logit_bias=body.logit_bias,
         logprobs=logprobs,
+        prompt_logprobs=body.read_logprobs,
         stop=tuple(body.stop),
         stop_token_ids=tuple(body.stop_token_ids),
         include_stop_str_in_output=body.include_stop_str_in_output,
         ignore_eos=body.ignore_eos,
         skip_special_tokens=body.skip_special_tokens,
     )
+
+
+def check_read_logprobs(body: GenerationRequest, n_prompt_tokens: int) -> None:
+    """Raise ApiError if the log-probabilities of prompts of so many tokens together would be too large an answer."""
+    if body.read_logprobs is None:
+        return
+    # Every choice computes its prompt, and carries it.
+    param = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
+    n_values = n_prompt_tokens * body.n_drawn * (body.read_logprobs + 1)
+    limit = MAX_STREAMED_LOGPROBS if body.stream else MAX_READ_LOGPROBS
+    if n_values > limit:
+        raise bad_request(
+            f"`{param}` asks for {n_values} log-probabilities of prompt tokens (tokens x choices x those listed at "
+            f"each); at most {limit} are given in one {'stream' if body.stream else 'answer'}. Send fewer prompts, or "
+            "ask for fewer.",
+            param,
+        )
+
+
+async def token_rules(serving: Serving, body: GenerationRequest, grammar: Grammar | None) -> Grammar | None:
+    """``grammar``, narrowed down to what ``allowed_token_ids`` and ``bad_words`` leave."""
+    if body.allowed_token_ids is None and not body.bad_words:
+        return grammar
+    check_token_ids(serving, body.allowed_token_ids or (), "allowed_token_ids")
+    if sum(map(len, body.bad_words)) <= _INLINE_CHARACTERS:
+        banned = _sequences(serving, body.bad_words)
+    else:
+        banned = await asyncio.to_thread(_sequences, serving, body.bad_words)
+    return TokenRules(allowed=body.allowed_token_ids, banned=banned, grammar=grammar)
+
+
+def _sequences(serving: Serving, words: Sequence[str]) -> list[list[int]]:
+    """The tokens of ``bad_words``, however they are spelled."""
+    found: list[list[int]] = []
+    for word in words:
+        # At the beginning of a text, and after another word: those are different tokens.
+        spellings = {word, word.lstrip(), " " + word.lstrip()}
+        sequences = [serving.tokenizer.encode(spelling, add_special_tokens=False) for spelling in sorted(spellings)]
+        if not any(sequences):
+            raise bad_request(
+                f"`bad_words` holds {word!r}, which this model's tokenizer reads as nothing.", "bad_words"
+            )
+        found += sequences
+    return found
 
 
 def choice_seed(seed: int | None, choice: int) -> int | None:

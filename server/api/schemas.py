@@ -8,10 +8,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from manylora.server.api.schema_base import Body as Body  # re-exported: this is where all bodies are found
+from manylora.server.api.schema_base import FieldError as FieldError
+from manylora.server.api.structured_schemas import StructuredFields
 
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD = 256
+"""Characters."""
+MAX_SALT = 1024
+MAX_ALLOWED = 1 << 18
 MAX_N = 128
 MAX_ADAPTERS = 8
 MAX_SCALE = 100
@@ -19,17 +28,17 @@ _INT64 = 1 << 63
 
 Prompt = str | list[int]
 
-
-class FieldError(ValueError):
-    """A rule between fields is broken; ``param`` is the one to change, and the message says everything."""
-
-    def __init__(self, param: str, message: str) -> None:
-        super().__init__(message)
-        self.param = param
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+# What JSON may hold where the validators below take more than one form, for the document.
+_TokenList = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+PromptInput = (
+    str | _TokenList | Annotated[list[str], Field(min_length=1)] | Annotated[list[_TokenList], Field(min_length=1)]
+)
+_Stop = Annotated[str, Field(min_length=1)]
+StopInput = _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)]
+BiasInput = Annotated[
+    dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(json_schema_extra={"additionalProperties": False}),
+]
 
 
 def _token_ids(value: list[Any], where: str) -> list[int]:
@@ -131,7 +140,7 @@ class ModelChoice(Body):
         return self
 
 
-class GenerationRequest(ModelChoice):
+class GenerationRequest(ModelChoice, StructuredFields):
     """What completions and chat have in common. Ranges are OpenAI's, for the extras vLLM's."""
 
     n: int = Field(default=1, ge=1, le=MAX_N)
@@ -143,10 +152,12 @@ class GenerationRequest(ModelChoice):
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     repetition_penalty: float = Field(default=1.0, gt=0, le=100)
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_logit_bias)] = Field(default_factory=dict)
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_logit_bias, json_schema_input_type=BiasInput)] = Field(
+        default_factory=dict
+    )
     max_tokens: int | None = Field(default=None, ge=1)
     min_tokens: int = Field(default=0, ge=0)
-    stop: Annotated[list[str], BeforeValidator(_stops)] = Field(default_factory=list)
+    stop: Annotated[list[str], BeforeValidator(_stops, json_schema_input_type=StopInput)] = Field(default_factory=list)
     stop_token_ids: list[int] = Field(default_factory=list, max_length=128)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -155,9 +166,43 @@ class GenerationRequest(ModelChoice):
     priority: int = Field(default=0, ge=-_INT64, lt=_INT64)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    prompt_logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="The log-probability of each prompt token, and of so many of the likeliest in its place.",
+    )
+    cache_salt: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_SALT,
+        description="Requests with different salts share no cached keys and values, so that none can tell from its "
+        "speed what others have sent.",
+    )
+    spaces_between_special_tokens: bool = True
+    allowed_token_ids: list[int] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_ALLOWED,
+        description="Nothing else is drawn; an answer ends only with one of them.",
+    )
+    bad_words: list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD)]] = Field(
+        default_factory=list,
+        max_length=MAX_BAD_WORDS,
+        description="As token sequences: a word is not generated as it is tokenised, by itself or after a space.",
+    )
+    return_tokens_as_token_ids: bool = Field(
+        default=False,
+        description="Log-probabilities name tokens `token_id:123`, which is unique and never half a character.",
+    )
 
     @model_validator(mode="after")
     def _rules(self) -> GenerationRequest:
+        if self.stream and self.prompt_logprobs is not None:
+            raise FieldError(
+                "prompt_logprobs",
+                "`prompt_logprobs` has no place in a stream: leave out `stream`, or use `echo` with `logprobs`.",
+            )
         if self.stream_options is not None:
             if not self.stream:
                 raise FieldError("stream_options", "`stream_options` needs `stream`: true.")
@@ -173,6 +218,16 @@ class GenerationRequest(ModelChoice):
         return self
 
     @property
+    def n_drawn(self) -> int:
+        """Choices that are generated for each prompt."""
+        return self.n
+
+    @property
+    def read_logprobs(self) -> int | None:
+        """How many log-probabilities of each prompt token the engine is asked for."""
+        return self.prompt_logprobs
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
@@ -184,88 +239,53 @@ class GenerationRequest(ModelChoice):
 class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``."""
 
-    prompt: Annotated[list[Prompt], BeforeValidator(_prompts)]
+    prompt: Annotated[list[Prompt], BeforeValidator(_prompts, json_schema_input_type=PromptInput)]
     add_special_tokens: bool = True
-    best_of: int | None = Field(default=None, ge=1)
-    echo: bool = False
+    best_of: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_N,
+        description="Generate so many, and return the `n` with the highest mean log-probability of a token, the best "
+        "first. All of them count as used.",
+    )
+    echo: bool = Field(default=False, description="Begin with the prompt; `logprobs` then has its tokens too.")
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    max_tokens: int | None = Field(
+        default=None, ge=0, description="0 only scores the prompt, with `echo` or `prompt_logprobs`."
+    )
+    return_token_ids: bool = Field(default=False, description="Choices carry `prompt_token_ids` and `token_ids`.")
 
     @model_validator(mode="after")
     def _completion_rules(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of < self.n:
             raise FieldError("best_of", f"`best_of` ({self.best_of}) must not be below `n` ({self.n}).")
-        if self.best_of is not None and self.best_of > self.n:
-            raise FieldError("best_of", f"`best_of` ({self.best_of}) above `n` ({self.n}) is not served yet.")
-        if self.echo and self.logprobs is not None:
+        if self.best_of is not None and self.best_of > self.n and self.stream:
             raise FieldError(
-                "echo", "`echo` together with `logprobs` (log-probabilities of the prompt) is not served yet."
+                "best_of",
+                f"`best_of` ({self.best_of}) above `n` ({self.n}) cannot be streamed: which choices are the best is "
+                "known at the end.",
             )
-        return self
-
-
-class ChatTemplateFields(Body):
-    """How a conversation becomes a prompt. ``messages`` are checked by ``api.messages``, which knows their rules."""
-
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    tools: list[dict[str, Any]] | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool = False
-    add_special_tokens: Literal[False] = False
-    """A chat template writes the special tokens itself."""
-
-    @model_validator(mode="after")
-    def _template_rules(self) -> ChatTemplateFields:
-        if self.add_generation_prompt and self.continue_final_message:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise FieldError(
-                "add_generation_prompt", "`add_generation_prompt` and `continue_final_message` exclude each other."
-            )
-        taken = sorted(_TEMPLATE_VARIABLES & self.chat_template_kwargs.keys())
-        if taken:
-            raise FieldError(
-                "chat_template_kwargs",
-                f"`chat_template_kwargs` must not hold {', '.join(taken)}: use the field of that name.",
+                "max_tokens", "`max_tokens` is 0, which takes `echo` or `prompt_logprobs`: else nothing is answered."
             )
         return self
 
     @property
-    def generation_prompt(self) -> bool:
-        """On unless turned off, or unless the last message is to be continued."""
-        if self.add_generation_prompt is None:
-            return not self.continue_final_message
-        return self.add_generation_prompt
+    def n_drawn(self) -> int:
+        return self.n if self.best_of is None else self.best_of
 
+    @property
+    def read_logprobs(self) -> int | None:
+        echoed = self.logprobs if self.echo else None
+        if echoed is None or self.prompt_logprobs is None:
+            return self.prompt_logprobs if echoed is None else echoed
+        return max(echoed, self.prompt_logprobs)
 
-_TEMPLATE_VARIABLES = frozenset(
-    {"messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "conversation"}
-    # Arguments of transformers' method that are not variables of the template.
-    | {"tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length", "tokenizer_kwargs"}
-    | {"return_assistant_tokens_mask", "documents"}
-)
-
-
-class ChatRequest(GenerationRequest, ChatTemplateFields):
-    """``POST /v1/chat/completions``."""
-
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    tool_choice: Any = None
-    logprobs: bool = False
-    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    echo: Literal[False] = False
-
-    @model_validator(mode="after")
-    def _chat_rules(self) -> ChatRequest:
-        if self.tools and self.tool_choice != "none":
-            raise FieldError("tools", '`tools` are not served yet, unless `tool_choice` is "none".')
-        if self.tool_choice not in (None, "none", "auto"):
-            raise FieldError("tool_choice", '`tool_choice` other than "none" is not served yet.')
-        if self.top_logprobs is not None and not self.logprobs:
-            raise FieldError("top_logprobs", "`top_logprobs` needs `logprobs`: true.")
-        both = self.max_tokens, self.max_completion_tokens
-        if None not in both and both[0] != both[1]:
-            raise FieldError("max_tokens", "`max_tokens` and `max_completion_tokens` disagree; give one of them.")
-        return self
+    @property
+    def drawn_logprobs(self) -> int | None:
+        """How many log-probabilities of each generated token the engine is asked for; choosing the best takes some."""
+        return 0 if self.logprobs is None and self.n_drawn > self.n else self.logprobs
 
 
 class TokenizeRequest(Body):
@@ -274,13 +294,6 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str
     add_special_tokens: bool = True
-    return_token_strs: bool = False
-
-
-class TokenizeChatRequest(ChatTemplateFields):
-    """``POST /tokenize`` of a conversation."""
-
-    model: str | None = None
     return_token_strs: bool = False
 
 

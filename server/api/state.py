@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Container, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import AsyncIterator, Callable, Collection, Container, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastapi import Request
 
 from manylora.adapters.versions import AdapterInfo, AdapterRef
+from manylora.server.api.tool_templates import KnownTemplates
 from manylora.server.config import ApiConfig
+from manylora.server.engine.constraint import Grammar
+from manylora.server.engine.grammar_sources import GrammarSpec
 from manylora.server.engine.merges import MergedModel, MergeInfo
 from manylora.server.engine.metrics import EngineStats
 from manylora.server.engine.request import Event, FinishEvent, TokenEvent
 from manylora.server.engine.request import Request as EngineRequest
 
 if TYPE_CHECKING:
+    from manylora.server.api.http_metrics import HttpMetrics
+    from manylora.server.api.keys import KeyRing
     from manylora.server.api.on_demand import OnDemandLoads
     from manylora.server.api.stored_uploads import StoredUploads
 
@@ -70,6 +75,13 @@ class MergesLike(Protocol):
     def bind(self, ref: AdapterRef, scale: float = 1.0, count: int = 1) -> MergedModel | None: ...
 
 
+class GrammarsLike(Protocol):
+    """``engine.grammars.GrammarCompiler``. ``submit`` compiles on a thread of its own; the future may raise
+    InvalidGrammar."""
+
+    def submit(self, spec: GrammarSpec) -> Future[Grammar]: ...
+
+
 class TokenizerLike(Protocol):
     """``model.tokenizer.Tokenizer``."""
 
@@ -77,8 +89,19 @@ class TokenizerLike(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def special_ids(self) -> frozenset[int]: ...
+    @property
+    def spaces_special_tokens(self) -> bool: ...
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+    def render_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> str: ...
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -100,6 +123,14 @@ class MetricsLike(Protocol):
         """Prompt and generated tokens of the ended requests for an adapter; zeros if it has had none."""
         ...
 
+    def tenant_label(self, name: str) -> str:
+        """The label of a tenant's series."""
+        ...
+
+    def retain_tenants(self, names: Collection[str]) -> None:
+        """Drop the series of all other tenants."""
+        ...
+
 
 @dataclass(frozen=True)
 class Serving:
@@ -119,6 +150,8 @@ class Serving:
     """Adapter versions whose weights are in host memory."""
     merges: MergesLike | None = None
     """Merges adapters into copies of the weights; None if that is not served."""
+    grammars: GrammarsLike | None = None
+    """Compiles what outputs must match; None if that is not served."""
     base_root: str = ""
     """Where the base came from (``root`` in /v1/models); the base's name if empty."""
     created: int = field(default_factory=lambda: int(time.time()))
@@ -133,10 +166,14 @@ class AppState:
     config: ApiConfig
     admin_executor: Executor
     """Threads of their own for loads, which may take minutes, so that they never use up those of the tokeniser."""
+    http_metrics: HttpMetrics
     uploads: StoredUploads | None = None
     """Uploaded adapters; None if uploads are off."""
     on_demand: OnDemandLoads | None = None
     """Loads the adapters that requests name; None if that is off."""
+    keys: KeyRing | None = None
+    """Who bears which key; None only where an endpoint is tested without the rest."""
+    templates: KnownTemplates = field(default_factory=KnownTemplates)
 
 
 def state_of(request: Request) -> AppState:

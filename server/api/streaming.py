@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from manylora.server.api.chunks import Chunks
 from manylora.server.api.context import RequestContext
 from manylora.server.api.errors import ApiError
-from manylora.server.api.generation import aborting, failure
+from manylora.server.api.generation import abort_all, aborting, failure
 from manylora.server.api.state import EventStream
 from manylora.server.engine.request import Event, TokenEvent
 
@@ -41,40 +41,44 @@ class EventStreamResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # A server may raise OSError when the client is gone; then there is nobody left to tell.
-        async with aborting(receive, self._streams):
+        async with aborting(receive, self._streams, self._context):
             with contextlib.suppress(OSError):
                 error = await self._send_events(send)
                 if error is None:
                     return
                 if self._has_begun:
+                    self._context.failed(error.type)
                     await self._write(send, f"data: {json.dumps(error.body())}\n\n", more=False)
                 else:
                     await error.response()(scope, receive, send)
 
     async def _send_events(self, send: Send) -> ApiError | None:
-        """Send until every choice has ended, or return the error that one ended with."""
+        """Send until every choice has ended, or one ended with an error, which is returned when all have ended."""
         chunks, n_open = self._chunks, len(self._streams)
+        error: ApiError | None = None
         async with contextlib.aclosing(_batches(self._streams)) as batches:
             async for batch in batches:
                 frames: list[str] = []
-                error: ApiError | None = None
                 for index, event in batch:
                     if isinstance(event, TokenEvent):
-                        frames.append(chunks.tokens(index, event))
+                        if error is None:
+                            frames.append(chunks.tokens(index, event))
                         continue
-                    error = failure(event)
-                    if error is not None:
-                        break
-                    frames.append(chunks.finish(index, event))
                     n_open -= 1
-                if n_open == 0:
+                    self._context.finished.append(event)
+                    if error is not None:
+                        continue
+                    error = failure(event, self._context)
+                    if error is None:
+                        frames.append(chunks.finish(index, event))
+                    else:
+                        abort_all(self._streams)  # and wait for what they have computed, which is to be counted
+                if n_open == 0 and error is None:
                     frames.append(chunks.end())
                 data = "".join(frames)
                 if data:
-                    await self._write(send, data, more=n_open > 0)
-                if error is not None:
-                    return error
-        return None
+                    await self._write(send, data, more=n_open > 0 or error is not None)
+        return error
 
     async def _write(self, send: Send, data: str, *, more: bool) -> None:
         if not self._has_begun:

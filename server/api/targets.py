@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 from manylora.adapters.errors import AdapterNotFound
@@ -101,10 +101,9 @@ class Target:
         Raises ApiError: 403 for what the caller may not use, 404 for a name that does not exist, 400 for adapters that
         cannot be combined or rescaled.
         """
-        self.check(caller)
         lease = Lease(serving.registry, count)
         try:
-            for wanted in self.adapters:
+            for wanted in self.permitted(caller).adapters:
                 if not lease.take(wanted.names, wanted.scale):
                     raise self._missing(wanted)
             _check_composable(lease.uses)
@@ -115,13 +114,28 @@ class Target:
             raise
         return lease
 
-    def check(self, caller: Caller) -> None:
-        """Raise ApiError 403 for what the caller may not use, whether it exists or not."""
+    def permitted(self, caller: Caller) -> Target:
+        """This target by the names that the caller may use alone: of two that an adapter may have, one may be another
+        tenant's. Raises ApiError 403 for what is left without a name, whether it exists or not.
+
+        Who may not use the base may not rescale either: an adapter at scale 0, or one and its alias at opposite
+        scales, is the base.
+        """
         if not self.adapters and not caller.may_use_base:
             raise ApiError(403, f"This key may not use `{self.model}`.", param=self.param)
+        permitted = []
         for wanted in self.adapters:
-            if not caller.may_use(wanted.names):
+            names = caller.permitted(wanted.names)
+            if not names:
                 raise ApiError(403, f"This key may not use `{wanted.names[0]}`.", param=self.param)
+            if wanted.scale != 1.0 and not caller.may_use_base:
+                raise ApiError(
+                    403,
+                    f"This key may not use the base, so it may use `{names[0]}` at scale 1 only.",
+                    param=self.param,
+                )
+            permitted.append(Wanted(names, wanted.scale))
+        return replace(self, adapters=tuple(permitted))
 
     def _missing(self, wanted: Wanted) -> ApiError:
         kind, name = ("model", self.model) if self.param == "model" else ("adapter", wanted.names[0])

@@ -7,25 +7,32 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from manylora.server.api.body import parse, read_json, validate
-from manylora.server.api.callers import Caller
-from manylora.server.api.context import context_of
+from manylora.server.api.chat_schemas import TokenizeChatRequest
+from manylora.server.api.context import RequestContext, context_of
 from manylora.server.api.on_demand import lease as lease_of
-from manylora.server.api.openapi import describes
+from manylora.server.api.openapi import describes, json_of
 from manylora.server.api.prompts import chat_ids, check_token_ids, encode
-from manylora.server.api.schemas import DetokenizeRequest, ModelChoice, TokenizeChatRequest, TokenizeRequest
+from manylora.server.api.responses import Detokenized, Tokenized
+from manylora.server.api.schemas import DetokenizeRequest, ModelChoice, TokenizeRequest
 from manylora.server.api.state import AppState, state_of
 from manylora.server.api.targets import Lease, target_of
 
 router = APIRouter(tags=["tokens"])
 
 
-async def _lease(state: AppState, model: str | None, caller: Caller) -> Lease:
+async def _lease(state: AppState, model: str | None, context: RequestContext) -> Lease:
     """Holds the model that was named, if only so that a name that does not exist is an error here as well."""
     serving = state.serving
-    return await lease_of(state, target_of(serving, ModelChoice(model=model or serving.base_name)), 1, caller)
+    context.model = model or serving.base_name
+    return await lease_of(state, target_of(serving, ModelChoice(model=context.model)), 1, context.caller)
 
 
-@router.post("/tokenize", openapi_extra=describes(TokenizeRequest, TokenizeChatRequest))
+@router.post(
+    "/tokenize",
+    openapi_extra=describes(
+        TokenizeRequest, TokenizeChatRequest, answers={200: [json_of(Tokenized)]}, errors={403, 404, 503}
+    ),
+)
 async def tokenize(request: Request) -> dict[str, Any]:
     """Token ids of a prompt, or of a conversation as the model's chat template writes it."""
     state = state_of(request)
@@ -34,21 +41,24 @@ async def tokenize(request: Request) -> dict[str, Any]:
     body: TokenizeRequest | TokenizeChatRequest
     if raw.get("messages") is not None:
         body = validate(TokenizeChatRequest, raw)
-        with await _lease(state, body.model, context_of(request).caller) as lease:
+        with await _lease(state, body.model, context_of(request)) as lease:
             ids = await chat_ids(state, body, lease.uses)
     else:
         body = validate(TokenizeRequest, raw)
-        with await _lease(state, body.model, context_of(request).caller):
+        with await _lease(state, body.model, context_of(request)):
             ids = await encode(serving, body.prompt, add_special_tokens=body.add_special_tokens)
     strings = [serving.tokenizer.token_text(token) for token in ids] if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": serving.max_context, "tokens": ids, "token_strs": strings}
 
 
-@router.post("/detokenize", openapi_extra=describes(DetokenizeRequest))
+@router.post(
+    "/detokenize",
+    openapi_extra=describes(DetokenizeRequest, answers={200: [json_of(Detokenized)]}, errors={403, 404, 503}),
+)
 async def detokenize(request: Request) -> dict[str, Any]:
     """The text of token ids, special tokens included."""
     state = state_of(request)
     body = await parse(request, DetokenizeRequest, state.config.max_body_bytes)
-    with await _lease(state, body.model, context_of(request).caller):
+    with await _lease(state, body.model, context_of(request)):
         check_token_ids(state.serving, body.tokens, "tokens")
         return {"prompt": state.serving.tokenizer.decode(body.tokens, skip_special_tokens=False)}

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:  # `manylora --help` comes here, and is to be there at once
+    import numpy as np
+    import numpy.typing as npt
+
+
+class ConstraintFailed(ValueError):
+    """An output cannot go on within its grammar; the message is fit for a client."""
 
 
 class Constraint(Protocol):
@@ -13,11 +18,12 @@ class Constraint(Protocol):
 
     def allow(self, mask: npt.NDArray[np.int32]) -> None:
         """Write which tokens may come next: int32 ``[ceil(vocab_size / 32)]``, bit ``t % 32`` of word ``t // 32`` for
-        token ``t``. Tokens that end the sequence are among them where the output may end."""
+        token ``t``. Tokens that end the sequence are among them where the output may end. Raises ConstraintFailed if
+        what is allowed cannot be computed within the limits, or is nothing; the state is then of no more use."""
         ...
 
     def accept(self, token: int) -> None:
-        """``token`` was drawn. Raises ValueError if it was not allowed."""
+        """``token`` was drawn. Raises ConstraintFailed if it was not allowed."""
         ...
 
     @property

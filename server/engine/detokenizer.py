@@ -12,6 +12,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Collection, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Final, Protocol
 
 _REPLACEMENT: Final = "\ufffd"
@@ -29,7 +30,9 @@ class TextStream(Protocol):
 
 
 class Vocabulary(Protocol):
-    def stream(self, *, skip_special_tokens: bool) -> TextStream: ...
+    def stream(self, *, skip_special_tokens: bool, shown: AbstractSet[int] = frozenset()) -> TextStream:
+        """``shown``: special tokens that have their text all the same."""
+        ...
 
 
 def vocabulary_for(tokenizer: Any) -> Vocabulary:
@@ -40,6 +43,7 @@ def vocabulary_for(tokenizer: Any) -> Vocabulary:
     prompt, so here that space stays. Any other tokenizer is asked to decode a short window of tokens each time.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    special: frozenset[int] = frozenset()
     if backend is not None:
         state = json.loads(backend.to_str())
         special = frozenset(token["id"] for token in state["added_tokens"] if token["special"])
@@ -56,7 +60,7 @@ def vocabulary_for(tokenizer: Any) -> Vocabulary:
         )
         return str(text)
 
-    return WindowVocabulary(decode)
+    return WindowVocabulary(decode, special)
 
 
 def _is_byte_fallback(decoder: dict[str, Any]) -> bool:
@@ -151,8 +155,8 @@ class ByteLevelVocabulary:
             self._pieces[token_id] = piece
         return piece
 
-    def stream(self, *, skip_special_tokens: bool) -> TextStream:
-        return _ByteLevelStream(self, self.special_ids if skip_special_tokens else frozenset())
+    def stream(self, *, skip_special_tokens: bool, shown: AbstractSet[int] = frozenset()) -> TextStream:
+        return _ByteLevelStream(self, self.special_ids - shown if skip_special_tokens else frozenset())
 
 
 class _ByteLevelStream:
@@ -200,8 +204,8 @@ class ByteFallbackVocabulary:
             self._pieces[token_id] = piece
         return piece
 
-    def stream(self, *, skip_special_tokens: bool) -> TextStream:
-        return _ByteFallbackStream(self, self.special_ids if skip_special_tokens else frozenset())
+    def stream(self, *, skip_special_tokens: bool, shown: AbstractSet[int] = frozenset()) -> TextStream:
+        return _ByteFallbackStream(self, self.special_ids - shown if skip_special_tokens else frozenset())
 
 
 class _ByteFallbackStream:
@@ -237,11 +241,15 @@ class WindowVocabulary:
     """Asks the tokenizer to decode the last few tokens each time: correct for any whose text depends on no more than
     the piece before, and slower. Undecodable bytes are held back until something decodable follows."""
 
-    def __init__(self, decode: Callable[[Sequence[int], bool], str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int], bool], str], special_ids: Collection[int] = ()) -> None:
+        self.special_ids = frozenset(special_ids)
         self._decode = decode
 
-    def stream(self, *, skip_special_tokens: bool) -> TextStream:
-        return _WindowStream(lambda token_ids: self._decode(token_ids, skip_special_tokens))
+    def stream(self, *, skip_special_tokens: bool, shown: AbstractSet[int] = frozenset()) -> TextStream:
+        if not (skip_special_tokens and shown):
+            return _WindowStream(lambda token_ids: self._decode(token_ids, skip_special_tokens))
+        hidden = self.special_ids - shown  # the tokenizer itself skips all of them or none
+        return _WindowStream(lambda ids: self._decode([token for token in ids if token not in hidden], False))
 
 
 class _WindowStream:

@@ -17,7 +17,6 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from manylora.server.engine.errors import (
     QueueFull,
 )
 from manylora.server.engine.metrics import EngineStats, Metrics
+from manylora.server.engine.queue_limits import QueueLimits
 from manylora.server.engine.request import Request
 from manylora.server.engine.scheduler import Scheduler
 from manylora.server.engine.step_loop import LiveRequest, Releaser, Runner, StepLoop
@@ -123,14 +123,15 @@ class Engine:
         # Shared between threads, under the condition's lock.
         self._condition = threading.Condition()
         self._inbox = _Inbox()
-        self._unfinished: set[str] = set()
+        self._unfinished: dict[str, str] = {}
+        """Request id and tenant's name."""
+        self._queues = QueueLimits(scheduler.config.max_rows, scheduler.config.max_waiting, clock)
         self._idle_futures: list[Future[None]] = []
         self._is_draining = False
         self._is_closing = False
         self._has_failed = False
         self._is_over = False
         self._mailbox: Mailbox | None = None
-        self._ended_at: deque[float] = deque(maxlen=256)
         metrics.bind(self.stats)
 
     # --- callers -------------------------------------------------------------------------------------------------
@@ -158,29 +159,29 @@ class Engine:
         From here on the request belongs to the engine. So do the references that the caller took on its adapters,
         one for each, *if this returns*; if it raises, the caller releases them. ``arrival_time`` 0 means now.
 
-        Raises QueueFull, EngineDraining, PromptTooLong, AdaptersNeverFit, InvalidRequest; RuntimeError outside an
-        asyncio loop.
+        Raises QueueFull (its tenant has as many requests here as it may), EngineDraining, PromptTooLong,
+        AdaptersNeverFit, InvalidRequest; RuntimeError outside an asyncio loop.
         """
         loop = asyncio.get_running_loop()
         self._check(request)
         detokenizer = Detokenizer(
-            self._vocabulary.stream(skip_special_tokens=request.params.skip_special_tokens),
+            self._vocabulary.stream(
+                skip_special_tokens=request.params.skip_special_tokens, shown=request.params.shown_special_ids
+            ),
             request.params.stop,
             include_stop=request.params.include_stop_str_in_output,
         )
         request.arrival_time = request.arrival_time or self._clock()
-        config = self._scheduler.config
         with self._condition:
             if self._is_draining or self._is_closing:
                 raise EngineDraining
             if request.request_id in self._unfinished:
                 raise InvalidRequest(f"A request with id {request.request_id} is already running.")
-            if len(self._unfinished) >= config.max_rows + config.max_waiting:
-                raise QueueFull(len(self._unfinished) - config.max_rows, config.max_waiting, self._retry_after())
             if self._mailbox is None or self._mailbox.loop is not loop:
                 self._mailbox = Mailbox(loop)
+            self._queues.enter(request.tenant)
             stream = RequestStream(request.request_id, self._mailbox, self.abort)
-            self._unfinished.add(request.request_id)
+            self._unfinished[request.request_id] = request.tenant.name
             self._inbox.submitted.append(LiveRequest(request, stream, detokenizer))
             self._condition.notify()
         return stream
@@ -283,20 +284,12 @@ class Engine:
         prompt, params = request.prompt_token_ids, request.params
         if not prompt:
             raise InvalidRequest("The prompt has no tokens.")
-        if params.max_tokens < 1:
-            raise InvalidRequest(f"max_tokens must be at least 1, got {params.max_tokens}.")
+        if params.max_tokens < 0:
+            raise InvalidRequest(f"max_tokens must not be negative, got {params.max_tokens}.")
         if len(prompt) + params.max_tokens > self.max_request_tokens:
             raise PromptTooLong(len(prompt), params.max_tokens, self.max_request_tokens)
         if (reason := self._scheduler.never_fits(request)) is not None:
             raise AdaptersNeverFit(reason)
-
-    def _retry_after(self) -> int:
-        """Seconds until those who wait now have probably had their turn, at the rate of the last half minute."""
-        since = self._clock() - 30.0
-        ended = [at for at in self._ended_at if at > since]
-        rate = len(ended) / (self._clock() - ended[0] + 1e-3) if ended else 0.0
-        n_waiting = len(self._unfinished) - self._scheduler.config.max_rows
-        return 1 if rate == 0.0 else max(1, min(60, round(n_waiting / rate)))
 
     # --- the step loop's thread ----------------------------------------------------------------------------------
 
@@ -340,8 +333,7 @@ class Engine:
 
     def _ended(self, request_id: str) -> None:
         with self._condition:
-            self._unfinished.discard(request_id)
-            self._ended_at.append(self._clock())
+            self._queues.leave(self._unfinished.pop(request_id))
 
     def _when_idle(self) -> None:
         self._loop.check_idle()

@@ -1,7 +1,7 @@
 """Why the engine does not take a request.
 
 EngineRefusal
-├── QueueFull        too many requests are waiting; ``retry_after`` seconds is a guess at when not    -> HTTP 429
+├── QueueFull        its tenant's queue is full; ``retry_after`` seconds is a guess at when not       -> HTTP 429
 ├── EngineDraining   the engine is shutting down and takes nothing new                                -> HTTP 503
 ├── PromptTooLong    prompt and output together could never fit; both numbers are in the message      -> HTTP 400
 ├── AdaptersNeverFit the adapters named together have no room on the device, however idle it is       -> HTTP 400
@@ -18,8 +18,11 @@ class EngineRefusal(Exception):
 
 
 class QueueFull(EngineRefusal):
-    def __init__(self, waiting: int, limit: int, retry_after: int) -> None:
-        super().__init__(f"The queue is full: {waiting} requests wait, {limit} may. Try again in {retry_after} s.")
+    """``tenant``: whose queue it is; empty on a server without tenants."""
+
+    def __init__(self, waiting: int, limit: int, retry_after: int, tenant: str = "") -> None:
+        whose = f"The queue of {tenant}" if tenant else "The queue"
+        super().__init__(f"{whose} is full: {waiting} requests wait, {limit} may. Try again in {retry_after} s.")
         self.waiting = waiting
         self.limit = limit
         self.retry_after = retry_after

@@ -1,13 +1,16 @@
-"""What the scheduler keeps of a request besides the request itself: its place among the others, and its share of the
-step in the making."""
+"""What the scheduler keeps of a request besides the request itself: its place among the others."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from manylora.adapters.versions import AdapterRef
-from manylora.server.engine.request import Request, ScheduledRow
+from manylora.server.engine.request import Request
+
+if TYPE_CHECKING:
+    from manylora.server.engine.accounts import Account
 
 Flow = tuple[str, ...]
 """The versions that a request names, sorted; empty for the base. Their scales are no part of it: a client that varies
@@ -16,7 +19,7 @@ them would get a turn for each."""
 
 @dataclass(frozen=True, order=True)
 class Rank:
-    """A request's place in the queue; the smallest goes first."""
+    """A request's place in its tenant's queue; the smallest goes first."""
 
     priority: int
     is_new: bool
@@ -27,40 +30,36 @@ class Rank:
 
 
 class Entry:
-    """A request and what only the scheduler knows about it. ``needed``: the adapters whose slots it takes."""
+    """A request and what only the scheduler knows about it. ``needed``: the adapters whose slots it takes.
 
-    __slots__ = ("flow", "missed_slot", "needed", "rank", "request")
+    ``is_light``: it may go before other tenants' requests (rule 7 in scheduler.py), once. ``charged``: how many of its
+    tokens its tenant's clock has counted; a preemption makes no token count twice.
+    """
 
-    def __init__(self, request: Request, rank: Rank, flow: Flow) -> None:
+    __slots__ = ("account", "charged", "flow", "is_light", "missed_slot", "needed", "rank", "request")
+
+    def __init__(self, request: Request, rank: Rank, flow: Flow, account: Account, *, is_light: bool) -> None:
         self.request = request
         self.rank = rank
         self.flow = flow
+        self.account = account
+        self.is_light = is_light
         self.needed = needed_adapters(request)
         self.missed_slot = False
+        self.charged = 0
 
     def __lt__(self, other: Entry) -> bool:
         return self.rank < other.rank
 
     @property
     def importance(self) -> tuple[int, int]:
-        """Sort key among running requests: the largest is preempted first."""
+        """Sort key among running requests of a tenant: the largest is preempted first."""
         return self.rank.priority, self.rank.number
 
-
-@dataclass
-class Step:
-    """The rows of a step in the making, and the tokens it may still take."""
-
-    budget: int
-    rows: dict[Request, ScheduledRow] = field(default_factory=dict)
-
-    def add(self, request: Request, count: int) -> None:
-        self.rows[request] = ScheduledRow(request, request.num_computed, count)
-        self.budget -= count
-
-    def drop(self, request: Request) -> None:
-        row = self.rows.pop(request, None)
-        self.budget += row.count if row else 0
+    @property
+    def num_left(self) -> int:
+        """Known tokens that are still to be computed: 1 for a running request that decodes."""
+        return self.request.num_tokens - self.request.num_computed
 
 
 def needed_adapters(request: Request) -> Sequence[AdapterRef]:

@@ -23,7 +23,8 @@ class SamplingParams:
     ``top_k=0`` and ``top_p=1`` mean "all tokens". ``logprobs=k`` asks for the k most likely tokens at each step
     besides the sampled one (``None``: no log-probabilities at all; 0: the sampled token's only). Log-probabilities are
     those of the model's own distribution, before temperature, penalties and truncation (vLLM's ``raw_logprobs``).
-    ``prompt_logprobs=k`` asks for the same of every prompt token but the first.
+    ``prompt_logprobs=k`` asks for the same of every prompt token but the first. ``max_tokens=0`` computes the prompt
+    and ends, which is for them.
     """
 
     max_tokens: int = 16
@@ -44,12 +45,14 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    shown_special_ids: frozenset[int] = frozenset()
+    """Special tokens whose text is in the output although special tokens are skipped: marks of tool calls."""
 
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be a million of them
 class TokenLogprob:
     """Natural-log probability of one token, and its rank among all tokens (0: the most likely)."""
 
@@ -58,7 +61,7 @@ class TokenLogprob:
     rank: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """The sampled token's log-probability and those of the ``SamplingParams.logprobs`` most likely ones."""
 
@@ -76,9 +79,11 @@ class SampledToken:
 
 @dataclass(frozen=True)
 class SampleFailed:
-    """The sampler's answer for a row from which no token can be drawn; ``message`` is fit for a client."""
+    """The sampler's answer for a row from which no token can be drawn; ``message`` is fit for a client.
+    ``is_refusal``: because of what the request asked for."""
 
     message: str
+    is_refusal: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,8 @@ class FinishEvent:
 
     ``stop_reason`` is the stop string or the stop token id that ended it, ``None`` for end-of-sequence and for length
     (vLLM's convention). ``error`` is set, and fit for a client, if ``reason == "error"``; ``is_unavailable`` then says
-    that its adapter could not be brought to the device for now, and that the same request may succeed later.
+    that its adapter could not be brought to the device for now, and that the same request may succeed later;
+    ``is_refusal`` that what the request asked for cannot be done.
     """
 
     reason: FinishReason
@@ -123,6 +129,7 @@ class FinishEvent:
     is_unavailable: bool = False
     times: RequestTimes | None = field(default=None, compare=False)
     """When it happened; two requests that end alike are equal whenever they did."""
+    is_refusal: bool = False
 
 
 Event = TokenEvent | FinishEvent
@@ -187,12 +194,18 @@ class Request:
     merged: Any = None
     """The merged weights that compute the request, bound at submission, or ``None``. Opaque here: with them it takes
     no slot, although ``adapters`` still names what is merged."""
+    prompt_logprobs: list[TokenLogprobs | None] = field(init=False, default_factory=list)
+    """If they are asked for, those of the prompt tokens that are known so far: the runner adds to them as it computes
+    the prompt. They are kept over a preemption. What is computed by somebody else (a shared prefix) has none, so such a
+    request must compute its whole prompt itself."""
     num_preemptions: int = 0
     sampling_seed: int = -1
     """64-bit seed of this request's random draws: ``params.seed``, or a random one drawn here. Fixed for the request's
     whole life, so that computing it again after a preemption gives the same tokens."""
 
     def __post_init__(self) -> None:
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs.append(None)  # nothing comes before the first token
         if self.sampling_seed < 0:
             seed = self.params.seed
             self.sampling_seed = secrets.randbits(64) if seed is None else seed % 2**64

@@ -16,6 +16,7 @@ from manylora.server.engine.auto_merge import TokenShares
 from manylora.server.engine.batch import adapter_segments, build_batch
 from manylora.server.engine.decode_graphs import DecodeGraphs
 from manylora.server.engine.merges import MergedModel
+from manylora.server.engine.prompt_logprobs import PromptScorer
 from manylora.server.engine.request import (
     AdapterUse,
     Request,
@@ -27,6 +28,7 @@ from manylora.server.engine.request import (
 )
 from manylora.server.engine.sampler import Sampler
 from manylora.server.model.decoder import Decoder
+from manylora.server.model.forward_batch import ForwardBatch
 from manylora.server.model.kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class ModelRunner:
     ) -> None:
         self._decoder, self._cache, self._sampler, self._graphs = decoder, cache, sampler, graphs
         self._shares = shares
+        self._scorer = PromptScorer(decoder.spec.vocab_size)
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
@@ -84,16 +87,29 @@ class ModelRunner:
         graphs = self._graphs_of(model)
         decoding, segments = _decoding(rows, graphs)
         if graphs is None or not decoding:
-            return self._sample(self._forward(model, rows), rows)
+            return self._execute_eagerly(model, rows)
         # Prompts first: their rows are sampled while nothing else waits for the graph's output.
         rest = [row for row in rows if not _decodes(row)]
-        sampled = self._sample(self._forward(model, rest), rest) if rest else {}
+        sampled = self._execute_eagerly(model, rest) if rest else {}
         return sampled | self._sample(graphs.run(decoding, segments), decoding)
 
+    def _execute_eagerly(
+        self, model: MergedModel | None, rows: Sequence[ScheduledRow]
+    ) -> dict[str, SampledToken | SampleFailed]:
+        decoder, batch, hidden = self._hidden(model, rows)
+        sampled = self._sample(decoder.logits(hidden, batch, batch.sample_rows), rows)
+        return sampled | self._scorer.score(decoder, hidden, batch, rows)
+
     def _forward(self, model: MergedModel | None, rows: Sequence[ScheduledRow]) -> torch.Tensor:
-        decoder = self._decoder if model is None else model.decoder
-        logits: torch.Tensor = decoder.forward(build_batch(StepPlan(tuple(rows)), decoder.ops.device), self._cache)
-        return logits
+        decoder, batch, hidden = self._hidden(model, rows)
+        return decoder.logits(hidden, batch, batch.sample_rows)
+
+    def _hidden(
+        self, model: MergedModel | None, rows: Sequence[ScheduledRow]
+    ) -> tuple[Decoder, ForwardBatch, torch.Tensor]:
+        decoder: Decoder = self._decoder if model is None else model.decoder
+        batch = build_batch(StepPlan(tuple(rows)), decoder.ops.device)
+        return decoder, batch, decoder.hidden(batch, self._cache)
 
     def _graphs_of(self, model: MergedModel | None) -> DecodeGraphs | None:
         if model is None or self._graphs is None:

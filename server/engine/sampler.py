@@ -8,18 +8,20 @@ Not on the rows beside it, nor on what was preempted. Therefore
   floating-point sum has the same order whichever rows are in the batch;
 - equal logits are told apart by token id, never by the order in which an algorithm happened to meet them.
 
-The order of operations is vLLM's: min_tokens and logit_bias, penalties, temperature, min_p, top_k, top_p. The draw is
-the inverse of the cumulative distribution over the tokens from the most to the least likely, of which only as long a
-beginning is sorted as the draw needs.
+The order of operations is vLLM's: min_tokens and logit_bias, penalties, temperature, min_p, top_k, top_p. What a
+request's constraint does not allow is gone before the temperature, whatever was added to it. The draw is the inverse of
+the cumulative distribution over the tokens from the most to the least likely, of which only as long a beginning is
+sorted as the draw needs.
 
 On a CUDA device rows are drawn there, to the same effect (``kernels.cuda.sampling``); only rows that ask for
-log-probabilities, or have more edits than fit, come to the host.
+log-probabilities, or have more edits than fit, come to the host. Masks are computed on the host while the device
+computes the step that their rows wait for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
 
@@ -28,14 +30,14 @@ import numpy.typing as npt
 import torch
 
 from manylora.kernels.cuda.sampling_buffers import GREEDY_BELOW, Edits, Row
+from manylora.server.engine.logprobs import DEPTHS, most_likely, not_finite, token_logprobs, total_weight
 from manylora.server.engine.request import (
     Request,
     SampledToken,
     SampleFailed,
     SamplingParams,
-    TokenLogprob,
-    TokenLogprobs,
 )
+from manylora.server.engine.token_masks import TokenMasks
 
 if TYPE_CHECKING:
     from manylora.server.engine.device_sampler import DeviceSampler
@@ -44,8 +46,9 @@ _Floats = npt.NDArray[np.float32]
 _Doubles = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
 
-_DEPTHS: Final = (8.0, 20.0, math.inf)
-"""How far below the maximum, in units of the temperature, tokens are looked at: at first, then, then all."""
+_Choice = _Ints | SampleFailed
+"""The tokens that a constraint leaves, ascending, or why it leaves none."""
+_Wait = Callable[[], list[SampledToken | SampleFailed | None]]
 
 _MASK: Final = 2**64 - 1
 
@@ -85,9 +88,11 @@ class Sampler:
         self._edits: WeakKeyDictionary[Request, _Edits] = WeakKeyDictionary()
         self._edited: _Floats = np.empty(vocab_size, np.float32)
         self._scratch: _Floats = np.empty(vocab_size, np.float32)
-        self._on_device: DeviceSampler | None = None
+        self._masks = TokenMasks(vocab_size, self._device)
+        self._on_device: dict[bool, DeviceSampler] = {}
+        """By whether its rows are constrained: those are drawn from a masked copy of their logits."""
         if self._device.type != "cpu":
-            self._device_sampler()
+            self._device_sampler(constrained=False)
 
     def sample(self, logits: torch.Tensor, rows: Sequence[Request]) -> list[SampledToken | SampleFailed]:
         """The next token of each row, or why there is none. ``logits``: fp32 ``[len(rows), vocab_size]``, unchanged.
@@ -104,39 +109,81 @@ class Sampler:
             host: _Floats = logits.detach().numpy()
             best = host.argmax(axis=1)  # the first of equals; a NaN if there is one
             highest = host[np.arange(len(rows)), best]
-            return [self._row(host[i], int(best[i]), float(highest[i]), row) for i, row in enumerate(rows)]
+            constrained = [i for i, row in enumerate(rows) if row.constraint is not None]
+            choices = self._choices(rows, constrained) if constrained else {}
+            return [
+                self._row(host[i], int(best[i]), float(highest[i]), row, choices.get(i)) for i, row in enumerate(rows)
+            ]
         return self._sample_on_device(logits, rows)
+
+    def _choices(self, rows: Sequence[Request], constrained: Sequence[int]) -> dict[int, _Choice]:
+        """By row, what its constraint leaves of the tokens."""
+        problems = self._masks.fill([c for i in constrained if (c := rows[i].constraint) is not None])
+        return {
+            i: self._masks.allowed(place) if problem is None else SampleFailed(problem, is_refusal=True)
+            for place, (i, problem) in enumerate(zip(constrained, problems, strict=True))
+        }
 
     def _sample_on_device(self, logits: torch.Tensor, rows: Sequence[Request]) -> list[SampledToken | SampleFailed]:
         """Tokens are drawn on the device; the logits of the rows that need more come to the host."""
-        sampler, room = self._device_sampler(), self._device_sampler().max_edits
+        drawn = self._device_rows(rows)
+        results: dict[int, SampledToken | SampleFailed] = {}
+        waits: list[tuple[Sequence[int], _Wait]] = []
+        free = [row if request.constraint is None else None for row, request in zip(drawn, rows, strict=True)]
+        if any(row is not None for row in free):
+            waits.append((range(len(rows)), self._launch(logits, free, constrained=False)))
+        choices: dict[int, _Choice] = {}
+        constrained = [i for i, request in enumerate(rows) if request.constraint is not None]
+        if constrained:
+            choices = self._choices(rows, constrained)
+            results = {i: choice for i, choice in choices.items() if isinstance(choice, SampleFailed)}
+            masked = [i for i in constrained if drawn[i] is not None and i not in results]
+            if masked:
+                copies = logits[masked]
+                self._masks.apply(copies, [constrained.index(i) for i in masked])
+                waits.append(
+                    (masked, self._launch(copies, [_within(drawn[i], choices[i]) for i in masked], constrained=True))
+                )
+        needed = [i for i, row in enumerate(drawn) if row is None and i not in results]
+        if needed:
+            host: _Floats = logits[needed].cpu().numpy()
+            for i, copy in zip(needed, host, strict=True):
+                best = int(copy.argmax())
+                results[i] = self._row(copy, best, float(copy[best]), rows[i], choices.get(i))
+        for places, wait in waits:
+            results |= {i: result for i, result in zip(places, wait(), strict=True) if result is not None}
+        return [results[i] for i in range(len(rows))]
+
+    def _launch(self, logits: torch.Tensor, rows: Sequence[Row | None], *, constrained: bool) -> _Wait:
+        """Start the draws; the answer waits for them."""
+        sampler = self._device_sampler(constrained=constrained)
+        sampler.start(logits, rows)
+
+        def wait() -> list[SampledToken | SampleFailed | None]:
+            return [
+                None if row is None else SampledToken(token) if status == 0 else _failure(highest)
+                for row, (token, status, highest) in zip(rows, sampler.finish(len(rows)), strict=True)
+            ]
+
+        return wait
+
+    def _device_rows(self, rows: Sequence[Request]) -> list[Row | None]:
+        """Those that can be drawn there."""
+        room = self._device_sampler(constrained=False).max_edits
         drawn: list[Row | None] = []
         for request in rows:
             row = self._device_row(request) if request.params.logprobs is None else None
             n_edits = len(row.edits.token) if row is not None and row.edits is not None else 0
             drawn.append(row if n_edits <= room else None)
             room -= n_edits if n_edits <= room else 0
-        if any(row is not None for row in drawn):
-            sampler.start(logits, drawn)
-        needed = [i for i, row in enumerate(drawn) if row is None]
-        results: list[SampledToken | SampleFailed | None] = [None] * len(rows)
-        if needed:
-            host: _Floats = logits[needed].cpu().numpy()
-            for i, copy in zip(needed, host, strict=True):
-                best = int(copy.argmax())
-                results[i] = self._row(copy, best, float(copy[best]), rows[i])
-        if len(needed) < len(rows):
-            for i, (token, status, highest) in enumerate(sampler.finish(len(rows))):
-                if drawn[i] is not None:
-                    results[i] = SampledToken(token) if status == 0 else _failure(highest)
-        return [result for result in results if result is not None]
+        return drawn
 
-    def _device_sampler(self) -> DeviceSampler:
-        if self._on_device is None:
+    def _device_sampler(self, *, constrained: bool) -> DeviceSampler:
+        if constrained not in self._on_device:
             from manylora.server.engine.device_sampler import DeviceSampler  # triton, which a CPU need not have
 
-            self._on_device = DeviceSampler(self.vocab_size, self._device)
-        return self._on_device
+            self._on_device[constrained] = DeviceSampler(self.vocab_size, self._device)
+        return self._on_device[constrained]
 
     def _device_row(self, request: Request) -> Row:
         params = request.params
@@ -146,21 +193,33 @@ class Sampler:
         point = uniform(request.sampling_seed, len(request.output_token_ids))
         return Row(params.temperature, params.top_k, params.top_p, params.min_p, point, edits)
 
-    def _row(self, logits: _Floats, best: int, highest: float, request: Request) -> SampledToken | SampleFailed:
+    def _row(
+        self, logits: _Floats, best: int, highest: float, request: Request, choice: _Choice | None
+    ) -> SampledToken | SampleFailed:
         """One row, given its first maximum; ``logits`` is looked at only if the row is not plainly greedy."""
         params = request.params
         if not math.isfinite(highest):
             return _failure(highest)
-        if _is_plain(params):
+        if isinstance(choice, SampleFailed):
+            return choice
+        if choice is None and _is_plain(params):
             return SampledToken(best)
         edited = logits
         if _has_edits(params):
             edited = self._edit(logits, request)
-            best = int(edited.argmax())
-            if not math.isfinite(edited[best]):
+        if choice is not None:
+            edited = edited[choice]  # whatever was added to the others
+        if choice is not None or edited is not logits:
+            best = int(edited.argmax()) if len(edited) else -1
+            if best < 0 or not math.isfinite(edited[best]):
                 return _failure(highest)
         token = best if params.temperature < GREEDY_BELOW else self._draw(edited, float(edited[best]), request)
-        return SampledToken(token, None if params.logprobs is None else self._logprobs(logits, highest, token, params))
+        if choice is not None:
+            token = int(choice[token])
+        if params.logprobs is None:
+            return SampledToken(token)
+        # Of the model's own distribution: of the logits as they came.
+        return SampledToken(token, token_logprobs(logits, highest, token, params.logprobs, self._scratch))
 
     def _edit(self, logits: _Floats, request: Request) -> _Floats:
         """A copy with bans, biases and penalties applied."""
@@ -179,14 +238,14 @@ class Sampler:
         params = request.params
         point = uniform(request.sampling_seed, len(request.output_token_ids))
         temperature = params.temperature
-        if 0 < params.top_k < self.vocab_size:
-            tokens = self._most_likely(logits, highest, params.top_k, temperature, ties=True)
+        if 0 < params.top_k < len(logits):
+            tokens = most_likely(logits, highest, params.top_k, temperature, ties=True)
         elif params.min_p > 0:
             # A little deeper than min_p, because this comparison is made in fp32; _cumulated applies it exactly.
             tokens = _descending(logits, highest, temperature * (0.001 - math.log(params.min_p)))
         else:
-            total = self._total_weight(logits, highest, temperature)
-            for depth in _DEPTHS[:-1]:
+            total = total_weight(logits, highest, temperature, self._scratch[: len(logits)])
+            for depth in DEPTHS[:-1]:
                 tokens = _descending(logits, highest, depth * temperature)
                 cumulated = _cumulated(logits[tokens], highest, params)
                 # Enough of them if they hold the nucleus or, without one, the point itself.
@@ -195,40 +254,6 @@ class Sampler:
             tokens = _descending(logits, highest, math.inf)
         cumulated = _cumulated(logits[tokens], highest, params)
         return _pick(tokens, cumulated, float(cumulated[-1]), params.top_p, point)
-
-    def _total_weight(self, logits: _Floats, highest: float, temperature: float) -> float:
-        """Sum over all tokens of ``exp((logit - highest) / temperature)``."""
-        np.subtract(logits, np.float32(highest), out=self._scratch)
-        if temperature != 1.0:
-            np.multiply(self._scratch, np.float32(1.0 / temperature), out=self._scratch)
-        np.exp(self._scratch, out=self._scratch)
-        return float(self._scratch.sum())
-
-    def _most_likely(self, logits: _Floats, highest: float, count: int, scale: float, *, ties: bool) -> _Ints:
-        """The ``count`` most likely tokens, the most likely first; with ``ties`` also those that equal the last."""
-        for depth in _DEPTHS:
-            tokens = np.flatnonzero(logits >= highest - depth * scale)
-            if len(tokens) >= count:
-                break
-        values = logits[tokens]
-        if len(tokens) > count:
-            last = np.partition(values, len(values) - count)[len(values) - count]
-            tokens = tokens[values >= last]
-            values = logits[tokens]
-        tokens = tokens[np.argsort(-values, kind="stable")]
-        return tokens if ties else tokens[:count]
-
-    def _logprobs(self, logits: _Floats, highest: float, token: int, params: SamplingParams) -> TokenLogprobs:
-        """Of the model's own distribution: log_softmax of the logits as they came."""
-        normaliser = highest + math.log(self._total_weight(logits, highest, 1.0))
-        count = min(params.logprobs or 0, self.vocab_size)
-        top = self._most_likely(logits, highest, count, 1.0, ties=False) if count else np.empty(0, np.int64)
-        value = logits[token]
-        rank = int(np.count_nonzero(logits > value) + np.count_nonzero(logits[:token] == value))
-        return TokenLogprobs(
-            TokenLogprob(token, float(value) - normaliser, rank),
-            tuple(TokenLogprob(int(t), float(logits[t]) - normaliser, rank) for rank, t in enumerate(top)),
-        )
 
 
 class _Edits:
@@ -320,8 +345,11 @@ class _Edits:
 def _failure(highest: float) -> SampleFailed:
     """Why there is no token: the largest raw logit is not finite or, if it is, the edits left none."""
     if not math.isfinite(highest):
-        return SampleFailed(f"The model's output for this request is not finite (largest logit: {highest}).")
-    return SampleFailed("logit_bias, the penalties and min_tokens together leave no token to choose.")
+        return not_finite(highest)
+    return SampleFailed(
+        "logit_bias, the penalties, min_tokens and what the output must match together leave no token to choose.",
+        is_refusal=True,
+    )
 
 
 def _is_plain(params: SamplingParams) -> bool:
@@ -335,6 +363,13 @@ def _has_edits(params: SamplingParams) -> bool:
 
 def _has_penalties(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
+
+
+def _within(row: Row | None, choice: _Choice) -> Row | None:
+    """The row, without a ``top_k`` that all of its tokens are among: the device would look for the others at -inf."""
+    if row is None or isinstance(choice, SampleFailed) or row.top_k < len(choice):
+        return row
+    return row._replace(top_k=0)
 
 
 def _descending(logits: _Floats, highest: float, depth: float) -> _Ints:

@@ -1,6 +1,6 @@
 """Which tokens the next step computes: continuous batching with chunked prefill, adapter slots and fairness.
 
-Torch-free. The rules, in the order they are applied by ``Scheduler.schedule``:
+Torch-free. Rules 1 to 5 are for the requests of one tenant; on a server with one tenant there are no others.
 
 1. **Running requests first**, most important first (lower ``priority``, then earlier submission): those that decode,
    one token each, then those still prefilling, as many tokens as the budget leaves.
@@ -34,81 +34,59 @@ Torch-free. The rules, in the order they are applied by ``Scheduler.schedule``:
    A request for one adapter whose weights are still being read from the disk wants no slot yet. It is passed by and
    stops nobody: a slow disk holds up its own adapters only. When they are in host memory, which they then do not leave
    until they are uploaded, it waits for its slot as above.
+
+Between tenants (a request's priority means nothing here; clocks and shares are those of accounts.py):
+
+6. **Turns.** Prefill and admission go tenant by tenant, the one with the smallest clock first, and admission chooses
+   again after each request that starts. For memory (rule 2), the tenant with the most pages for its share loses its
+   least important request; never preempted is the one that was submitted first among the tenants' most important ones.
+   In rule 5, slots go from tenant to tenant as slot_turns.py says.
+7. **Light requests.** A request is light if its tenant's unfinished prompts, its own included, fit into one step, or if
+   there is no other; of a flood only the first are. If a tenant with light requests to start or to prefill is within
+   its share of the rows, and no more than a step's tokens ahead of anybody who wants more, the next step is *express*:
+   its light requests start and its prompts have the whole budget; of every other tenant only the most important request
+   runs, if it decodes. If rows or pages lack, requests are preempted for it: the least important ones of the tenants
+   most over their share of them, while they are over it, and never a tenant's last one. What was preempted is light no
+   more.
+8. **Guarded steps.** While other tenants are here, or were in the last ``lately_s`` seconds, steps are kept short, as
+   the next light request must wait for the one it finds: prompts get what the decoding rows leave of
+   ``guarded_tokens``, and each tenant at least its share of that less its own decoding rows. And ``reserved_rows`` are
+   left free for light requests, so that these rarely need to preempt.
+
+Nobody starves. (a) An express step is followed by one that is not. So at least every second step is an ordinary one, in
+which every decoding row advances and rules 1 to 6 hold for all. (b) A light request preempts others at most once in its
+life, and only tenants who hold more rows or pages than their share: as many of a tenant's most important requests as
+its share allows are never preempted for it, nor is the most important one whatever it holds. So those end, others
+become the most important, and so on to the last. Two cannot preempt each other in turn, as what was preempted is light
+no more. (c) A tenant that waits gets no tokens, so its clock stands, while that of whoever is served goes on; tenants
+are finitely many, and none comes back with a clock behind all of those who wait (accounts.py). With equal clocks, which
+putting them forward may cause again and again, the one goes first that started something longest ago. So every tenant's
+turn to be tried first comes, and rule 3 does not pass by the request it then tries. (d) In a guarded step the first in
+turn may prefill at least one token if it has no decoding rows, and those it has end.
+
+How long a light request waits, then: for the step that runs, an ordinary one if that was express, and its own. Several
+tenants' take turns. A flood of another tenant, however large, adds one row to its step.
 """
 
 from __future__ import annotations
 
-import sys
+import time
 from bisect import insort
-from collections.abc import Collection, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from manylora.adapters.errors import AdapterError
 from manylora.adapters.versions import AdapterRef
+from manylora.server.engine.accounts import Accounts
 from manylora.server.engine.block_pool import BlockPool
-from manylora.server.engine.queue_entry import Entry, Flow, Rank, Step, needed_adapters
+from manylora.server.engine.preemption import has_room, in_the_way, least_important
+from manylora.server.engine.queue_entry import Entry, Rank, needed_adapters
 from manylora.server.engine.request import Request, RequestState, StepPlan
+from manylora.server.engine.scheduler_config import SchedulerConfig
+from manylora.server.engine.slot_turns import Slots, SlotTurns
+from manylora.server.engine.step_draft import StepDraft
 
-
-class Slots(Protocol):
-    """What the scheduler needs of ``adapters.slots.SlotManager``."""
-
-    def never_together(self, refs: Collection[AdapterRef], /) -> str | None:
-        """Why these adapters could not all have a slot at once, even if nobody else had one; None if they can.
-
-        Any thread."""
-
-    def acquire(self, ref: AdapterRef) -> int | None:
-        """The slot, with a reference to it, or ``None`` for now. AdapterError ends the request."""
-
-    def awaits_read(self, ref: AdapterRef) -> bool:
-        """After ``acquire`` returned ``None``: whether it is the disk that is waited for, and no slot yet."""
-
-    def prefetch(self, ref: AdapterRef) -> None:
-        """A request for it was queued: bring its weights nearer, if there is room."""
-
-    def release(self, ref: AdapterRef) -> None: ...
-    def drop(self, ref: AdapterRef) -> None: ...
-    def resident(self) -> list[AdapterRef]: ...
-    def resident_versions(self) -> set[str]: ...
-    def check_integrity(self, *, idle: bool = False) -> None: ...
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """Limits of a step and of the queue.
-
-    ``max_rows``: requests in one step. ``max_batch_tokens``: tokens computed in one step, prefill and decode together.
-    ``num_pages`` x ``page_size``: tokens that the KV cache holds. ``max_context``: prompt and output of one request.
-    ``max_waiting``: requests, besides ``max_rows``, that the engine holds before it refuses new ones.
-    ``max_overtake``: see rule 5 in the module's text.
-    """
-
-    max_rows: int = 32
-    max_batch_tokens: int = 512
-    num_pages: int = 2048
-    page_size: int = 16
-    max_context: int = 8192
-    max_waiting: int = 1024
-    max_overtake: int = 4
-
-    def __post_init__(self) -> None:
-        for name in ("max_rows", "max_batch_tokens", "num_pages", "page_size", "max_context", "max_waiting"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_overtake < 0:
-            raise ValueError(f"max_overtake must not be negative, got {self.max_overtake}")
-        if self.max_batch_tokens < self.max_rows:
-            raise ValueError(
-                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_rows ({self.max_rows}), so that "
-                "every decoding row fits into every step"
-            )
-
-    @property
-    def max_request_tokens(self) -> int:
-        """Prompt and output tokens of the largest request that can ever be served."""
-        return min(self.max_context, self.num_pages * self.page_size)
+__all__ = ["Scheduler", "SchedulerConfig", "SchedulerCounts", "Slots"]
 
 
 @dataclass
@@ -122,24 +100,30 @@ class SchedulerCounts:
 
 
 class Scheduler:
-    """Owned by the step-loop thread; other threads may read the counts and call ``waiting`` and ``running``."""
+    """Owned by the step-loop thread; other threads may read the counts and call ``waiting`` and ``running``.
 
-    def __init__(self, config: SchedulerConfig, slots: Slots | None = None) -> None:
+    ``clock``: monotonic seconds; it decides nothing but who was here lately.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, slots: Slots | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.config = config
         self.pool = BlockPool(config.num_pages, config.page_size)
         self.counts = SchedulerCounts()
         self._slots = slots
+        self._slot_turns = SlotTurns(slots, config.max_overtake)
+        self._accounts = Accounts(config, clock)
         self._entries: dict[str, Entry] = {}
-        self._waiting: list[Entry] = []  # sorted by rank
         self._running: list[Entry] = []  # sorted by importance
         self._failed: list[tuple[Request, str]] = []
         self._num_added = 0
-        self._virtual_time = 0
-        self._last_tags: dict[Flow, int] = {}  # of the flows whose last tag is past the virtual time
+        self._num_started = 0
+        self._was_express = False
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._entries) - len(self._running)
 
     @property
     def num_running(self) -> int:
@@ -154,8 +138,9 @@ class Scheduler:
         return "This server runs without adapters." if self._slots is None else self._slots.never_together(needed)
 
     def waiting(self) -> list[Request]:
-        """The waiting requests, in the order in which they will be tried."""
-        return [entry.request for entry in self._waiting.copy()]
+        """The waiting requests: tenant by tenant, each one's in the order in which they will be tried."""
+        accounts = sorted(self._accounts, key=lambda account: account.turn)
+        return [entry.request for account in accounts for entry in account.waiting.copy()]
 
     def running(self) -> list[Request]:
         """The running requests, most important first."""
@@ -164,8 +149,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. ValueError if it could never be served, or its id is in use."""
         prompt, output = len(request.prompt_token_ids), request.params.max_tokens
-        if prompt < 1 or output < 1:
-            raise ValueError(f"a request needs at least 1 prompt token and 1 output token, got {prompt} and {output}")
+        if prompt < 1 or output < 0:
+            raise ValueError(f"a request needs a prompt and a number of output tokens, got {prompt} and {output}")
         if prompt + output > self.config.max_request_tokens:
             raise ValueError(f"{prompt} + {output} tokens do not fit into {self.config.max_request_tokens}")
         if (reason := self.never_fits(request)) is not None:
@@ -173,23 +158,31 @@ class Scheduler:
         if request.request_id in self._entries:
             raise ValueError(f"a request with id {request.request_id} is already here")
         flow = tuple(version for version, _scale in request.composition)
-        tag = self._last_tags[flow] = max(self._virtual_time, self._last_tags.get(flow, 0)) + 1
-        entry = Entry(request, Rank(request.priority, True, tag, self._num_added), flow)
+        account = self._accounts.arrive(request.tenant)
+        rank = Rank(request.priority, True, account.next_tag(flow), self._num_added)
+        ahead = account.tokens_ahead()
+        is_light = not ahead or ahead + request.num_tokens <= self.config.max_batch_tokens
+        entry = Entry(request, rank, flow, account, is_light=is_light)
         self._num_added += 1
         self._entries[request.request_id] = entry
         request.state = RequestState.WAITING
         if self._slots is not None:
             for ref in entry.needed:
                 self._slots.prefetch(ref)
-        insort(self._waiting, entry)
+        account.queue(entry)
 
     def schedule(self) -> StepPlan:
         """The next step, its pages and slots assigned; empty if nothing can run now."""
-        step = Step(self.config.max_batch_tokens)
+        step = StepDraft(self.config, self._accounts.shares())
         preempted = self.counts.preemptions
+        self._slot_turns.start_step()
+        if step.shares.is_contended and not self._was_express:
+            self._choose_express(step)
+        self._was_express = step.express is not None
         self._continue_running(step)
-        if self.counts.preemptions == preempted:
+        if step.express is None and self.counts.preemptions == preempted:
             self._admit(step)
+        self._slot_turns.end_step(self._accounts)
         # ``sorted`` is stable: within a slot, decoding rows stay before prefilling ones.
         rows = sorted(step.rows.values(), key=lambda row: (row.request.merged is not None, row.request.slots))
         return StepPlan(tuple(rows))
@@ -198,6 +191,8 @@ class Scheduler:
         """Record that the step's tokens have been computed; to be called before what it sampled is appended."""
         for row in plan.rows:
             row.request.num_computed += row.count
+            entry = self._entries[row.request.request_id]
+            entry.account.charge(entry)
 
     def take_failed(self) -> list[tuple[Request, str]]:
         """Requests whose adapter could not be brought onto the device, and why; they have been finished here."""
@@ -208,11 +203,10 @@ class Scheduler:
         """Forget a request, in whatever state it is, and free what it holds. KeyError if it is not here."""
         entry = self._entries.pop(request.request_id)
         if request.state is RequestState.RUNNING:
-            self._running.remove(entry)
-            self._free(request)
+            self._stop(entry)
         else:
-            self._waiting.remove(entry)
-            self._forget_tag(entry)
+            self._leave_queue(entry)
+        self._accounts.seen(entry.account)
         request.state = RequestState.FINISHED
 
     def drop_adapter(self, ref: AdapterRef) -> None:
@@ -224,14 +218,21 @@ class Scheduler:
         """Versions on the device."""
         return self._slots.resident() if self._slots is not None else []
 
+    def resident_versions(self) -> set[str]:
+        """Versions on the device, whatever names they have."""
+        return self._slot_turns.resident_versions()
+
     def check_integrity(self) -> None:
         """Raise RuntimeError, with the numbers, if pages, slots or queues disagree."""
         self.pool.check_integrity(expected_used=sum(len(entry.request.pages) for entry in self._running))
-        if len(self._waiting) + len(self._running) != len(self._entries):
+        waiting = [entry for account in self._accounts for entry in account.waiting]
+        running = sum(len(account.running) for account in self._accounts)
+        if len(waiting) + len(self._running) != len(self._entries) or running != len(self._running):
             raise RuntimeError(
-                f"{len(self._waiting)} waiting + {len(self._running)} running != {len(self._entries)} requests"
+                f"{len(waiting)} waiting + {len(self._running)} running ({running} by tenant) != "
+                f"{len(self._entries)} requests"
             )
-        for entry in self._waiting:
+        for entry in waiting:
             if entry.request.pages or entry.request.slots:
                 raise RuntimeError(
                     f"request {entry.request.request_id} waits, but holds {len(entry.request.pages)} pages and slots "
@@ -240,24 +241,26 @@ class Scheduler:
         if self._slots is not None:
             self._slots.check_integrity(idle=not self._running)
 
-    # --- running requests (rules 1 and 2) ------------------------------------------------------------------------
+    # --- running requests (rules 1, 2, 6 and 8) ------------------------------------------------------------------
 
-    def _continue_running(self, step: Step) -> None:
-        # A stable sort: first those with a single token to compute, each group in order of importance.
-        for entry in sorted(self._running, key=lambda e: e.request.num_tokens - e.request.num_computed > 1):
+    def _continue_running(self, step: StepDraft) -> None:
+        # Stable sorts: first those with a single token to compute; each group by tenants' turns, if there are several,
+        # and in order of importance.
+        running = sorted(self._running, key=lambda e: e.account.turn) if step.shares.is_contended else self._running
+        for entry in sorted(running, key=lambda e: e.num_left > 1):
             request = entry.request
             if request.state is not RequestState.RUNNING:  # preempted for one that came before it in this loop
                 continue
-            count = min(step.budget, request.num_tokens - request.num_computed)
+            count = min(step.allowed(entry), entry.num_left)
             if count > 0 and self._make_room(entry, request.num_computed + count, step):
-                step.add(request, count)
+                step.add(entry, count)
 
-    def _make_room(self, entry: Entry, num_tokens: int, step: Step) -> bool:
+    def _make_room(self, entry: Entry, num_tokens: int, step: StepDraft) -> bool:
         """Pages for a running request's first ``num_tokens`` tokens; False if it had to be preempted itself."""
         needed = self.pool.pages_for(num_tokens) - len(entry.request.pages)
         while needed > self.pool.num_free:
-            victim = self._running[-1]
-            step.drop(victim.request)
+            victim = least_important(self._running, step.shares)
+            step.drop(victim)
             self._preempt(victim)
             if victim is entry:
                 return False
@@ -266,116 +269,96 @@ class Scheduler:
 
     def _preempt(self, entry: Entry) -> None:
         request = entry.request
-        self._running.remove(entry)
-        self._free(request)
+        self._stop(entry)
         request.num_computed = 0
         request.num_preemptions += 1
         request.state = RequestState.WAITING
         self.counts.preemptions += 1
         # Its old tag may lie far back by now, and rule 5 would stop every other adapter at once: it counts from here.
-        entry.rank = Rank(entry.rank.priority, False, self._virtual_time, entry.rank.number)
-        insort(self._waiting, entry)
+        entry.rank = Rank(entry.rank.priority, False, entry.account.virtual_time, entry.rank.number)
+        entry.is_light = False
+        entry.account.queue(entry)
 
-    # --- admission (rules 3 to 5) --------------------------------------------------------------------------------
+    # --- light requests (rule 7) ---------------------------------------------------------------------------------
 
-    def _admit(self, step: Step) -> None:
-        left: set[Entry] = set()
-        resident: set[str] | None = None  # versions; asked for when the first request gets no slot
-        highest_tag = sys.maxsize
-        for entry in self._waiting:
-            if len(self._running) >= self.config.max_rows or step.budget < 1:
-                break
-            request = entry.request
-            is_late = entry.rank.tag > highest_tag
-            if entry.needed and resident is not None and (is_late or not resident.issuperset(entry.flow)):
+    def _choose_express(self, step: StepDraft) -> None:
+        """Make it an express step, and start light requests for it, if some tenant is entitled to it."""
+        for account in step.shares.in_turn():
+            if not step.shares.may_go_ahead(account):
                 continue
-            # With a page to spare for each running request, or admitting this one would soon preempt another. None of
-            # them waits for pages of its prompt: one that is still prefilling would have used up the budget.
-            if self.pool.pages_for(request.num_tokens) + len(self._running) > self.pool.num_free:
-                break
-            missing = self._take_slots(entry)
-            if missing is not None and not missing:
-                self._start(entry, step)
-            if request.state is RequestState.WAITING:
-                if self._awaits_read(entry):
+            unfinished = sum(entry.num_left for entry in account.running if entry.is_light and entry.num_left > 1)
+            fair_rows = step.shares.of(account, self.config.max_rows)
+            if len(account.running) > fair_rows:
+                continue
+            for entry in account.waiting.copy():
+                if not entry.is_light or len(account.running) >= fair_rows or unfinished >= step.budget:
+                    break
+                if not self._slot_turns.may_try(entry):
                     continue
-                if resident is None:
-                    resident = self.resident_versions()
-                resident.difference_update(missing or ())
-                highest_tag = min(highest_tag, entry.rank.tag + self.config.max_overtake)
-            else:
-                left.add(entry)
-        if left:
-            self._waiting = [entry for entry in self._waiting if entry not in left]
-            for entry in left:
-                self._forget_tag(entry)
+                victims = in_the_way(entry, self._running, step.shares, self.pool, self.config)
+                if victims is None:
+                    break
+                if self._take_slots(entry):
+                    for victim in victims:
+                        self._preempt(victim)
+                    self._start(entry)
+                    unfinished += entry.num_left
+            if unfinished:
+                step.express = account
+                return
 
-    def _take_slots(self, entry: Entry) -> list[str] | None:
-        """Take all of the request's slots, or none: the versions that miss one for now, which is nothing if it has
-        them all. None if it had to be given up."""
-        request, needed = entry.request, entry.needed
-        if not needed or self._slots is None:
-            return []
-        taken: dict[int, int] = {}
-        missing: list[str] = []
+    # --- admission (rules 3 to 6 and 8) --------------------------------------------------------------------------
+
+    def _admit(self, step: StepDraft) -> None:
+        max_rows = self.config.rows_if_guarded if step.shares.is_guarded else self.config.max_rows
+        queues = {account: iter(account.waiting.copy()) for account in step.shares.active if account.waiting}
+        while queues and len(self._running) < max_rows and step.budget > 0:
+            account = min(queues, key=step.turn_of)
+            entry = None
+            if step.allowed_to_prompts(account) > 0:
+                entry = next((one for one in queues[account] if self._slot_turns.may_try(one)), None)
+            if entry is None:
+                del queues[account]
+            elif not has_room(self.pool, entry, self._running):
+                return
+            elif self._take_slots(entry):
+                self._start(entry)
+                count = min(step.allowed_to_prompts(account), entry.num_left)
+                self._take_pages(entry.request, self.pool.pages_for(count))
+                step.add(entry, count)
+
+    def _take_slots(self, entry: Entry) -> bool:
+        """Take all of the request's slots, or none. If it can never have them it is given up."""
+        request = entry.request
         try:
-            # What is there first: the reference keeps it from making way for what is not.
-            for i in self._resident_first(needed):
-                slot = self._slots.acquire(needed[i])
-                if slot is None:
-                    missing.append(needed[i].version)
-                else:
-                    taken[i] = slot
+            taken = self._slot_turns.take(entry)
         except AdapterError as error:
             del self._entries[request.request_id]
+            self._leave_queue(entry)
             request.state = RequestState.FINISHED
             self._failed.append((request, str(error)))
-        if len(taken) == len(needed):
-            request.slots = tuple(taken[i] for i in range(len(needed)))
+            return False
+        if taken is None:
+            return False
+        request.slots = taken
+        if entry.needed:
             self.counts.slot_misses += entry.missed_slot
             self.counts.slot_hits += not entry.missed_slot
-            return missing
-        for i in taken:  # who waits holds nothing: two that wait for each other's would wait for ever
-            self._slots.release(needed[i])
-        entry.missed_slot = True
-        return missing if request.state is RequestState.WAITING else None
+        return True
 
-    def _resident_first(self, needed: Sequence[AdapterRef]) -> Sequence[int]:
-        """The order in which to ask for these adapters."""
-        if len(needed) == 1:
-            return (0,)
-        resident = self.resident_versions()
-        return sorted(range(len(needed)), key=lambda i: needed[i].version not in resident)
-
-    def resident_versions(self) -> set[str]:
-        """Versions on the device, whatever names they have."""
-        return self._slots.resident_versions() if self._slots is not None else set()
-
-    def _awaits_read(self, entry: Entry) -> bool:
-        """Whether what the request misses is no slot yet. With several adapters it may be both: then it is a slot."""
-        return self._slots is not None and len(entry.needed) == 1 and self._slots.awaits_read(entry.needed[0])
-
-    def _start(self, entry: Entry, step: Step) -> None:
-        request = entry.request
-        request.state = RequestState.RUNNING
+    def _start(self, entry: Entry) -> None:
+        entry.request.state = RequestState.RUNNING
+        entry.account.start(entry)
+        self._slot_turns.wants_no_more(entry)
         insort(self._running, entry, key=lambda e: e.importance)
-        self._virtual_time = max(self._virtual_time, entry.rank.tag)
-        count = min(step.budget, request.num_tokens)
-        self._take_pages(request, self.pool.pages_for(count))
-        step.add(request, count)
+        self._num_started += 1
+        entry.account.last_start = self._num_started
 
-    def _forget_tag(self, entry: Entry) -> None:
-        """Let go of its flow's last tag if the request that left had it: the table must not grow with adapters."""
-        flow = entry.flow
-        last = self._last_tags.get(flow, 0)
-        if last > self._virtual_time and last == entry.rank.tag:  # it left before its turn
-            last = max((e.rank.tag for e in self._waiting if e.flow == flow), default=0)
-        if last > self._virtual_time:
-            self._last_tags[flow] = last
-        else:
-            self._last_tags.pop(flow, None)
+    def _leave_queue(self, entry: Entry) -> None:
+        entry.account.leave_queue(entry)
+        self._slot_turns.wants_no_more(entry)
 
-    # --- pages ---------------------------------------------------------------------------------------------------
+    # --- pages and slots -----------------------------------------------------------------------------------------
 
     def _take_pages(self, request: Request, count: int) -> None:
         pages = self.pool.allocate(max(count, 0))
@@ -383,8 +366,11 @@ class Scheduler:
             raise RuntimeError(f"{count} KV pages were wanted, {self.pool.num_free} are free")
         request.pages.extend(pages)
 
-    def _free(self, request: Request) -> None:
-        """Give back the pages and the slots of a request that ran."""
+    def _stop(self, entry: Entry) -> None:
+        """Take back the row, the pages and the slots of a request that ran."""
+        request = entry.request
+        self._running.remove(entry)
+        entry.account.running.remove(entry)
         self.pool.free(request.pages)
         request.pages = []
         if request.slots and self._slots is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from manylora.adapters.versions import AdapterRef
+from manylora.server.engine.constraint import ConstraintFailed
 from manylora.server.engine.detokenizer import Detokenizer
 from manylora.server.engine.metrics import Metrics
 from manylora.server.engine.request import (
@@ -38,7 +39,8 @@ class Runner(Protocol):
     """Computes steps. ``server.engine.runner`` is the real one, ``tests/fakes.py`` has a scripted one."""
 
     def execute(self, plan: StepPlan) -> Mapping[str, SampledToken | SampleFailed]:
-        """Run the step; by request id, the next token of each row that has ``sample``. May raise anything."""
+        """Run the step; by request id, the next token of each row that has ``sample``, and a failure for any row that
+        cannot go on. Adds to ``Request.prompt_logprobs`` of those that ask for them. May raise anything."""
 
 
 class Releaser(Protocol):
@@ -59,9 +61,15 @@ class LiveRequest:
     last_token: float = 0.0
 
     def append(self, token: int, eos: Collection[int]) -> tuple[str, FinishReason | None, str | int | None]:
-        """One more token: the text it gives and, if it is the last, why and because of what (FinishEvent)."""
+        """One more token: the text it gives and, if it is the last, why and because of what (FinishEvent).
+
+        Raises ConstraintFailed if the request's constraint cannot follow.
+        """
         params, output, detokenizer = self.request.params, self.request.output_token_ids, self.detokenizer
+        constraint = self.request.constraint
         output.append(token)
+        if constraint is not None:
+            constraint.accept(token)
         reason: FinishReason | None = None
         stop: str | int | None = None
         if len(output) >= params.min_tokens:
@@ -74,6 +82,8 @@ class LiveRequest:
         if reason is None or params.include_stop_str_in_output:
             # As in vLLM, a stop string is looked for in the text after the first min_tokens tokens only.
             text = detokenizer.feed(token, check_stop=reason is None and len(output) > params.min_tokens)
+        if reason is None and constraint is not None and constraint.is_complete:
+            reason = "stop"  # the output is whole with this token: no end-of-sequence is waited for
         if reason is None and len(output) >= params.max_tokens:
             reason = "length"
         if reason is not None:
@@ -141,8 +151,8 @@ class StepLoop:
             if plan.rows:
                 self._compute(plan)
         except Exception:  # noqa: BLE001 - the one boundary: what a step ran into must not end the other requests
-            _log.exception("a step failed; its requests end with an error")
             hit = [row.request.request_id for row in plan.rows] if plan is not None else list(self.live)
+            _log.exception("a step failed; its requests end with an error: %s", ", ".join(hit))
             if not self.is_broken:
                 for request_id in hit:
                     if request_id in self.live:
@@ -192,14 +202,12 @@ class StepLoop:
 
     def _compute(self, plan: StepPlan) -> None:
         start = self._clock()
-        sampling = []
-        n_prefill = 0
+        n_prefill = n_generated = 0
         for row in plan.rows:
             live = self.live[row.request.request_id]
             if live.scheduled is None:
                 live.scheduled = start
-            if row.sample:
-                sampling.append(live)
+            n_generated += row.sample and row.request.params.max_tokens > 0
             n_prefill += row.count > 1 or row.start < len(row.request.prompt_token_ids)
         tokens = self._runner.execute(plan)
         self._scheduler.commit(plan)
@@ -210,14 +218,16 @@ class StepLoop:
             prefill_rows=n_prefill,
             tokens=plan.num_tokens,
             adapters=len({slot for row in plan.rows for slot in row.request.slots}),
-            generated=len(sampling),
+            generated=n_generated,
         )
-        for live in sampling:
-            sampled = tokens.get(live.request.request_id)
-            if isinstance(sampled, SampledToken):
-                self._append(live, sampled, now)
-            else:
-                self._end(live, "error", error=sampled.message if sampled is not None else _STEP_FAILED)
+        for row in plan.rows:
+            live, result = self.live[row.request.request_id], tokens.get(row.request.request_id)
+            if isinstance(result, SampleFailed):
+                self._end(live, "error", error=result.message, is_refusal=result.is_refusal)
+            elif result is not None:
+                self._append(live, result, now)
+            elif row.sample:
+                self._end(live, "error", error=_STEP_FAILED)
 
     def _append(self, live: LiveRequest, sampled: SampledToken, now: float) -> None:
         if live.first_token is None:
@@ -226,9 +236,18 @@ class StepLoop:
         else:
             self._metrics.inter_token(now - live.last_token)
         live.last_token = now
-        text, reason, stop = live.append(sampled.token_id, self._eos)
+        prompt_logprobs = () if live.request.output_token_ids else tuple(live.request.prompt_logprobs)
+        if live.request.params.max_tokens == 0:  # the prompt was all that was asked for
+            self._deliver(live, TokenEvent("", (), (), prompt_logprobs))
+            self._end(live, "length")
+            return
+        try:
+            text, reason, stop = live.append(sampled.token_id, self._eos)
+        except ConstraintFailed as error:
+            self._end(live, "error", error=str(error), is_refusal=True)
+            return
         logprobs = (sampled.logprobs,) if sampled.logprobs is not None else ()
-        self._deliver(live, TokenEvent(text, (sampled.token_id,), logprobs))
+        self._deliver(live, TokenEvent(text, (sampled.token_id,), logprobs, prompt_logprobs))
         if reason is not None:
             self._end(live, reason, stop=stop)
 
@@ -240,20 +259,24 @@ class StepLoop:
         stop: str | int | None = None,
         error: str | None = None,
         is_unavailable: bool = False,
+        is_refusal: bool = False,
     ) -> None:
         """The one place where a request ends. What its client is waiting for comes first."""
         request = live.request
         del self.live[request.request_id]
         n_prompt, n_output = len(request.prompt_token_ids), len(request.output_token_ids)
         times = RequestTimes(request.arrival_time, live.scheduled, live.first_token, self._clock())
-        self._deliver(live, FinishEvent(reason, stop, n_prompt, n_output, error, is_unavailable, times))
+        self._deliver(live, FinishEvent(reason, stop, n_prompt, n_output, error, is_unavailable, times, is_refusal))
         self._on_ended(request.request_id)
+        if error is not None:
+            _log.warning("request %s ended with an error: %s", request.request_id, error)
         self._metrics.request_ended(
             [use.ref for use in request.adapters],
             reason,
             times,
             prompt_tokens=n_prompt,
             generation_tokens=n_output,
+            tenant=request.tenant.name,
         )
         was_broken, self.is_broken = self.is_broken, True  # unless what follows goes well
         try:

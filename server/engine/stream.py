@@ -51,9 +51,11 @@ class RequestStream:
         text: list[str] = []
         token_ids: list[int] = []
         logprobs: list[TokenLogprobs] = []
+        prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
         async for event in self:
             if isinstance(event, FinishEvent):
-                return TokenEvent("".join(text), tuple(token_ids), tuple(logprobs)), event
+                return TokenEvent("".join(text), tuple(token_ids), tuple(logprobs), prompt_logprobs), event
+            prompt_logprobs = prompt_logprobs or event.prompt_logprobs
             text.append(event.text)
             token_ids.extend(event.token_ids)
             logprobs.extend(event.logprobs)
@@ -139,4 +141,5 @@ def _join(events: Sequence[TokenEvent]) -> TokenEvent:
         "".join(event.text for event in events),
         tuple(token for event in events for token in event.token_ids),
         tuple(logprobs for event in events for logprobs in event.logprobs),
+        events[0].prompt_logprobs,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -16,6 +17,10 @@ class Tenant:
     name: str
     share: float = 1.0
     max_waiting: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < math.inf:
+            raise ValueError(f"a tenant's share must be a positive number, got {self.share}")
 
 
 EVERYBODY = Tenant("")

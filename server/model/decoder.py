@@ -44,6 +44,10 @@ class Decoder:
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         """Compute the batch's tokens, storing their keys and values in ``cache``; logits fp32 ``[sampled, vocab]``."""
+        return self.logits(self.hidden(batch, cache), batch, batch.sample_rows)
+
+    def hidden(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
+        """As ``forward``, but the last layer's output ``[T, hidden]``: what ``logits`` takes."""
         ops, epsilon, rope = self.ops, self.spec.rms_norm_eps, self.weights.rope
         x = ops.embed(batch.token_ids, self.weights.embedding)
         adapters = batch.routed
@@ -63,7 +67,7 @@ class Decoder:
                     x = layer.o(attended, adapters, add_to=x)
                     gate_up = layer.gate_up(ops.rms_norm(x, layer.post_attention_norm, epsilon), adapters)
                     x = layer.down(ops.silu_mul(gate_up), adapters, add_to=x)
-        return self._logits(x, batch)
+        return x
 
     # --- the weights, dequantised: on any thread, beside the step loop ---------------------------------------------
 
@@ -95,12 +99,12 @@ class Decoder:
         place = SITES[site].index(projection)
         return self.ops.rows(self.weights.layers[layer].sites[site], offsets[place], offsets[place + 1])
 
-    def _logits(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        sampled = batch.sample_rows
-        if sampled is not None:
-            if sampled.numel() == 0:
+    def logits(self, x: torch.Tensor, batch: ForwardBatch, rows: torch.Tensor | None) -> torch.Tensor:
+        """fp32 ``[rows, vocab]`` of some of the batch's tokens: int64, ascending; None for all of them."""
+        if rows is not None:
+            if rows.numel() == 0:
                 return torch.empty(0, self.spec.vocab_size, dtype=torch.float32, device=self.ops.device)
-            x = x[sampled]
+            x = x[rows]
         hidden = self.ops.rms_norm(x, self.weights.final_norm, self.spec.rms_norm_eps)
         logits = self.ops.logits(hidden, self.weights.head)
         if self.weights.head_bias is not None:
@@ -109,7 +113,7 @@ class Decoder:
             return logits
         adapters: Any = batch.routed
         if batch.lora is not None and self.lora.touches("lm_head", batch.lora):
-            adapters = batch.lora if sampled is None else batch.lora.select(sampled)
+            adapters = batch.lora if rows is None else batch.lora.select(rows)
         if adapters is not None:
             self.lora.add_(logits, hidden, adapters, "lm_head", 0)
         return logits

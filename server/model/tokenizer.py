@@ -82,6 +82,12 @@ class Tokenizer:
             token for token, spelled in self.backend.get_added_tokens_decoder().items() if spelled.special
         }
 
+    @functools.cached_property
+    def spaces_special_tokens(self) -> bool:
+        """Whether special tokens that follow each other are decoded with a space between them."""
+        ids = [min(self.special_ids)] * 2 if self.special_ids else []
+        return self.decode(ids, skip_special_tokens=False) != 2 * self.decode(ids[:1], skip_special_tokens=False)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens written out in ``text`` are recognised, as everywhere."""
         ids: list[int] = self._hf(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]

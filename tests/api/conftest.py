@@ -2,17 +2,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
 
 from manylora.server.api.app import create_app
 from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig
+from tests.api.conformance import Checked
 from tests.api.fakes import FakeEngine, make_serving
 
 LOCAL = "http://127.0.0.1:8000"
+
+
+@pytest.fixture(autouse=True)
+def as_documented(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Every application that a test asks, by whatever client, must do as its document says."""
+    problems: list[str] = []
+    call = FastAPI.__call__
+
+    async def checked(self: FastAPI, scope: Scope, receive: Receive, send: Send) -> None:
+        await Checked(partial(call, self), problems)(scope, receive, send)
+
+    monkeypatch.setattr(FastAPI, "__call__", checked)
+    yield problems
+    assert problems == []
 
 
 @pytest.fixture

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +33,7 @@ class FakeTokenizer:
 
     vocab_size = 258
     special_ids = frozenset({BOS, EOS})
+    spaces_special_tokens = False
 
     def __init__(self) -> None:
         self.templates: list[dict[str, Any]] = []
@@ -66,6 +69,16 @@ class FakeTokenizer:
         text = "".join(f"{message['role']}:{message['content']}\n" for message in messages)
         return self.encode((chat_template or "") + text + "assistant:" * add_generation_prompt)
 
+    def render_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, chat_template: str | None = None, **kwargs: Any
+    ) -> str:
+        """The base's template shows tools and writes calls as Hermes does; others know neither."""
+        if chat_template is not None:
+            return chat_template + "".join(f"{message['role']}:{message['content']}\n" for message in messages)
+        shown = [json.dumps(tool) for tool in kwargs.get("tools", ())]
+        calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
+        return "\n".join(shown + [f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in calls])
+
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
@@ -88,11 +101,22 @@ def token(text: str, *, logprobs: int | None = None) -> TokenEvent:
 def hello(request: Request) -> list[Step]:
     """The default script: " Hello" and " world", then the end of the sequence."""
     k = request.params.logprobs
+    if request.params.max_tokens == 0:
+        return [[TokenEvent("", ()), finish(request, "length")]]
     return [[token(" Hello", logprobs=k)], [token(" world", logprobs=k), finish(request, "stop", n=12)]]
 
 
 def finish(request: Request, reason: Any = "stop", *, n: int = 0, stop_reason: Any = None, error: Any = None) -> Event:
     return FinishEvent(reason, stop_reason, len(request.prompt_token_ids), n, error)
+
+
+def read_logprobs(request: Request) -> tuple[TokenLogprobs | None, ...]:
+    """Of the prompt's tokens, in its order: -0.25 times their place, the runners-up less."""
+    k = request.params.prompt_logprobs or 0
+    return None, *(
+        TokenLogprobs(TokenLogprob(t, -0.25 * i, 2), tuple(TokenLogprob(j, -0.25 * i - j - 1, j) for j in range(k)))
+        for i, t in enumerate(request.prompt_token_ids[1:], 1)
+    )
 
 
 def endless(request: Request) -> list[Step]:
@@ -139,6 +163,9 @@ class FakeEngine:
 
     def _deliver(self, request: Request, stream: RequestStream, events: Step) -> None:
         for event in events:
+            if isinstance(event, TokenEvent) and request.prompt_logprobs:
+                event = replace(event, prompt_logprobs=read_logprobs(request))
+                request.prompt_logprobs.clear()  # with the first event alone
             if isinstance(event, FinishEvent):
                 del self._live[request.request_id]
                 if request.merged is not None:
@@ -167,11 +194,21 @@ class FakeEngine:
 
 
 class FakeMetrics:
+    def __init__(self) -> None:
+        self.tenants: list[Collection[str]] = []
+        """What ``retain_tenants`` was called with."""
+
     def render(self) -> bytes:
         return b"# TYPE up gauge\nup 1.0\n"
 
     def adapter_tokens(self, name: str) -> tuple[int, int]:
         return (30, 7) if name == "alice" else (0, 0)
+
+    def tenant_label(self, name: str) -> str:
+        return name or "_anybody"
+
+    def retain_tenants(self, names: Collection[str]) -> None:
+        self.tenants.append(names)
 
 
 def load_fake(source: str) -> LoadedAdapter:

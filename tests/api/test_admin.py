@@ -242,7 +242,7 @@ class TestRest:
         error_of(client.post("/v1/completions", json={"model": "alice", "prompt": "x"}), 404)
 
     def test_there_is_no_other_action(self, client: TestClient) -> None:
-        error_of(client.post("/v1/adapters/alice/dance"), 404)
+        error_of(client.post("/v1/adapters/alice/dance"), 405)
 
     def test_nothing_is_loaded_while_draining(self, client: TestClient, engine: FakeEngine, carol: str) -> None:
         engine.is_draining = True

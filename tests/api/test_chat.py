@@ -108,7 +108,7 @@ def test_messages_are_put_into_the_templates_form(client: TestClient, templates:
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "a\nb", "name": "Ann"},
         {"role": "assistant", "content": "", "tool_calls": [parsed]},
-        {"role": "tool", "content": "2", "tool_call_id": "1"},
+        {"role": "tool", "content": "2", "tool_call_id": "1", "name": "f"},
         {"role": "assistant", "content": "I will not."},
         USER,
     ]
@@ -189,14 +189,56 @@ def test_an_adapters_own_template_is_used_for_it(client: TestClient, templates: 
     assert [call["chat_template"] for call in templates] == ["[own template]", None, None]
 
 
-def test_tools_are_shown_to_the_template_but_never_called(client: TestClient, templates: list[dict[str, Any]]) -> None:
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    chat(client, tools=tools, tool_choice="none")
-    assert templates[0]["tools"] == tools
-    assert refused(client, tools=tools)["param"] == "tools"
-    assert refused(client, tools=tools, tool_choice="auto")["param"] == "tools"
-    assert refused(client, tool_choice="required")["param"] == "tool_choice"
-    chat(client, tools=[], tool_choice="auto")
+def test_a_tools_answer_has_the_name_of_what_was_called(client: TestClient, templates: list[dict[str, Any]]) -> None:
+    """Clients do not send it, and Hermes' templates refuse a conversation without it."""
+    calls = [{"id": str(i), "function": {"name": f"f{i}"}, "index": i} for i in range(2)]
+    answers = [
+        {"role": "tool", "tool_call_id": "1", "content": "b"},
+        {"role": "tool", "tool_call_id": "0", "content": "a"},
+    ]
+    chat(client, messages=[USER, {"role": "assistant", "tool_calls": calls}, *answers, answers[0] | {"name": "own"}])
+    seen = templates[0]["messages"]
+    assert [message["name"] for message in seen[2:]] == ["f1", "f0", "own"]
+    assert seen[1]["tool_calls"] == [
+        {"id": str(i), "type": "function", "function": {"name": f"f{i}", "arguments": {}}} for i in range(2)
+    ]
+    chat(client, messages=[USER, {"role": "assistant", "content": "Yes", "tool_calls": [], "parsed": {}}, USER])
+    assert "tool_calls" not in templates[1]["messages"][1]
+
+
+def called(**fields: Any) -> dict[str, Any]:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    return {"role": "assistant", "tool_calls": [call | fields]}
+
+
+ANSWER = {"role": "tool", "content": "2", "tool_call_id": "1"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([ANSWER], "messages.0.tool_call_id"),
+        ([called(), {**ANSWER, "tool_call_id": "2"}], "messages.1.tool_call_id"),
+        ([called(id=None), ANSWER], "messages.1.tool_call_id"),
+        ([called(), {"role": "tool", "content": "2"}], "messages.1.tool_call_id"),
+        ([called(), {**ANSWER, "content": None}], "messages.1.content"),
+        ([called(), {**ANSWER, "role": "user"}], "messages.1.tool_call_id"),
+        ([{**called(), "role": "user", "content": ""}], "messages.0.tool_calls"),
+        ([called(type="custom")], "messages.0.tool_calls.0.type"),
+        ([called(id=1)], "messages.0.tool_calls.0.id"),
+        ([called(mood=1)], "messages.0.tool_calls.0.mood"),
+        ([called(function={"name": "f", "mood": 1})], "messages.0.tool_calls.0.function.mood"),
+        ([called(function={"name": "f", "arguments": "[1]"})], "messages.0.tool_calls.0.function.arguments"),
+        ([called(function={"name": "f", "arguments": 1})], "messages.0.tool_calls.0.function.arguments"),
+        ([called(function={"name": "f", "arguments": '{"x": '})], "messages.0.tool_calls.0.function.arguments"),
+    ],
+)
+def test_a_conversation_with_tools_must_be_whole(
+    client: TestClient, messages: list[dict[str, Any]], param: str
+) -> None:
+    error = refused(client, messages=messages)
+    assert error["param"] == param
+    assert param in error["message"]
 
 
 def test_a_long_conversation_is_refused_with_both_numbers(client: TestClient) -> None:

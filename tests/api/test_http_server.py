@@ -77,10 +77,11 @@ def test_a_signal_lets_running_requests_finish(
 
         for request, stream in list(draining._live.values()):
             draining._deliver(request, stream, [token("bc"), finish(request, n=3)])
-        return refused.status_code, statuses, (await running).text
+        return refused.status_code, refused.headers["retry-after"], statuses, (await running).text
 
-    code, (refused, statuses, text) = serve(serving, act)
+    code, (refused, retry_after, statuses, text) = serve(serving, act)
     assert (code, refused, statuses) == (0, 503, [200, 503])
+    assert int(retry_after) > 0
     assert text.endswith("data: [DONE]\n\n")
 
 

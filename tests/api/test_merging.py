@@ -117,8 +117,8 @@ def test_errors(client: TestClient, builder: Builder) -> None:
     assert "mode" in error["message"]
     assert error["param"] == "mode"
     error_of(client.post("/v1/adapters/alice/merge", json={"mode": "exact", "scale": 2}), 400)
-    error_of(client.post("/v1/adapters/alice", json={}), 404)
-    error_of(client.post("/v1/adapters/merge", json={}), 404)
+    error_of(client.post("/v1/adapters/alice", json={}), 405)
+    error_of(client.post("/v1/adapters/merge", json={}), 405)
     builder.free = 2_400_000
     message = error_of(client.post("/v1/adapters/alice/merge", json={"mode": "exact"}), 400)["message"]
     assert "2000000 bytes" in message

@@ -28,7 +28,7 @@ STOP_S = 120
 started: list[Server] = []
 """Whose logs a failing test shows; conftest.py does."""
 
-_SERVING = re.compile(r"serving \S+ on (http://\S+)")
+_SERVING = re.compile(r"serving \S+ on (http://[^\s\"]+)")
 
 
 @dataclass

@@ -1,7 +1,9 @@
-"""What operators look at: ``/health``, ``/ready``, ``/metrics``, on a server that has really served something."""
+"""What operators look at: ``/health``, ``/ready``, ``/metrics`` and the log, on a server that has really served
+something."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests import dashboard
 from tests.e2e.adapters import host_bytes, write_adapter
 from tests.e2e.server_process import BASE, Server, complete, demo_flags, greedy, put_adapter, serving, wait_for
 
@@ -27,6 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(root: Path, base_cache: Path) -> Iterator[Server]:
     flags = [*demo_flags(base_cache), "--port", "0", "--adapter-root", str(root), "--max-device-adapters", "4"]
+    flags += ["--log-format", "json"]
     with serving(root / "server.log", *flags) as server:
         yield server
 
@@ -139,3 +143,37 @@ def test_what_is_loaded_and_refused_is_counted(client: httpx.Client, root: Path)
     after = scrape(client)
     assert value(after, "manylora_adapter_load_seconds_count", result="refused") == before + 1
     assert not mentions(after, "broken")
+
+
+def test_the_dashboard_asks_for_nothing_else(client: httpx.Client, root: Path) -> None:
+    put_adapter(client, "shown", write_adapter(root / "shown", seed=3))
+    assert complete(client, greedy("shown", PROMPT, 2)).status == 200
+    assert client.get("/v1/models").status_code == 200
+    samples = dashboard.exposed(client.get("/metrics").text)
+    asked_of = {one.metric for query in dashboard.queries() for one in dashboard.asked(query)}
+    # The series of what has not happened here come when it does.
+    missing = {name for name in asked_of if name not in samples}
+    assert missing <= {"manylora_rejected_total"}
+    assert {query: found for query in dashboard.queries() if (found := dashboard.unknown(query, samples))
+            and not missing & set(found)} == {}  # fmt: skip
+
+
+def test_every_line_of_the_log_is_json_and_a_request_has_one(client: httpx.Client, server: Server) -> None:
+    body = greedy(BASE, PROMPT, 5, n=2, stream=True)
+    with client.stream("POST", "/v1/completions", json=body, headers={"x-request-id": "the-one"}) as response:
+        response.read()
+    assert response.headers["x-request-id"] == "the-one"
+
+    def lines() -> list[dict[str, object]]:
+        found = [json.loads(line) for line in server.log_text().splitlines()]
+        return [line for line in found if line.get("request_id") == "the-one"]
+
+    wait_for(lambda: bool(lines()), 10, "the request's line")
+    [line] = lines()
+    assert (line["logger"], line["route"], line["status"]) == ("manylora.access", "/v1/completions", 200)
+    assert (line["model"], line["prompt_tokens"], line["completion_tokens"]) == (BASE, 8, 10)
+    assert line["finish_reasons"] == ["length", "length"]
+    for name in ("seconds", "queue_seconds", "ttft_seconds"):
+        assert isinstance(line[name], float)
+    assert line["queue_seconds"] <= line["ttft_seconds"] <= line["seconds"]  # type: ignore[operator]
+    assert PROMPT not in server.log_text()

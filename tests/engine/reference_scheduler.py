@@ -1,22 +1,42 @@
 """The scheduling rules again, slowly: everything is recomputed from plain lists at each step, pages are only counted.
 
-Written from the text atop server/engine/scheduler.py, to be compared with it plan by plan.
+Written from the text atop server/engine/scheduler.py, accounts.py and slot_turns.py, to be compared with them plan by
+plan.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from fractions import Fraction
 
 from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.scheduler import SchedulerConfig, Slots
+from manylora.server.engine.tenant import EVERYBODY, Tenant
 
 Row = tuple[str, int, int, tuple[int, ...]]
 """Request id, start, count, slots."""
 
 
 @dataclass(eq=False)
+class Party:
+    """A tenant."""
+
+    name: str
+    share: Fraction
+    clock: Fraction = Fraction(0)
+    seen: float = 0.0
+    started: int = 0
+    claimed: int = 0
+    virtual_time: int = 0
+    wanting: Job | None = None
+
+
+@dataclass(eq=False)
 class Job:
     name: str
+    party: Party
     adapters: list[AdapterRef]
     """Whose slots it takes."""
     flow: set[str]
@@ -24,11 +44,18 @@ class Job:
     number: int
     tag: int
     tokens: int
+    light: bool
     computed: int = 0
+    charged: int = 0
     pages: int = 0
     running: bool = False
     preempted: bool = False
+    denied_before: bool = False
     slots: tuple[int, ...] = ()
+
+    @property
+    def left(self) -> int:
+        return self.tokens - self.computed
 
     def importance(self) -> tuple[int, int]:
         return (self.priority, self.number)
@@ -37,25 +64,54 @@ class Job:
         return (self.priority, not self.preempted, self.tag, self.number)
 
 
+@dataclass
+class Scan:
+    """What a step's tries for slots have come to."""
+
+    denied: list[Job] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    resident: set[str] | None = None
+    """What was on the device when this was first asked for, or when a request was last denied."""
+
+
 class ReferenceScheduler:
-    def __init__(self, config: SchedulerConfig, slots: Slots) -> None:
+    def __init__(self, config: SchedulerConfig, slots: Slots, now: Callable[[], float] = lambda: 0.0) -> None:
         self.config = config
         self.slots = slots
+        self.now = now
         self.jobs: list[Job] = []
-        self.n_added = 0
-        self.virtual_time = 0
+        self.parties: list[Party] = []
+        self.n_added = self.n_started = self.n_claims = 0
+        self.holder: Party | None = None
+        self.turn_is_over = False
+        self.overtaken: Counter[str] = Counter()
+        self.was_express = False
+        self.seen: Counter[str] = Counter()
+        """How often which rule was applied, for the test that they all are."""
 
-    def add(self, name: str, adapters: list[AdapterRef], flow: set[str], priority: int, n_prompt: int) -> None:
-        ahead = [job.tag for job in self.waiting() if job.flow == flow]
-        tag = max([self.virtual_time, *ahead]) + 1
-        self.jobs.append(Job(name, adapters, flow, priority, self.n_added, tag, n_prompt))
-        self.n_added += 1
+    # --- what is there --------------------------------------------------------------------------------------------
 
-    def waiting(self) -> list[Job]:
-        return sorted((job for job in self.jobs if not job.running), key=Job.turn)
+    def waiting(self, party: Party | None = None) -> list[Job]:
+        jobs = [job for job in self.jobs if not job.running and party in (None, job.party)]
+        return sorted(jobs, key=Job.turn)
 
-    def running(self) -> list[Job]:
-        return sorted((job for job in self.jobs if job.running), key=Job.importance)
+    def running(self, party: Party | None = None) -> list[Job]:
+        return sorted((job for job in self.jobs if job.running and party in (None, job.party)), key=Job.importance)
+
+    def active(self) -> list[Party]:
+        return [party for party in self.parties if any(job.party is party for job in self.jobs)]
+
+    def share(self, party: Party, amount: int) -> int:
+        return max(1, int(amount * party.share / sum(other.share for other in self.active())))
+
+    def wants_more(self, party: Party) -> bool:
+        idle = [job for job in self.waiting(party) if not job.denied_before]
+        running = self.running(party)
+        return bool(idle) or len(running) > 1 or any(job.left > 1 for job in running)
+
+    def may_go_ahead(self, party: Party) -> bool:
+        hungry = [other.clock for other in self.active() if other is not party and self.wants_more(other)]
+        return all(party.clock <= clock + self.config.max_batch_tokens / party.share for clock in hungry)
 
     def pages_for(self, tokens: int) -> int:
         return (tokens + self.config.page_size - 1) // self.config.page_size
@@ -63,68 +119,256 @@ class ReferenceScheduler:
     def free_pages(self) -> int:
         return self.config.num_pages - sum(job.pages for job in self.jobs)
 
+    def has_room(self, job: Job, without: Collection[Job] = ()) -> bool:
+        others = [other for other in self.running() if other not in without]
+        owed = sum(self.pages_for(other.tokens) - other.pages for other in others)
+        freed = sum(other.pages for other in without)
+        return owed + len(others) + self.pages_for(job.tokens) <= self.free_pages() + freed
+
+    # --- what comes and goes --------------------------------------------------------------------------------------
+
+    def add(
+        self, name: str, adapters: list[AdapterRef], flow: set[str], priority: int, n_prompt: int,
+        tenant: Tenant = EVERYBODY,
+    ) -> None:  # fmt: skip
+        party = next((one for one in self.parties if one.name == tenant.name), None)
+        if party is None:
+            party = Party(tenant.name, Fraction(tenant.share))
+            self.parties.append(party)
+        party.seen = self.now()
+        if not self.waiting(party):
+            hungry = [other.clock for other in self.parties if other is not party and self.wants_more(other)]
+            if hungry:
+                party.clock = max(party.clock, min(hungry))
+        ahead = [job.tag for job in self.waiting(party) if job.flow == flow]
+        tag = max([party.virtual_time, *ahead]) + 1
+        unfinished = sum(job.left for job in self.jobs if job.party is party and (job.left > 1 or not job.running))
+        light = unfinished == 0 or unfinished + n_prompt <= self.config.max_batch_tokens
+        self.jobs.append(Job(name, party, adapters, flow, priority, self.n_added, tag, n_prompt, light))
+        self.n_added += 1
+
     def stop(self, job: Job) -> None:
         if job.running:
             for ref in job.adapters:
                 self.slots.release(ref)
         job.running, job.pages, job.computed, job.slots = False, 0, 0, ()
 
+    def preempt(self, job: Job) -> None:
+        self.stop(job)
+        job.preempted, job.light, job.tag = True, False, job.party.virtual_time
+
     def finish(self, name: str) -> None:
         job = next(job for job in self.jobs if job.name == name)
         self.stop(job)
         self.jobs.remove(job)
+        job.party.seen = self.now()
+        self.wants_no_more(job)
+
+    def start(self, job: Job, slots: tuple[int, ...]) -> None:
+        job.running, job.slots = True, slots
+        job.party.virtual_time = max(job.party.virtual_time, job.tag)
+        self.n_started += 1
+        job.party.started = self.n_started
+        self.wants_no_more(job)
+
+    def commit(self, rows: list[Row]) -> None:
+        for name, _start, count, _slots in rows:
+            job = next(job for job in self.jobs if job.name == name)
+            job.computed += count
+            job.party.clock += max(0, job.computed - job.charged) / job.party.share
+            job.charged = max(job.charged, job.computed)
+            job.tokens += job.computed == job.tokens
+
+    # --- a step ---------------------------------------------------------------------------------------------------
 
     def schedule(self) -> list[Row]:
+        since = self.now() - self.config.lately_s
+        if len(self.parties) > 1:
+            self.parties = [party for party in self.parties if party in self.active() or party.seen >= since]
+        self.put_clocks_forward()
+        guarded = len(self.parties) > 1
+        scan = Scan()
+        express = None if self.was_express or len(self.active()) < 2 else self.choose_express(scan)
+        self.was_express = express is not None
         counts: dict[Job, int] = {}
+        any_preempted = self.continue_running(counts, express, guarded)
+        if express is None and not any_preempted:
+            self.admit(counts, guarded, scan)
+        self.pass_the_claim_on()
+        self.seen["express"] += express is not None
+        self.seen["guarded"] += guarded
+        return [(job.name, job.computed, count, job.slots) for job, count in counts.items()]
+
+    def put_clocks_forward(self) -> None:
+        hungry = [party.clock for party in self.active() if self.wants_more(party)]
+        if len(self.active()) > 1 and hungry:
+            owed = 4 * self.config.max_batch_tokens / min(party.share for party in self.active())
+            for party in self.active():
+                self.seen["put forward"] += party.clock < max(hungry) - owed
+                party.clock = max(party.clock, max(hungry) - owed)
+
+    def for_prompts(self, party: Party, counts: dict[Job, int], express: Party | None, guarded: bool) -> int:
+        used = sum(counts.values())
+        left = self.config.max_batch_tokens - used
+        if express is not None:
+            return left if express is party else 0
+        if not guarded:
+            return left
+        own = self.share(party, self.config.tokens_if_guarded) - sum(
+            count for job, count in counts.items() if job.party is party
+        )
+        return min(left, max(0, own, self.config.tokens_if_guarded - used))
+
+    def continue_running(self, counts: dict[Job, int], express: Party | None, guarded: bool) -> bool:
         any_preempted = False
-        running = self.running()
-        decodes = [job for job in running if job.tokens - job.computed == 1]
+        # The order is that of the tenants' turns at the beginning of the step.
+        running = sorted(self.running(), key=lambda job: (job.party.clock, job.party.started, job.importance()))
+        decodes = [job for job in running if job.left == 1]
         for job in decodes + [job for job in running if job not in decodes]:
-            count = min(self.config.max_batch_tokens - sum(counts.values()), job.tokens - job.computed)
-            if not job.running or count == 0:
+            if not job.running:
+                continue
+            count = min(self.config.max_batch_tokens - sum(counts.values()), job.left)
+            if job.left > 1:
+                count = min(count, self.for_prompts(job.party, counts, express, guarded))
+            elif express is not None and job.party is not express and job is not self.running(job.party)[0]:
+                count = 0
+            if count == 0:
                 continue
             needed = self.pages_for(job.computed + count)
             while job.running and needed - job.pages > self.free_pages():
-                victim = self.running()[-1]
+                victim = self.memory_victim()
                 counts.pop(victim, None)
-                self.stop(victim)
-                victim.preempted, victim.tag, any_preempted = True, self.virtual_time, True
+                self.preempt(victim)
+                any_preempted = True
             if job.running:
                 job.pages = max(job.pages, needed)
                 counts[job] = count
-        if not any_preempted:
-            self.admit(counts)
-        rows = [(job.name, job.computed, count, job.slots) for job, count in counts.items()]
-        return rows
+        return any_preempted
 
-    def admit(self, counts: dict[Job, int]) -> None:
-        denied: list[Job] = []
-        missing: list[str] = []
-        for job in self.waiting():
-            budget = self.config.max_batch_tokens - sum(counts.values())
-            if budget == 0 or len(self.running()) == self.config.max_rows:
-                return
-            if job.adapters and denied:
-                if any(job.tag > other.tag + self.config.max_overtake for other in denied):
-                    continue
-                resident = {ref.version for ref in self.slots.resident()} - set(missing)
-                if any(ref.version not in resident for ref in job.adapters):
-                    continue
-            owed = sum(self.pages_for(other.tokens) - other.pages for other in self.running())
-            if owed + len(self.running()) + self.pages_for(job.tokens) > self.free_pages():
-                return
-            slots = self.take_slots(job, missing)
-            if slots is None:
-                denied.append(job)
+    def memory_victim(self) -> Job:
+        first_ones = [self.running(party)[0] for party in self.active() if self.running(party)]
+        if len(first_ones) == 1:
+            return self.running()[-1]
+        kept = min(first_ones, key=lambda job: job.number)
+        last_ones = [self.running(party)[-1] for party in self.active() if self.running(party)]
+        self.seen["memory of several"] += 1
+        return max(
+            (job for job in last_ones if job is not kept),
+            key=lambda job: (sum(one.pages for one in self.running(job.party)) / job.party.share, job.party.name),
+        )
+
+    def choose_express(self, scan: Scan) -> Party | None:
+        for party in sorted(self.active(), key=lambda party: (party.clock, party.started)):
+            if not self.may_go_ahead(party):
                 continue
-            job.slots = slots
-            job.running = True
-            self.virtual_time = max(self.virtual_time, job.tag)
-            counts[job] = min(budget, job.tokens)
-            job.pages = self.pages_for(counts[job])
+            fair = self.share(party, self.config.max_rows)
+            if len(self.running(party)) > fair:
+                continue
+            unfinished = [job for job in self.running(party) if job.light and job.left > 1]
+            for job in self.waiting(party):
+                full = sum(job.left for job in unfinished) >= self.config.max_batch_tokens
+                if not job.light or len(self.running(party)) >= fair or full:
+                    break
+                if not self.may_try(job, scan):
+                    continue
+                victims = self.in_the_way(job)
+                if victims is None:
+                    break
+                slots = self.take_slots(job, scan)
+                if slots is None:
+                    continue
+                for victim in victims:
+                    self.preempt(victim)
+                    self.seen["preempted for a light one"] += 1
+                self.start(job, slots)
+                unfinished.append(job)
+            if unfinished:
+                return party
+        return None
 
-    def take_slots(self, job: Job, missing: list[str]) -> tuple[int, ...] | None:
-        """Slots of all its adapters, or none and the ``missing`` ones noted."""
+    def in_the_way(self, job: Job) -> list[Job] | None:
+        victims: list[Job] = []
+        own = sum(one.pages for one in self.running(job.party)) + self.pages_for(job.tokens)
+        while True:
+            others = [one for one in self.running() if one not in victims]
+            if len(others) >= self.config.max_rows:
+                amount = {party: len([one for one in others if one.party is party]) for party in self.active()}
+                total = self.config.max_rows
+            elif not self.has_room(job, victims):
+                amount = {party: sum(one.pages for one in others if one.party is party) for party in self.active()}
+                total = self.config.num_pages
+                if own > self.share(job.party, total):
+                    return None
+            else:
+                return victims
+            over = [
+                party
+                for party in self.active()
+                if party is not job.party
+                and amount[party] > self.share(party, total)
+                and sum(one.party is party for one in others) > 1
+            ]
+            if not over:
+                return None
+            most = max(over, key=lambda party: (amount[party] / party.share, party.name))
+            victims.append(max((one for one in others if one.party is most), key=Job.importance))
+
+    def admit(self, counts: dict[Job, int], guarded: bool, scan: Scan) -> None:
+        max_rows = self.config.rows_if_guarded if guarded else self.config.max_rows
+        done: list[Job] = []
+        while len(self.running()) < max_rows and sum(counts.values()) < self.config.max_batch_tokens:
+
+            def turn(job: Job) -> tuple[Fraction, int, int]:
+                party = job.party
+                planned = sum(count for other, count in counts.items() if other.party is party)
+                return (party.clock + planned / party.share, party.started, self.parties.index(party))
+
+            tried = [
+                job
+                for job in self.waiting()
+                if job not in done and self.for_prompts(job.party, counts, None, guarded) > 0
+            ]
+            if not tried:
+                return
+            job = min(tried, key=turn)  # the first of its tenant, as ``tried`` is sorted
+            done.append(job)
+            if not self.may_try(job, scan):
+                continue
+            if not self.has_room(job):
+                return
+            slots = self.take_slots(job, scan)
+            if slots is not None:
+                self.start(job, slots)
+                counts[job] = min(self.for_prompts(job.party, counts, None, guarded), job.left)
+                job.pages = self.pages_for(counts[job])
+
+    # --- slots ----------------------------------------------------------------------------------------------------
+
+    def may_try(self, job: Job, scan: Scan) -> bool:
+        if not job.adapters:
+            return True
+        foreign = self.holder is not None and self.holder is not job.party
+        if not foreign and not scan.denied:
+            return True
+        if scan.resident is None:
+            scan.resident = {ref.version for ref in self.slots.resident()}
+        is_there = all(ref.version in scan.resident - set(scan.missing) for ref in job.adapters)
+        if foreign:
+            if not is_there:
+                self.want(job)
+            if not is_there or self.overtaken[job.party.name] >= self.config.max_overtake:
+                self.seen["held for a claim"] += 1
+                return False
+        late = [other for other in scan.denied if other.party is job.party]
+        return is_there and not any(job.tag > other.tag + self.config.max_overtake for other in late)
+
+    def want(self, job: Job) -> None:
+        wanting = job.party.wanting
+        if wanting is None or job.turn() < wanting.turn():
+            job.party.wanting = job
+
+    def take_slots(self, job: Job, scan: Scan) -> tuple[int, ...] | None:
+        """Slots of all its adapters, or none and the missing ones noted."""
         resident = {ref.version for ref in self.slots.resident()}
         got: dict[int, int] = {}
         for there_already in (True, False):
@@ -132,17 +376,32 @@ class ReferenceScheduler:
                 if (ref.version in resident) == there_already:
                     slot = self.slots.acquire(ref)
                     if slot is None:
-                        missing.append(ref.version)
+                        scan.missing.append(ref.version)
                     else:
                         got[i] = slot
         if len(got) == len(job.adapters):
+            if job.adapters and self.holder not in (None, job.party):
+                self.overtaken[job.party.name] += 1
             return tuple(got[i] for i in range(len(job.adapters)))
         for i in got:
             self.slots.release(job.adapters[i])
+        scan.denied.append(job)
+        scan.resident = {ref.version for ref in self.slots.resident()}
+        job.denied_before = True
+        self.want(job)
         return None
 
-    def commit(self, rows: list[Row]) -> None:
-        for name, _start, count, _slots in rows:
-            job = next(job for job in self.jobs if job.name == name)
-            job.computed += count
-            job.tokens += job.computed == job.tokens
+    def wants_no_more(self, job: Job) -> None:
+        if job.party.wanting is job:
+            job.party.wanting = None
+            self.turn_is_over = self.turn_is_over or job.party is self.holder
+
+    def pass_the_claim_on(self) -> None:
+        if self.turn_is_over:
+            self.holder, self.turn_is_over = None, False
+        wanting = [party for party in self.parties if party.wanting is not None]
+        if self.holder is None and wanting:
+            self.holder = min(wanting, key=lambda party: party.claimed)
+            self.n_claims += 1
+            self.holder.claimed = self.n_claims
+            self.overtaken.clear()

@@ -124,6 +124,39 @@ def test_a_decoder_that_is_not_understood_is_asked_instead() -> None:
     assert isinstance(vocabulary_for(tokenizer), WindowVocabulary)
 
 
+# --- special tokens that are shown ------------------------------------------------------------------------------------
+
+
+def shown(vocabulary: Vocabulary, token_ids: list[int], *ids: int, skip: bool = True) -> str:
+    stream = vocabulary.stream(skip_special_tokens=skip, shown=frozenset(ids))
+    return "".join([*(stream.feed(token) for token in token_ids), stream.flush()])
+
+
+def test_some_special_tokens_can_be_shown(smollm2_tokenizer: Any) -> None:
+    """The marks of tool calls are, while all others are skipped."""
+    start, end = smollm2_tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    token_ids = [start, *smollm2_tokenizer.encode("é 🙂"), end]
+    fast = vocabulary_for(smollm2_tokenizer)
+    assert isinstance(fast, ByteLevelVocabulary)
+    window = WindowVocabulary(
+        lambda ids, skip: decode(smollm2_tokenizer, list(ids), skip_special_tokens=skip), fast.special_ids
+    )
+    for vocabulary in (fast, window):
+        assert shown(vocabulary, token_ids) == "é 🙂"
+        assert shown(vocabulary, token_ids, start) == "<|im_start|>é 🙂"
+        assert shown(vocabulary, token_ids, start, end) == "<|im_start|>é 🙂<|im_end|>"
+        assert shown(vocabulary, token_ids, start, skip=False) == "<|im_start|>é 🙂<|im_end|>"
+
+
+def test_some_special_tokens_of_byte_fallback_can_be_shown() -> None:
+    tokenizer = _SentencePiece(strips=False)
+    [end] = tokenizer.backend_tokenizer.encode("</s>").ids
+    vocabulary = vocabulary_for(tokenizer)
+    assert isinstance(vocabulary, ByteFallbackVocabulary)
+    assert shown(vocabulary, [end, end]) == ""
+    assert shown(vocabulary, [end, end], end) == "</s></s>"
+
+
 # --- stop strings -----------------------------------------------------------------------------------------------------
 
 

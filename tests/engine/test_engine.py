@@ -115,7 +115,7 @@ def test_a_refused_request_stays_the_callers() -> None:
                 setup, request(prompt=range(45), max_tokens=6, adapter=A), PromptTooLong, "45 tokens.* 51 .*50"
             )
             await refuse(setup, request(prompt=[]), InvalidRequest, "no tokens")
-            await refuse(setup, request(max_tokens=0), InvalidRequest, "max_tokens must be at least 1, got 0")
+            await refuse(setup, request(max_tokens=-1), InvalidRequest, "max_tokens must not be negative, got -1")
             setup.scheduler._slots = None
             await refuse(setup, request(adapter=A), AdaptersNeverFit, "without adapters")
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 from prometheus_client import REGISTRY
@@ -8,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from manylora.server.engine.metrics import OTHER, EngineStats, Metrics
 from manylora.server.engine.request import RequestTimes
+from manylora.server.engine.usage_series import ANYBODY, TenantUsage
 from tests.fakes import adapter
 
 A, B = adapter("a"), adapter("b")
@@ -38,9 +40,16 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
     return samples(metrics)[name, frozenset(labels.items())]
 
 
-def end(metrics: Metrics, ref: object = None, reason: str = "stop", *, generated: int = 10) -> None:
+def end(metrics: Metrics, ref: object = None, reason: str = "stop", *, generated: int = 10, tenant: str = "") -> None:
     times = RequestTimes(arrived=100.0, scheduled=101.0, first_token=103.0, ended=110.0)
-    metrics.request_ended([] if ref is None else [ref], reason, times, prompt_tokens=5, generation_tokens=generated)
+    metrics.request_ended(
+        [] if ref is None else [ref],
+        reason,
+        times,
+        prompt_tokens=5,
+        generation_tokens=generated,
+        tenant=tenant,
+    )
 
 
 def test_vllms_names_are_there_from_the_start() -> None:
@@ -205,3 +214,77 @@ def test_nothing_is_registered_globally() -> None:
     Metrics("one")
     Metrics("two")
     assert not [family.name for family in REGISTRY.collect() if family.name.startswith(("vllm", "manylora"))]
+
+
+def test_the_prefix_cache() -> None:
+    metrics = Metrics("base")
+    metrics.bind(lambda: replace(STATS, prefix_queries=30, prefix_hits=12))
+    assert value(metrics, "vllm:prefix_cache_queries_total", model_name="base") == 30
+    assert value(metrics, "vllm:prefix_cache_hits_total", model_name="base") == 12
+    assert (STATS.prefix_queries, STATS.prefix_hits) == (0, 0)
+
+
+def tenants(metrics: Metrics) -> set[str]:
+    return {dict(labels)["tenant"] for _name, labels in samples(metrics) if "tenant" in dict(labels)}
+
+
+def test_series_of_a_tenant() -> None:
+    metrics = Metrics("base")
+    end(metrics, A, tenant="acme")
+    end(metrics, tenant="acme", reason="length")
+    end(metrics, B)
+    assert value(metrics, "manylora_tenant_prompt_tokens_total", tenant="acme") == 10
+    assert value(metrics, "manylora_tenant_generation_tokens_total", tenant="acme") == 20
+    assert value(metrics, "manylora_tenant_requests_total", tenant="acme", finished_reason="length") == 1
+    assert value(metrics, "manylora_tenant_queue_seconds_count", tenant="acme") == 2
+    assert value(metrics, "manylora_tenant_queue_seconds_sum", tenant="acme") == 2
+    assert value(metrics, "manylora_tenant_requests_total", tenant=ANYBODY, finished_reason="stop") == 1
+
+
+def test_a_prompt_that_was_never_computed_is_not_counted_for_its_tenant() -> None:
+    metrics = Metrics("base")
+    times = RequestTimes(arrived=100.0, scheduled=None, first_token=None, ended=104.0)
+    metrics.request_ended([], "abort", times, prompt_tokens=5, generation_tokens=0, tenant="acme")
+    assert value(metrics, "manylora_tenant_prompt_tokens_total", tenant="acme") == 0
+
+
+def test_the_number_of_tenants_is_bounded() -> None:
+    metrics = Metrics("base", max_tenant_series=3)
+    for i in range(10):
+        end(metrics, tenant=f"t{i}")
+    assert tenants(metrics) == {OTHER, "t0", "t1", "t2"}
+    assert value(metrics, "manylora_tenant_generation_tokens_total", tenant=OTHER) == 70
+
+
+def test_series_of_a_tenant_go_and_do_not_come_back_with_its_last_request() -> None:
+    metrics = Metrics("base")
+    for name in ("a", "b", ""):
+        end(metrics, tenant=name)
+    metrics.retain_tenants({"b", "c"})
+    assert tenants(metrics) == {"b", ANYBODY}
+    end(metrics, tenant="a")
+    end(metrics, tenant="c")
+    assert tenants(metrics) == {"b", "c", ANYBODY, OTHER}
+    assert [metrics.tenant_label(name) for name in ("a", "b", "")] == [OTHER, "b", ANYBODY]
+
+
+def test_a_file_of_more_tenants_than_may_have_series() -> None:
+    metrics = Metrics("base", max_tenant_series=2)
+    metrics.retain_tenants({"c", "a", "b"})
+    for name in ("a", "b", "c"):
+        end(metrics, tenant=name)
+    assert tenants(metrics) == {"a", "b", OTHER}
+
+
+def test_a_tenant_that_goes_while_its_request_is_being_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file of keys is read on one thread and requests end on another."""
+    usage = TenantUsage(limit=10)
+    usage.of("a")
+
+    def label(name: str) -> str:
+        usage.retain(["b"])
+        return name
+
+    monkeypatch.setattr(usage, "label", label)
+    usage.of("a").add("stop", 0.0, 1, 1)
+    assert [sample.labels for family in usage.collect() for sample in family.samples] == []

@@ -237,8 +237,8 @@ def test_aborting_the_queue_gives_back_the_turns_it_had_reserved() -> None:
     ("made", "message"),
     [
         (request(prompt=range(60), max_tokens=5), "60 \\+ 5 tokens do not fit into 64"),
-        (request(prompt=[]), "at least 1 prompt token"),
-        (request(max_tokens=0), "at least 1 prompt token and 1 output token, got 3 and 0"),
+        (request(prompt=[]), "needs a prompt"),
+        (request(max_tokens=-1), "a prompt and a number of output tokens, got 3 and -1"),
         (request(adapter=A), "runs without adapters"),
     ],
 )

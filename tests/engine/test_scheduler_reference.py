@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.request import AdapterUse, Request, StepPlan
 from manylora.server.engine.scheduler import Scheduler, SchedulerConfig
+from manylora.server.engine.tenant import EVERYBODY, Tenant
 from tests.engine.reference_scheduler import ReferenceScheduler, Row
 from tests.fakes import FakeSlots, adapter, request
 
@@ -29,20 +30,35 @@ class Workload:
         return [request for requests in self.arrivals.values() for request in requests]
 
 
-def random_workload(seed: int) -> Workload:
-    """Small limits, so that every one of them is hit: rows, budget, pages, slots."""
+def random_workload(seed: int, *, tenants: bool = False) -> Workload:
+    """Small limits, so that every one of them is hit: rows, budget, pages, slots. With ``tenants``, several, whose
+    shares are powers of two: sums and quotients by them are exact."""
     rng = random.Random(seed)
     page_size = rng.randint(1, 4)
     max_rows = rng.randint(1, 5)
     largest = rng.randint(4, 24)
+    max_batch_tokens = max_rows + rng.choice([0, 2, 30])
     config = SchedulerConfig(
         max_rows=max_rows,
-        max_batch_tokens=max_rows + rng.choice([0, 2, 30]),
+        max_batch_tokens=max_batch_tokens,
         num_pages=-(-largest // page_size) + rng.choice([0, 1, 4, 30]),
         page_size=page_size,
         max_context=largest,
         max_overtake=rng.choice([0, 1, 4]),
     )
+    who = [EVERYBODY]
+    if tenants:
+        config = replace(
+            config,
+            guarded_tokens=rng.choice([1, max_rows, max_batch_tokens]),
+            reserved_rows=rng.choice([0, 0, max_rows - 1]),
+            lately_s=rng.choice([0.0, 5.0, 1e9]),
+        )
+        who = [Tenant(f"t{i}", rng.choice([0.5, 1.0, 1.0, 4.0])) for i in range(rng.randint(2, 5))]
+    busy = [rng.random() ** 3 for _ in who]
+    first_floods = tenants and rng.random() < 0.6
+    if first_floods:
+        busy = [1.0, *(0.2 for _ in who[1:])]
     n_adapters = rng.choice([0, 1, 3, 6])
     adapters = [adapter(f"a{i}") for i in range(n_adapters)]
     adapters += [adapter(f"alias-of-{ref.name}", ref.version) for ref in adapters[:2]]
@@ -62,7 +78,11 @@ def random_workload(seed: int) -> Workload:
             merged=object() if rng.random() < 0.1 else None,
             priority=rng.choice([0, 0, 0, 1, -1]),
         )
+        if tenants:
+            made.tenant = rng.choices(who, busy)[0]
         step = rng.choice([0, rng.randint(0, 40)])
+        if first_floods:
+            step = 0 if made.tenant is who[0] else rng.randint(3, 40)
         arrivals.setdefault(step, []).append(made)
         if rng.random() < 0.1:
             aborts.setdefault(step + rng.randint(0, 20), []).append(made.request_id)
@@ -75,8 +95,11 @@ class Run:
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
         self.slots = FakeSlots(workload.max_slots, latency=workload.latency)
-        self.scheduler = Scheduler(workload.config, self.slots)
-        self.reference = ReferenceScheduler(workload.config, FakeSlots(workload.max_slots, latency=workload.latency))
+        self.now = 0
+        self.scheduler = Scheduler(workload.config, self.slots, clock=lambda: self.now)
+        self.reference = ReferenceScheduler(
+            workload.config, FakeSlots(workload.max_slots, latency=workload.latency), lambda: self.now
+        )
         self.live: dict[str, Request] = {}
         self.ended: list[str] = []
         self.refused: list[str] = []
@@ -86,6 +109,7 @@ class Run:
         limit = 100 + sum(r.num_tokens + r.params.max_tokens + 10 for r in self.workload.requests) * 3
         last_arrival = max(self.workload.arrivals)
         for step in range(limit):
+            self.now = step
             self.arrive(step)
             self.one_step()
             if step >= last_arrival and not self.live:
@@ -102,7 +126,7 @@ class Run:
             refs = [use.ref for use in new.adapters]
             flow = {ref.version for ref in refs}
             needed = refs if new.merged is None else []
-            self.reference.add(new.request_id, needed, flow, new.priority, len(new.prompt_token_ids))
+            self.reference.add(new.request_id, needed, flow, new.priority, len(new.prompt_token_ids), new.tenant)
         for request_id in self.workload.aborts.get(step, []):
             if request_id in self.live:
                 self.end(request_id)
@@ -153,15 +177,34 @@ def needed_by(one: Request) -> list[str]:
     return [use.ref.version for use in one.adapters] if one.merged is None else []
 
 
+def run_to_the_end(workload: Workload) -> Run:
+    run = Run(workload)
+    run.to_the_end()
+    assert sorted(run.ended + run.refused) == sorted(r.request_id for r in workload.requests)
+    assert run.scheduler.pool.num_used == 0
+    assert run.slots.references.total() == 0
+    assert not any(account.last_tags for account in run.scheduler._accounts), "flows are remembered for ever"
+    return run
+
+
 @pytest.mark.parametrize("block", range(8))
 def test_random_workloads(block: int) -> None:
     for seed in range(block * 50, block * 50 + 50):
-        run = Run(random_workload(seed))
-        run.to_the_end()
-        assert sorted(run.ended + run.refused) == sorted(r.request_id for r in run.workload.requests), f"seed {seed}"
-        assert run.scheduler.pool.num_used == 0
-        assert run.slots.references.total() == 0
-        assert run.scheduler._last_tags == {}, "flows are remembered for ever"
+        run_to_the_end(random_workload(seed))
+
+
+def test_random_workloads_of_several_tenants() -> None:
+    """Every rule is applied in them, or the comparison would not be worth much."""
+    seen: Counter[str] = Counter()
+    for seed in range(160):
+        run = run_to_the_end(random_workload(seed, tenants=True))
+        seen += run.reference.seen
+        run.now += 10**10
+        run.scheduler.add(request("last", [1], max_tokens=1, tenant=Tenant("another")))
+        run.scheduler.schedule()
+        assert len(list(run.scheduler._accounts)) == 1, "tenants are remembered for ever"
+    assert min(seen[rule] for rule in ("express", "guarded", "put forward", "held for a claim")) >= 100, seen
+    assert min(seen[rule] for rule in ("memory of several", "preempted for a light one")) >= 5, seen
 
 
 def test_the_workloads_hit_every_limit() -> None:

@@ -61,6 +61,17 @@ def test_special_tokens(tokenizer: Tokenizer) -> None:
     assert tokenizer.eos_token_ids == (300, 258)  # the config's first, then the tokenizer's own
 
 
+def test_spaces_between_special_tokens(tokenizer: Tokenizer, sentencepiece: Tokenizer) -> None:
+    """The two kinds that models have put none there; one without a decoder joins all tokens with spaces."""
+    assert not tokenizer.spaces_special_tokens
+    assert not sentencepiece.spaces_special_tokens
+    backend = Backend(models.WordLevel(vocab={"a": 0, "<s>": 1}, unk_token="a"))
+    spaced = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    assert Tokenizer(spaced).spaces_special_tokens
+    plain = Backend(models.WordLevel(vocab={"a": 0}, unk_token="a"))
+    assert not Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=plain)).spaces_special_tokens
+
+
 def test_ids_without_a_token_are_empty(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 260
     assert tokenizer.token_bytes(319) == b""

@@ -1,0 +1,450 @@
+"""Tenants in the scheduler: no flood of one delays another, and nobody starves. Rules 6 to 8, by example and at random.
+
+The comparison with the slow scheduler is in test_scheduler_reference.py.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from itertools import count
+
+import pytest
+
+from manylora.server.engine.request import Request, RequestState
+from manylora.server.engine.scheduler import Scheduler, SchedulerConfig
+from manylora.server.engine.tenant import Tenant
+from tests.engine.test_scheduler import add, complete, names, step
+from tests.fakes import FakeSlots, adapter, request
+
+FLOOD, B, C = Tenant("flood"), Tenant("b"), Tenant("c")
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def scheduler(slots: FakeSlots | None = None, clock: Clock | None = None, **limits: int) -> Scheduler:
+    """The sizes of the server on a CPU, unless given."""
+    config = SchedulerConfig(**{"max_rows": 32, "max_batch_tokens": 256, "num_pages": 2000, **limits})
+    return Scheduler(config, slots, clock=clock or Clock())
+
+
+class Stream:
+    """Requests of a tenant without end, all alike."""
+
+    def __init__(self, tenant: Tenant, prompt: int, max_tokens: int, **fields: object) -> None:
+        self._tenant = tenant
+        self._made = (
+            request(f"{tenant.name}{i}", range(prompt), max_tokens=max_tokens, tenant=tenant, **fields) for i in count()
+        )
+
+    def add(self, it: Scheduler) -> None:
+        it.add(next(self._made))
+
+    def flood(self, it: Scheduler, waiting: int = 200) -> None:
+        """Have this many of them waiting."""
+        for _ in range(waiting - sum(one.tenant is self._tenant for one in it.waiting())):
+            self.add(it)
+
+
+def run(it: Scheduler, steps: int) -> Counter[str]:
+    """Tokens computed for each tenant."""
+    tokens: Counter[str] = Counter()
+    for _ in range(steps):
+        plan = it.schedule()
+        tokens.update({row.request.tenant.name: 0 for row in plan.rows})
+        for row in plan.rows:
+            tokens[row.request.tenant.name] += row.count
+        complete(it, plan)
+    return tokens
+
+
+def rows_of(it: Scheduler, tenant: Tenant) -> list[Request]:
+    return [one for one in it.running() if one.tenant is tenant]
+
+
+# --- a flood of others does not delay a light request --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", [3, 40, 250, 700])
+@pytest.mark.parametrize("pages", [2000, 120], ids=["much memory", "little memory"])
+def test_a_flood_cannot_delay_a_light_request_by_a_step(prompt: int, pages: int) -> None:
+    """The very next step has all of its prompt that fits into one, and of the flood a single row."""
+    rng = random.Random(prompt + pages)
+    it = scheduler(num_pages=pages)
+    source = Stream(FLOOD, prompt, 40)
+    source.flood(it)
+    for i in range(25):
+        for _ in range(rng.randint(30, 60)):
+            run(it, 1)
+            source.flood(it)
+        n_prompt = rng.randint(1, 120)
+        light = request(f"light{i}", range(n_prompt), max_tokens=rng.randint(1, 20), tenant=B)
+        it.add(light)
+        plan = it.schedule()
+        assert {row.request.request_id: row.count for row in plan.rows}[light.request_id] == n_prompt
+        assert sum(row.request.tenant is FLOOD for row in plan.rows) <= 1
+        assert plan.num_tokens <= n_prompt + 1 + len(rows_of(it, B))
+        complete(it, plan)
+        it.check_integrity()
+
+
+def test_the_first_light_request_of_all_waits_no_longer() -> None:
+    """The flood has every row and nobody else was ever there."""
+    it = scheduler()
+    Stream(FLOOD, 8, 500).flood(it)
+    run(it, 50)
+    assert it.num_running == 32
+    add(it, request("light", range(64), tenant=B))
+    plan = it.schedule()
+    assert sorted(row.count for row in plan.rows) == [1, 64]
+    assert it.counts.preemptions == 1
+
+
+def test_a_step_that_a_light_request_finds_is_short_while_its_tenant_is_here_or_was_lately() -> None:
+    clock = Clock()
+    it = scheduler(clock=clock)
+    source = Stream(FLOOD, 500, 2)
+    source.flood(it, 20)
+    assert run(it, 1)["flood"] == 256
+    add(it, request("first", range(5), max_tokens=1, tenant=B))
+    run(it, 1)
+    for clock.now in range(60):
+        assert run(it, 1)["flood"] == 16  # nobody else is here, but B was
+        source.flood(it, 20)
+    clock.now = 61
+    assert run(it, 1)["flood"] == 256
+
+
+def test_several_light_requests_start_together_while_they_fit_into_a_step() -> None:
+    it = scheduler()
+    Stream(FLOOD, 8, 500).flood(it)
+    run(it, 50)
+    add(it, *(request(f"light{i}", range(100), tenant=B) for i in range(4)))
+    plan = it.schedule()
+    assert sorted(row.count for row in plan.rows) == [1, 100, 100]
+    assert it.counts.preemptions == 2
+
+
+def test_lights_of_two_tenants_wait_for_each_other_and_one_ordinary_step() -> None:
+    it = scheduler()
+    Stream(FLOOD, 8, 500).flood(it)
+    run(it, 50)
+    add(it, request("b", range(50), tenant=B), request("c", range(50), tenant=C))
+    assert ("b", 0, 50) in step(it)
+    assert len(step(it)) == 32
+    assert ("c", 0, 50) in step(it)
+
+
+def test_a_flood_is_not_light_but_for_its_first() -> None:
+    it = scheduler()
+    Stream(FLOOD, 8, 500).flood(it)
+    run(it, 50)
+    add(it, *(request(f"b{i}", range(60), max_tokens=500, tenant=B) for i in range(100)))
+    plan = it.schedule()
+    assert sum(row.request.tenant is B for row in plan.rows) == 4
+    complete(it, plan)
+    preempted = it.counts.preemptions
+    run(it, 100)
+    assert it.counts.preemptions == preempted
+
+
+class Served:
+    """A server in which a step takes ``fixed + each * tokens`` seconds: one light request a second, for two minutes."""
+
+    def __init__(self, fixed: float, each: float, prompt: int, *, flooded: bool) -> None:
+        clock = Clock()
+        it = scheduler(clock=clock)
+        source = Stream(FLOOD, 64, 64)
+        rng = random.Random(1)
+        coming = [(5 + i + rng.random(), request(f"r{i}", range(prompt), tenant=B)) for i in range(120)]
+        arrived: dict[Request, float] = {}
+        self.first: list[float] = []
+        """Seconds to the first token of each."""
+        self.flooded = 0
+        """Tokens of the flood in the second minute."""
+        while coming or it.num_running:
+            while coming and coming[0][0] <= clock.now:
+                when, one = coming.pop(0)
+                it.add(one)
+                arrived[one] = when
+            if flooded and coming:
+                source.flood(it, 170)
+            plan = it.schedule()
+            clock.now = clock.now + fixed + each * plan.num_tokens if plan.rows else coming[0][0]
+            complete(it, plan)
+            if clock.now > 65:
+                self.flooded += sum(row.count for row in plan.rows if row.request.tenant is FLOOD)
+            self.first += [clock.now - arrived.pop(r) for r in list(arrived) if r.output_token_ids]
+        self.first.sort()
+        self.p95 = self.first[int(len(self.first) * 0.95)]
+
+
+@pytest.mark.parametrize("each", [0.002, 0.0045], ids=["fast", "slow"])
+@pytest.mark.parametrize("prompt", [32, 64])
+def test_the_first_token_beside_a_flood_comes_in_twice_the_time_it_takes_on_an_idle_server(
+    each: float, prompt: int
+) -> None:
+    """In a server as fast as two cores with the demo base, and as that was on a slower day."""
+    idle, beside = (Served(0.014, each, prompt, flooded=flooded) for flooded in (False, True))
+    assert beside.p95 < 2 * idle.p95
+    assert beside.flooded > 60 * 80
+
+
+def test_who_wants_more_than_its_half_waits_and_the_flood_has_the_other() -> None:
+    """200 tokens a second can be computed, and 144 are asked for; the flood's half is not given away."""
+    beside = Served(0.014, 0.0045, 128, flooded=True)
+    assert beside.flooded > 60 * 80
+    assert beside.first[60] > 5
+
+
+# --- and the flood goes on -----------------------------------------------------------------------------------------
+
+
+def test_rows_are_taken_from_the_youngest_of_who_has_most_for_its_share_and_never_below_it() -> None:
+    it = scheduler(guarded_tokens=256, reserved_rows=0)
+    twice = Tenant("twice", share=2.0)
+    Stream(twice, 8, 5000).flood(it)
+    run(it, 40)
+    light = Stream(C, 8, 5000)
+    for expected in range(31, 20, -1):
+        youngest = max(rows_of(it, twice), key=lambda one: int(one.request_id[len("twice") :]))
+        light.add(it)
+        run(it, 6)
+        assert len(rows_of(it, twice)) == max(expected, 22)
+        if expected >= 22:
+            assert youngest.state is RequestState.WAITING
+    assert len(rows_of(it, C)) == 10  # a third of 32
+    assert all(one.num_preemptions <= 1 for one in it.waiting())
+
+
+def test_pages_are_taken_from_who_is_over_its_share_of_them() -> None:
+    it = scheduler(num_pages=100, page_size=16)
+    Stream(FLOOD, 100, 200).flood(it, 10)
+    run(it, 60)
+    assert it.pool.num_free < 30
+    large = request("large", range(30 * 16), max_tokens=16, tenant=B)
+    it.add(large)
+    oldest = it.running()[0]
+    run(it, 1)
+    assert large.state is RequestState.RUNNING
+    assert oldest.state is RequestState.RUNNING
+    # More than half of the memory is not taken from others: it waits its turn.
+    huge = request("huge", range(60 * 16), max_tokens=16, tenant=C)
+    preempted = it.counts.preemptions
+    it.add(huge)
+    run(it, 1)
+    assert huge.state is RequestState.WAITING
+    assert it.counts.preemptions == preempted
+    run(it, 1500)
+    assert huge.state is RequestState.FINISHED
+
+
+def test_light_requests_without_end_leave_the_flood_its_half() -> None:
+    it = scheduler()
+    source, lights = Stream(FLOOD, 50, 50), Stream(B, 100, 1)
+    source.flood(it)
+    run(it, 50)
+    tokens: Counter[str] = Counter()
+    for _ in range(3000):
+        if not any(one.tenant is B for one in [*it.waiting(), *it.running()]):
+            lights.add(it)
+        tokens += run(it, 1)
+        source.flood(it)
+    assert 0.9 < tokens["b"] / tokens["flood"] < 1.1
+
+
+@pytest.mark.parametrize(("first", "second"), [(1.0, 1.0), (3.0, 1.0), (0.1, 0.4)])
+def test_two_floods_share_by_weight(first: float, second: float) -> None:
+    it = scheduler()
+    parties = [Tenant("x", first), Tenant("y", second)]
+    sources = [Stream(parties[0], 30, 100), Stream(parties[1], 200, 10)]
+    sources[0].flood(it)
+    run(it, 100)
+    tokens: Counter[str] = Counter()
+    for i in range(2500):
+        for source in sources:
+            source.flood(it, 20)
+        done = run(it, 1)
+        if i >= 500:
+            tokens += done
+    assert tokens["x"] / tokens["y"] == pytest.approx(first / second, rel=0.1)
+
+
+def test_nothing_is_saved_up_while_away() -> None:
+    it = scheduler()
+    source, other = Stream(FLOOD, 20, 20), Stream(B, 20, 20)
+    other.add(it)
+    for _ in range(2000):
+        source.flood(it, 50)
+        run(it, 1)
+    tokens: Counter[str] = Counter()
+    for _ in range(200):
+        source.flood(it, 50)
+        other.flood(it, 50)
+        tokens += run(it, 1)
+    assert tokens["b"] < 1.5 * tokens["flood"]
+
+
+def test_nothing_is_saved_up_while_waiting_for_an_adapter() -> None:
+    """B waits for an upload that never ends, and its base requests get their half meanwhile, no more."""
+    it = scheduler(FakeSlots(1, latency=10**6))
+    source, other = Stream(FLOOD, 20, 20), Stream(B, 20, 20)
+    add(it, request("stuck", adapter=adapter("stuck"), tenant=B))
+    for _ in range(2000):
+        source.flood(it, 50)
+        run(it, 1)
+    tokens: Counter[str] = Counter()
+    for _ in range(400):
+        source.flood(it, 50)
+        other.flood(it, 50)
+        tokens += run(it, 1)
+    assert tokens["b"] < 1.5 * tokens["flood"]
+
+
+def test_every_tenants_most_important_request_runs_in_at_least_every_second_step() -> None:
+    rng = random.Random(5)
+    it = scheduler(max_rows=8, max_batch_tokens=64, num_pages=100, guarded_tokens=8)
+    sources = [Stream(Tenant(f"t{i}"), rng.randint(1, 90), rng.randint(1, 30)) for i in range(6)]
+    idle: Counter[str] = Counter()
+    for _ in range(1500):
+        for source in sources:
+            if rng.random() < 0.1:
+                source.add(it)
+        plan = it.schedule()
+        rows = {row.request for row in plan.rows}
+        first = {}
+        for one in it.running():
+            first.setdefault(one.tenant, one)
+        for one in first.values():
+            decodes = one.num_tokens - one.num_computed == 1
+            idle[one.request_id] = 0 if one in rows or not decodes else idle[one.request_id] + 1
+            assert idle[one.request_id] == 0, "it decodes, and is the tenant's most important one"
+        complete(it, plan)
+    while it.num_running or it.num_waiting:
+        step(it)
+    it.check_integrity()
+    assert it.pool.num_used == 0
+
+
+@pytest.mark.parametrize("n_tenants", [2, 5])
+def test_nobody_starves(n_tenants: int) -> None:
+    """Floods and light ones, large and small, with more adapters than slots, and little memory; those that were there
+    first end although others never stop coming."""
+    rng = random.Random(n_tenants)
+    slots = FakeSlots(2, latency=2)
+    it = scheduler(slots, max_rows=6, max_batch_tokens=32, num_pages=60, page_size=4, guarded_tokens=8, max_overtake=1)
+    tenants = [Tenant(f"t{i}", rng.choice([0.2, 1.0, 5.0])) for i in range(n_tenants)]
+    refs = [None, None, *(adapter(f"a{i}") for i in range(5))]
+
+    def made(name: str) -> Request:
+        return request(
+            name, range(rng.choice([3, 20, 120])), max_tokens=rng.choice([1, 30]), tenant=rng.choice(tenants),
+            adapter=rng.choice(refs),
+        )  # fmt: skip
+
+    early = [made(f"early{i}") for i in range(30)]
+    add(it, *early)
+    for i in range(60_000):
+        if it.num_waiting < 30:
+            it.add(made(f"late{i}"))
+        step(it)
+        if all(one.state is RequestState.FINISHED for one in early):
+            break
+    assert all(one.state is RequestState.FINISHED for one in early), f"{i} steps"
+    it.check_integrity()
+
+
+def test_slots_go_round_the_tenants() -> None:
+    """A flood of many adapters, none of which is there, and another tenant that wants one."""
+    it = scheduler(FakeSlots(2, latency=4), max_rows=4)
+    add(it, *(request(f"f{i}", max_tokens=3, adapter=adapter(f"a{i}"), tenant=FLOOD) for i in range(200)))
+    run(it, 100)
+    wanted = request("wanted", max_tokens=1, adapter=adapter("wanted"), tenant=B)
+    it.add(wanted)
+    run(it, 40)
+    assert wanted.state is RequestState.FINISHED
+    run(it, 6000)
+    assert not it.num_waiting
+
+
+def test_a_tenants_resident_adapters_do_not_keep_anothers_away() -> None:
+    """The one slot holds the flood's adapter, which its requests ask for without end."""
+    it = scheduler(FakeSlots(1), max_rows=4, max_overtake=3)
+    source = Stream(FLOOD, 3, 9, adapter=adapter("a"))
+    source.flood(it)
+    run(it, 30)
+    wanted = request("wanted", max_tokens=1, adapter=adapter("wanted"), tenant=B)
+    it.add(wanted)
+    started = len(rows_of(it, FLOOD))
+    for _ in range(60):
+        source.flood(it)
+        plan = it.schedule()
+        started += sum(row.start == 0 for row in plan.rows)
+        complete(it, plan)
+        if wanted.state is not RequestState.WAITING:
+            break
+    assert wanted.state is not RequestState.WAITING
+    assert started <= 4 + 4 + 3 + 1
+
+
+# --- between tenants, priority means nothing -----------------------------------------------------------------------
+
+
+def test_priority_orders_a_tenants_own_requests_only() -> None:
+    it = scheduler(max_rows=1, max_batch_tokens=8)
+    add(it, *(request(f"urgent{i}", max_tokens=4, priority=-100, tenant=FLOOD) for i in range(20)))
+    add(it, request("late", max_tokens=4, priority=1, tenant=B), request("soon", max_tokens=4, tenant=B))
+    started = [name for _ in range(40) for name, start, _ in step(it) if start == 0]
+    assert started.index("soon") <= 1
+    assert started.index("late") <= 4
+
+
+def test_memory_is_taken_from_who_has_most_of_it() -> None:
+    it = scheduler(num_pages=40, page_size=4, max_rows=8, max_batch_tokens=64, guarded_tokens=64)
+    add(it, *(request(f"f{i}", range(20), max_tokens=60, priority=-5, tenant=FLOOD) for i in range(5)))
+    run(it, 1)
+    small = request("small", range(8), max_tokens=30, priority=5, tenant=B)
+    it.add(small)
+    while not it.counts.preemptions:
+        run(it, 1)
+    run(it, 30)
+    assert small.state is RequestState.FINISHED
+    assert small.num_preemptions == 0
+
+
+def test_one_tenant_alone_is_served_as_if_there_were_none() -> None:
+    plans = []
+    for tenant in (Tenant(""), Tenant("alone", share=0.01)):
+        it = scheduler(max_rows=4, max_batch_tokens=16, num_pages=20, page_size=4)
+        add(it, *(request(f"r{i}", range(1 + i * 7 % 30), max_tokens=9, tenant=tenant) for i in range(40)))
+        plans.append([step(it) for _ in range(300)])
+    assert plans[0] == plans[1]
+    assert names(it.waiting()) == []
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_share_is_a_positive_number(share: float) -> None:
+    with pytest.raises(ValueError, match="share must be a positive number"):
+        Tenant("x", share)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"guarded_tokens": 0}, r"guarded_tokens must be from 1 to max_batch_tokens \(256\), got 0"),
+        ({"guarded_tokens": 257}, "got 257"),
+        ({"reserved_rows": 32}, "reserved_rows must be from 0 to 31, so that a row is left, got 32"),
+        ({"reserved_rows": -1}, "got -1"),
+    ],
+)
+def test_bad_limits_are_refused(limits: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        scheduler(**limits)
