@@ -53,8 +53,8 @@ check: $(VENV)/.dev build/typing/manylora
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.base
-	$(BIN)/python -m manylora.server.api.reference > docs/api.md
-	$(BIN)/python -m manylora.server.api.metrics_reference > docs/metrics.md
+	$(BIN)/python -m manylora.server.api.openapi.page > docs/api.md
+	$(BIN)/python -m manylora.server.api.observing.metrics_page > docs/metrics.md
 
 build/workload: $(VENV)/.dev
 	$(BIN)/python -P bench/make_workload.py $@

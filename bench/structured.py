@@ -32,7 +32,7 @@ from workload import OUTPUT_TOKENS, PROMPT_TOKENS
 from manylora.server.cli import demo_base
 from manylora.server.config import EngineConfig, ServeConfig
 from manylora.server.engine.constraint import Constraint, Grammar
-from manylora.server.engine.grammar_sources import GrammarSpec
+from manylora.server.engine.grammar.sources import GrammarSpec
 from manylora.server.engine.request import Request, SamplingParams
 from manylora.server.http_server import new_loop
 from manylora.server.serving import Running, build

@@ -31,13 +31,13 @@ from manylora.server.engine.auto_merge import AutoMerger, TokenShares
 from manylora.server.engine.decode_graphs import DecodeGraphs
 from manylora.server.engine.detokenizer import vocabulary_for
 from manylora.server.engine.engine import Engine
-from manylora.server.engine.grammars import GrammarCompiler, grammars_for
+from manylora.server.engine.grammar.grammars import GrammarCompiler, grammars_for
 from manylora.server.engine.merge_builder import MergeBuilder, probe_tokens
 from manylora.server.engine.merges import MergeManager
 from manylora.server.engine.metrics import Metrics
 from manylora.server.engine.runner import ModelRunner
 from manylora.server.engine.sampler import Sampler
-from manylora.server.engine.scheduler import Scheduler, SchedulerConfig
+from manylora.server.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from manylora.server.model.decoder import Decoder
 from manylora.server.model.decoder_weights import DecoderWeights
 from manylora.server.model.families import ModelSpec

@@ -15,19 +15,20 @@ from starlette.routing import BaseRoute
 
 from manylora.adapters.on_demand import OnDemand
 from manylora.adapters.versions import AdapterRef
-from manylora.server.api import adapters, chat, completions, dialects, health, models, tokenization
-from manylora.server.api.access_log import log_request
-from manylora.server.api.auth import AuthMiddleware
+from manylora.server.api import chat, completions, health, models, tokenization
+from manylora.server.api.access.auth import AuthMiddleware
+from manylora.server.api.access.keys import KeyRing
 from manylora.server.api.context import ContextMiddleware
 from manylora.server.api.errors import install_error_handlers
-from manylora.server.api.http_metrics import HttpMetrics
-from manylora.server.api.keys import KeyRing
-from manylora.server.api.observation import Observation
+from manylora.server.api.managing import adapters, dialects
+from manylora.server.api.managing.stored_uploads import StoredUploads
+from manylora.server.api.observing.access_log import log_request
+from manylora.server.api.observing.http_metrics import HttpMetrics
+from manylora.server.api.observing.observation import Observation
+from manylora.server.api.observing.tracing import Tracing
 from manylora.server.api.on_demand import OnDemandLoads
-from manylora.server.api.openapi import document
+from manylora.server.api.openapi.document import document
 from manylora.server.api.state import AppState, Serving
-from manylora.server.api.stored_uploads import StoredUploads
-from manylora.server.api.tracing import Tracing
 from manylora.server.config import ApiConfig
 
 _ROUTES = (completions, chat, models, tokenization, adapters, dialects, health)

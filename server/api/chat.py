@@ -19,14 +19,14 @@ from manylora.server.api.errors import bad_request
 from manylora.server.api.generation import Envelope, PromptPlan, results, submit_all, usage
 from manylora.server.api.logprobs import LogprobNames, chat_logprobs, prompt_logprobs
 from manylora.server.api.on_demand import lease as lease_of
-from manylora.server.api.openapi import GENERATING, describes, events_of, json_of
+from manylora.server.api.openapi.document import GENERATING, describes, events_of, json_of
+from manylora.server.api.openapi.responses import ChatCompletion, ChatCompletionChunk
 from manylora.server.api.prompts import chat_ids, check_read_logprobs, fit, sampling_params, template_of, token_rules
-from manylora.server.api.responses import ChatCompletion, ChatCompletionChunk
 from manylora.server.api.state import state_of
 from manylora.server.api.streaming import EventStreamResponse
 from manylora.server.api.structured import grammar_of
 from manylora.server.api.targets import fingerprint, target_of
-from manylora.server.api.tool_calls import CallReader, tool_calling
+from manylora.server.api.tools.calls import CallReader, tool_calling
 from manylora.server.engine.request import FinishEvent
 
 router = APIRouter(tags=["inference"])

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from manylora.server.api.message_models import Messages
+from manylora.server.api.openapi.message_models import Messages
 from manylora.server.api.schema_base import Off
 from manylora.server.api.schemas import MAX_LOGPROBS, Body, FieldError, GenerationRequest
 

@@ -12,8 +12,8 @@ from json.encoder import encode_basestring_ascii as quote
 from typing import Final, Protocol
 
 from manylora.server.api.generation import Envelope, usage
-from manylora.server.api.tool_calls import CallReader, delta
-from manylora.server.api.tool_parsers import Piece
+from manylora.server.api.tools.calls import CallReader, delta
+from manylora.server.api.tools.parsers import Piece
 from manylora.server.engine.request import FinishEvent, TokenEvent, TokenLogprobs
 
 DONE: Final = "data: [DONE]\n\n"

@@ -16,9 +16,9 @@ from manylora.server.api.errors import bad_request
 from manylora.server.api.generation import Envelope, PromptPlan, results, submit_all, usage
 from manylora.server.api.logprobs import CompletionLogprobs, Echo, LogprobNames, prompt_logprobs
 from manylora.server.api.on_demand import lease as lease_of
-from manylora.server.api.openapi import GENERATING, describes, events_of, json_of
+from manylora.server.api.openapi.document import GENERATING, describes, events_of, json_of
+from manylora.server.api.openapi.responses import Completion, CompletionChunk
 from manylora.server.api.prompts import check_read_logprobs, fit, prompt_ids, sampling_params, token_rules
-from manylora.server.api.responses import Completion, CompletionChunk
 from manylora.server.api.schemas import CompletionRequest
 from manylora.server.api.state import AppState, Serving, state_of
 from manylora.server.api.streaming import EventStreamResponse

@@ -13,7 +13,7 @@ from typing import Final, Literal
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from manylora.server.api.callers import ANYBODY, Caller
+from manylora.server.api.access.callers import ANYBODY, Caller
 from manylora.server.engine.request import FinishEvent
 from manylora.server.logs import current_request
 
@@ -33,8 +33,8 @@ _VALID: Final = re.compile(rb"[!-~]{1,128}")
 
 @dataclass
 class RequestContext:
-    """``caller`` is anybody until the key has been looked at (``api.auth``). What follows it is filled in on the way,
-    for the log, the metrics and the trace."""
+    """``caller`` is anybody until the key has been looked at (``api.access.auth``). What follows it is filled in on the
+    way, for the log, the metrics and the trace."""
 
     request_id: str
     caller: Caller = ANYBODY

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from starlette.types import Receive
 
+from manylora.server.api.access.deadlines import timed_out
 from manylora.server.api.context import RequestContext
-from manylora.server.api.deadlines import timed_out
 from manylora.server.api.errors import ApiError, aborted, failed
 from manylora.server.api.prompts import choice_seed
 from manylora.server.api.schemas import GenerationRequest

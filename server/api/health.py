@@ -9,8 +9,8 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from manylora.server.api.errors import DRAIN_RETRY_AFTER, ApiError
-from manylora.server.api.openapi import describes, json_of, text
-from manylora.server.api.responses import Status
+from manylora.server.api.openapi.document import describes, json_of, text
+from manylora.server.api.openapi.responses import Status
 from manylora.server.api.state import state_of
 
 router = APIRouter(tags=["operations"])

@@ -8,11 +8,11 @@ from fastapi import APIRouter, Request
 
 from manylora.adapters.errors import AdapterNotFound
 from manylora.adapters.versions import AdapterInfo
-from manylora.server.api.callers import Caller
+from manylora.server.api.access.callers import Caller
 from manylora.server.api.context import context_of
 from manylora.server.api.errors import not_found
-from manylora.server.api.openapi import describes, json_of
-from manylora.server.api.responses import Model, ModelList
+from manylora.server.api.openapi.document import describes, json_of
+from manylora.server.api.openapi.responses import Model, ModelList
 from manylora.server.api.schemas import ModelChoice
 from manylora.server.api.state import Serving, state_of
 from manylora.server.api.targets import target_of

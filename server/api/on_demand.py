@@ -16,9 +16,9 @@ from typing import Final
 
 from manylora.adapters.errors import AdapterError, AdapterNotFound, without_frames
 from manylora.adapters.on_demand import OnDemand
-from manylora.server.api.callers import Caller
+from manylora.server.api.access.callers import Caller
+from manylora.server.api.access.rate_limits import RateLimited, RateLimits
 from manylora.server.api.errors import ApiError, bad_request, too_many_requests
-from manylora.server.api.rate_limits import RateLimited, RateLimits
 from manylora.server.api.state import AppState
 from manylora.server.api.targets import Lease, Target
 

@@ -12,8 +12,8 @@ from manylora.server.api.messages import template_messages
 from manylora.server.api.schemas import GenerationRequest, Prompt
 from manylora.server.api.state import AppState, Serving
 from manylora.server.engine.constraint import Grammar
+from manylora.server.engine.grammar.token_rules import TokenRules
 from manylora.server.engine.request import AdapterUse, SamplingParams
-from manylora.server.engine.token_rules import TokenRules
 
 _INLINE_CHARACTERS: Final = 4096
 """Longer text is tokenised on another thread: about a millisecond, in which no other stream moves."""

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fastapi import Request
 
 from manylora.adapters.versions import AdapterInfo, AdapterRef
-from manylora.server.api.tool_templates import KnownTemplates
+from manylora.server.api.tools.templates import KnownTemplates
 from manylora.server.config import ApiConfig
 from manylora.server.engine.constraint import Grammar
-from manylora.server.engine.grammar_sources import GrammarSpec
+from manylora.server.engine.grammar.sources import GrammarSpec
 from manylora.server.engine.merges import MergedModel, MergeInfo
 from manylora.server.engine.metrics import EngineStats
 from manylora.server.engine.request import Event, FinishEvent, TokenEvent
 from manylora.server.engine.request import Request as EngineRequest
 
 if TYPE_CHECKING:
-    from manylora.server.api.http_metrics import HttpMetrics
-    from manylora.server.api.keys import KeyRing
+    from manylora.server.api.access.keys import KeyRing
+    from manylora.server.api.managing.stored_uploads import StoredUploads
+    from manylora.server.api.observing.http_metrics import HttpMetrics
     from manylora.server.api.on_demand import OnDemandLoads
-    from manylora.server.api.stored_uploads import StoredUploads
 
 
 class EventStream(Protocol):
@@ -76,7 +76,7 @@ class MergesLike(Protocol):
 
 
 class GrammarsLike(Protocol):
-    """``engine.grammars.GrammarCompiler``. ``submit`` compiles on a thread of its own; the future may raise
+    """``engine.grammar.grammars.GrammarCompiler``. ``submit`` compiles on a thread of its own; the future may raise
     InvalidGrammar."""
 
     def submit(self, spec: GrammarSpec) -> Future[Grammar]: ...

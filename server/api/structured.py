@@ -8,7 +8,7 @@ from manylora.server.api.errors import bad_request
 from manylora.server.api.schemas import GenerationRequest
 from manylora.server.api.state import AppState
 from manylora.server.engine.constraint import Grammar
-from manylora.server.engine.grammar_sources import GrammarSpec, InvalidGrammar
+from manylora.server.engine.grammar.sources import GrammarSpec, InvalidGrammar
 
 
 async def compile_grammar(state: AppState, spec: GrammarSpec, param: str) -> Grammar:

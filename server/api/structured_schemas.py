@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from manylora.server.api.schema_base import Body, FieldError
-from manylora.server.engine.grammar_sources import GrammarKind, GrammarSpec
+from manylora.server.engine.grammar.sources import GrammarKind, GrammarSpec
 
 MAX_CHOICES = 4096
 

@@ -14,7 +14,7 @@ from types import TracebackType
 
 from manylora.adapters.errors import AdapterNotFound
 from manylora.adapters.versions import AdapterRef
-from manylora.server.api.callers import ANYBODY, Caller
+from manylora.server.api.access.callers import ANYBODY, Caller
 from manylora.server.api.errors import ApiError, bad_request, not_found
 from manylora.server.api.schemas import ModelChoice
 from manylora.server.api.state import MergesLike, RegistryLike, Serving

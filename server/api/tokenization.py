@@ -10,9 +10,9 @@ from manylora.server.api.body import parse, read_json, validate
 from manylora.server.api.chat_schemas import TokenizeChatRequest
 from manylora.server.api.context import RequestContext, context_of
 from manylora.server.api.on_demand import lease as lease_of
-from manylora.server.api.openapi import describes, json_of
+from manylora.server.api.openapi.document import describes, json_of
+from manylora.server.api.openapi.responses import Detokenized, Tokenized
 from manylora.server.api.prompts import chat_ids, check_token_ids, encode
-from manylora.server.api.responses import Detokenized, Tokenized
 from manylora.server.api.schemas import DetokenizeRequest, ModelChoice, TokenizeRequest
 from manylora.server.api.state import AppState, state_of
 from manylora.server.api.targets import Lease, target_of

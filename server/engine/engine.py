@@ -34,9 +34,9 @@ from manylora.server.engine.errors import (
     QueueFull,
 )
 from manylora.server.engine.metrics import EngineStats, Metrics
-from manylora.server.engine.queue_limits import QueueLimits
 from manylora.server.engine.request import Request
-from manylora.server.engine.scheduler import Scheduler
+from manylora.server.engine.scheduling.queue_limits import QueueLimits
+from manylora.server.engine.scheduling.scheduler import Scheduler
 from manylora.server.engine.step_loop import LiveRequest, Releaser, Runner, StepLoop
 from manylora.server.engine.stream import Mailbox, RequestStream
 

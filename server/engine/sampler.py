@@ -30,6 +30,7 @@ import numpy.typing as npt
 import torch
 
 from manylora.kernels.cuda.sampling_buffers import GREEDY_BELOW, Edits, Row
+from manylora.server.engine.grammar.token_masks import TokenMasks
 from manylora.server.engine.logprobs import DEPTHS, most_likely, not_finite, token_logprobs, total_weight
 from manylora.server.engine.request import (
     Request,
@@ -37,7 +38,6 @@ from manylora.server.engine.request import (
     SampleFailed,
     SamplingParams,
 )
-from manylora.server.engine.token_masks import TokenMasks
 
 if TYPE_CHECKING:
     from manylora.server.engine.device_sampler import DeviceSampler

@@ -25,7 +25,7 @@ from manylora.server.engine.request import (
     StepPlan,
     TokenEvent,
 )
-from manylora.server.engine.scheduler import Scheduler
+from manylora.server.engine.scheduling.scheduler import Scheduler
 from manylora.server.engine.stream import Delivery, Mailbox, RequestStream
 
 _log = logging.getLogger(__name__)

@@ -12,11 +12,14 @@ import jsonschema_rs
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from manylora.server.api.app import routes
-from manylora.server.api.openapi import document
+from manylora.server.api.openapi.document import document
 
 Json = dict[str, Any]
 
-HINT = "Is it documented? What answers hold is in server/api/responses.py, their statuses where the route is described."
+HINT = (
+    "Is it documented? What answers hold is in server/api/openapi/responses.py, their statuses where the route is "
+    "described."
+)
 
 _EVENTS = re.compile(r"(data: [^\n]*\n\n)*")
 _CLIENT_GONE = 499

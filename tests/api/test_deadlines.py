@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from manylora.server.api import deadlines
+from manylora.server.api.access import deadlines
 from manylora.server.api.context import ContextMiddleware
 from manylora.server.api.state import Serving
 from tests.api.fakes import FakeEngine, endless

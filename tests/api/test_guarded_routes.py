@@ -13,9 +13,9 @@ from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute
 from starlette.testclient import TestClient
 
+from manylora.server.api.access.auth import OPEN_PATHS, admin_only
 from manylora.server.api.app import create_app, routes
-from manylora.server.api.auth import OPEN_PATHS, admin_only
-from manylora.server.api.openapi import operation_of
+from manylora.server.api.openapi.document import operation_of
 from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig
 from tests.api.fakes import FakeEngine
@@ -182,7 +182,7 @@ def test_the_endpoints_ask_for_the_admin_themselves(
     connect: Connect, keys: ApiConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even if the path did not say that it is an admin's."""
-    monkeypatch.setattr("manylora.server.api.auth._is_admin", lambda _path: False)
+    monkeypatch.setattr("manylora.server.api.access.auth._is_admin", lambda _path: False)
     client = connect(keys)
     for param in cases(ADMIN):
         method, path = param.values

@@ -10,11 +10,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from manylora.server.api.access.callers import Caller
 from manylora.server.api.app import create_app
-from manylora.server.api.callers import Caller
 from manylora.server.api.context import RequestContext
-from manylora.server.api.http_metrics import HttpMetrics
-from manylora.server.api.observation import Observed
+from manylora.server.api.observing.http_metrics import HttpMetrics
+from manylora.server.api.observing.observation import Observed
 from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig
 from manylora.server.engine.errors import QueueFull

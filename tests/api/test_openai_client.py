@@ -21,8 +21,8 @@ from manylora.server.api.app import create_app
 from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig
 from manylora.server.engine.errors import EngineDraining, EngineRefusal, QueueFull
-from manylora.server.engine.grammar_vocabulary import GrammarVocabulary
-from manylora.server.engine.grammars import GrammarCompiler
+from manylora.server.engine.grammar.grammars import GrammarCompiler
+from manylora.server.engine.grammar.vocabulary import GrammarVocabulary
 from tests.api.fakes import BOS, EOS, FakeEngine, finish, make_serving, token
 
 KEY = "key-1"

@@ -13,11 +13,11 @@ import pytest
 import schemathesis
 from starlette.testclient import TestClient
 
+from manylora.server.api.access.auth import OPEN_PATHS
 from manylora.server.api.app import routes
-from manylora.server.api.auth import OPEN_PATHS
 from manylora.server.api.body import harmless_fields
-from manylora.server.api.openapi import document, operation_of
-from manylora.server.api.reference import page
+from manylora.server.api.openapi.document import document, operation_of
+from manylora.server.api.openapi.page import page
 from manylora.server.api.schemas import CompletionRequest
 from manylora.server.config import ApiConfig
 from tests.api.conformance import NotDocumented, check, check_schema, operation_at, the_document
@@ -121,7 +121,9 @@ def test_every_field_of_a_body_says_what_it_is_for() -> None:
         for schema in content["schema"].get("anyOf", [content["schema"]] if content["schema"] else []):
             name = schema["$ref"].rpartition("/")[2]
             for field, found in DOCUMENT["components"]["schemas"][name]["properties"].items():
-                assert found.get("description"), f"{name}.{field}: say it there, or in server/api/field_texts.py"
+                assert found.get("description"), (
+                    f"{name}.{field}: say it there, or in api/openapi/field_texts.py"
+                )
 
 
 @pytest.mark.parametrize("schema", ["CompletionRequest", "ChatRequest"])
@@ -242,5 +244,5 @@ class TestTheCheckItself:
 
 def test_the_page_in_docs_is_current() -> None:
     written = Path(__file__).parents[2] / "docs" / "api.md"
-    command = "make docs (or: python -P -m manylora.server.api.reference > docs/api.md)"
+    command = "make docs (or: python -P -m manylora.server.api.openapi.page > docs/api.md)"
     assert written.read_text() == page(document(routes(), version="")), f"docs/api.md is out of date: {command}"

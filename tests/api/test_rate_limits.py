@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from manylora.server.api.auth import _tokens
+from manylora.server.api.access.auth import _tokens
+from manylora.server.api.access.rate_limits import Bucket, RateLimited, RateLimits
 from manylora.server.api.context import RequestContext
-from manylora.server.api.rate_limits import Bucket, RateLimited, RateLimits
 from manylora.server.config import ApiConfig
 from manylora.server.engine.errors import QueueFull
 from manylora.server.engine.request import FinishEvent, Request

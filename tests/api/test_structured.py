@@ -18,9 +18,9 @@ from manylora.server.api.app import create_app
 from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig
 from manylora.server.engine.constraint import Constraint, Grammar
-from manylora.server.engine.grammar_sources import GrammarSpec
-from manylora.server.engine.grammar_vocabulary import GrammarVocabulary
-from manylora.server.engine.grammars import GrammarCompiler
+from manylora.server.engine.grammar.grammars import GrammarCompiler
+from manylora.server.engine.grammar.sources import GrammarSpec
+from manylora.server.engine.grammar.vocabulary import GrammarVocabulary
 from manylora.server.engine.request import FinishEvent, Request, TokenEvent
 from tests.api.fakes import BOS, EOS, FakeEngine, make_serving
 

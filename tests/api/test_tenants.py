@@ -12,8 +12,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from manylora.adapters import on_demand
-from manylora.server.api.callers import NamePatterns
-from manylora.server.api.keys import KeyRing
+from manylora.server.api.access.callers import NamePatterns
+from manylora.server.api.access.keys import KeyRing
 from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig, ConfigError
 from manylora.server.engine.tenant import EVERYBODY, Tenant

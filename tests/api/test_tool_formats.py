@@ -14,7 +14,7 @@ import transformers
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from manylora.server.api.tool_formats import (
+from manylora.server.api.tools.formats import (
     FORMATS,
     HERMES,
     LLAMA3_JSON,
@@ -25,10 +25,10 @@ from manylora.server.api.tool_formats import (
     arguments_schema,
     call_grammar,
 )
-from manylora.server.api.tool_parsers import FreeParser, GuidedParser
-from manylora.server.api.tool_templates import KnownTemplates, TemplateTools
-from manylora.server.engine.grammar_sources import GrammarSpec
-from manylora.server.engine.grammars import GrammarCompiler
+from manylora.server.api.tools.parsers import FreeParser, GuidedParser
+from manylora.server.api.tools.templates import KnownTemplates, TemplateTools
+from manylora.server.engine.grammar.grammars import GrammarCompiler
+from manylora.server.engine.grammar.sources import GrammarSpec
 from manylora.server.model.tokenizer import Tokenizer
 from tests.api.test_tool_parsers import parse
 from tests.api.tool_grammars import SPECIAL, drawn, spelled, vocabulary

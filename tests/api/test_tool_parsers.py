@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manylora.server.api.tool_formats import FORMATS, HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_ARGS, ToolFormat
-from manylora.server.api.tool_parsers import Arguments, CallStart, FreeParser, GuidedParser, Piece, ToolParser
+from manylora.server.api.tools.formats import FORMATS, HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_ARGS, ToolFormat
+from manylora.server.api.tools.parsers import Arguments, CallStart, FreeParser, GuidedParser, Piece, ToolParser
 
 NAMES = ("get_weather", "now", "web.search-2")
 PARIS = '{"city": "Paris"}'

@@ -14,10 +14,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from manylora.server.api.state import Serving
-from manylora.server.api.tool_formats import FORMATS
+from manylora.server.api.tools.formats import FORMATS
 from manylora.server.config import ApiConfig, ConfigError, ToolCallParser
-from manylora.server.engine.grammar_vocabulary import GrammarVocabulary
-from manylora.server.engine.grammars import GrammarCompiler
+from manylora.server.engine.grammar.grammars import GrammarCompiler
+from manylora.server.engine.grammar.vocabulary import GrammarVocabulary
 from manylora.server.engine.request import Request, TokenEvent
 from tests.api.fakes import EOS, FakeEngine, FakeTokenizer, Step, finish, make_serving, token
 from tests.api.tool_grammars import drawn, spelled

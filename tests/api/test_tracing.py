@@ -22,10 +22,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 from starlette.testclient import TestClient
 
-from manylora.server.api import tracing as tracing_module
 from manylora.server.api.app import create_app
+from manylora.server.api.observing import tracing as tracing_module
+from manylora.server.api.observing.tracing import Tracing, traces_url
 from manylora.server.api.state import Serving
-from manylora.server.api.tracing import Tracing, traces_url
 from manylora.server.config import ApiConfig, ConfigError
 from manylora.server.engine.request import Event, FinishEvent, Request, RequestTimes
 from tests.api.conftest import LOCAL

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from manylora.server.engine.constraint import Constraint
-from manylora.server.engine.grammar_vocabulary import GrammarVocabulary
+from manylora.server.engine.grammar.vocabulary import GrammarVocabulary
 
 BOS, EOS = 256, 257
 SPECIAL = ("[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "<tool_call>", "</tool_call>")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from manylora.server.api.app import routes
-from manylora.server.api.openapi import document
+from manylora.server.api.openapi.document import document
 
 Json = dict[str, Any]
 

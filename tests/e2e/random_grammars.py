@@ -9,7 +9,7 @@ from typing import Any
 
 import jsonschema_rs
 
-from manylora.server.engine.grammar_sources import GrammarSpec
+from manylora.server.engine.grammar.sources import GrammarSpec
 
 Schema = dict[str, Any]
 _WORDS = ("id", "name", "größe", "a b", 'q"uote', "back\\slash", "日本", "n_1", "", "line\nbreak")

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from manylora.server.config import EngineConfig, ServeConfig
-from manylora.server.engine.grammar_sources import GrammarSpec
+from manylora.server.engine.grammar.sources import GrammarSpec
 from manylora.server.engine.request import FinishEvent, Request, SamplingParams, TokenEvent
 from manylora.server.serving import Running, build
 from tests.checkpoints import SIZES

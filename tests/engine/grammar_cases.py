@@ -9,9 +9,9 @@ import numpy as np
 from llguidance import LLTokenizer
 
 from manylora.server.engine.constraint import Constraint, Grammar
-from manylora.server.engine.grammar_sources import GrammarSpec
-from manylora.server.engine.grammar_vocabulary import GrammarVocabulary
-from manylora.server.engine.grammars import GrammarCompiler
+from manylora.server.engine.grammar.grammars import GrammarCompiler
+from manylora.server.engine.grammar.sources import GrammarSpec
+from manylora.server.engine.grammar.vocabulary import GrammarVocabulary
 
 EOS, END, CALL, WORD = 256, 257, 258, 259
 VOCAB = 270

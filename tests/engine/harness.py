@@ -11,7 +11,7 @@ from typing import Any
 from manylora.server.engine.engine import Engine, RequestStream
 from manylora.server.engine.metrics import Metrics
 from manylora.server.engine.request import Event, FinishEvent, Request, StepPlan
-from manylora.server.engine.scheduler import Scheduler, SchedulerConfig
+from manylora.server.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from tests.fakes import FakeRegistry, FakeRunner, FakeSlots, FakeTokenizer, Sampled, adapter, hashing_model
 
 A = adapter("a")

@@ -1,7 +1,7 @@
 """The scheduling rules again, slowly: everything is recomputed from plain lists at each step, pages are only counted.
 
-Written from the text atop server/engine/scheduler.py, accounts.py and slot_turns.py, to be compared with them plan by
-plan.
+Written from the text atop server/engine/scheduling/scheduler.py, accounts.py and slot_turns.py, to be compared with
+them plan by plan.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from manylora.adapters.versions import AdapterRef
-from manylora.server.engine.scheduler import SchedulerConfig, Slots
+from manylora.server.engine.scheduling.scheduler import SchedulerConfig, Slots
 from manylora.server.engine.tenant import EVERYBODY, Tenant
 
 Row = tuple[str, int, int, tuple[int, ...]]

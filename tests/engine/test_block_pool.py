@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from manylora.server.engine.block_pool import BlockPool
+from manylora.server.engine.scheduling.block_pool import BlockPool
 
 
 def test_pages_are_distinct_and_come_back() -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from manylora.server.engine.constraint import Constraint, ConstraintFailed
-from manylora.server.engine.grammar_sources import GrammarSpec
-from manylora.server.engine.grammar_vocabulary import GrammarVocabulary
-from manylora.server.engine.grammars import GrammarCompiler
+from manylora.server.engine.grammar.grammars import GrammarCompiler
+from manylora.server.engine.grammar.sources import GrammarSpec
+from manylora.server.engine.grammar.vocabulary import GrammarVocabulary
 from manylora.server.engine.request import Request, SampledToken, SampleFailed
 from manylora.server.engine.sampler import Sampler
 from tests.engine.harness import Setup, go, output, running
@@ -301,7 +301,7 @@ def test_a_grammar_that_fails_ends_its_request_with_the_reason(failing: str) -> 
 
 
 def test_rows_without_a_grammar_have_no_work_from_those_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("manylora.server.engine.token_masks.TokenMasks.fill", None)
+    monkeypatch.setattr("manylora.server.engine.grammar.token_masks.TokenMasks.fill", None)
     logits = random_logits(len(PARAMS), seed=2)
     rows = [made(seed=1, **params) for params in PARAMS]
     assert len(ids(Sampler(VOCAB).sample(logits, rows))) == len(PARAMS)

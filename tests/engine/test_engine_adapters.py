@@ -25,7 +25,7 @@ from manylora.adapters.versions import LoadedAdapter
 from manylora.server.engine.engine import Engine
 from manylora.server.engine.metrics import Metrics
 from manylora.server.engine.request import AdapterUse, FinishEvent, Request, SampledToken
-from manylora.server.engine.scheduler import Scheduler, SchedulerConfig
+from manylora.server.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from tests.engine.harness import go
 from tests.fakes import FakeRunner, FakeTokenizer, request
 

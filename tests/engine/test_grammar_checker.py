@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from manylora.server.engine import grammar_checker
-from manylora.server.engine.grammar_checker import GrammarChecker
-from manylora.server.engine.grammar_sources import GrammarSpec, InvalidGrammar, source_of
-from manylora.server.engine.grammars import GrammarCompiler
+from manylora.server.engine.grammar import checker as grammar_checker
+from manylora.server.engine.grammar.checker import GrammarChecker
+from manylora.server.engine.grammar.grammars import GrammarCompiler
+from manylora.server.engine.grammar.sources import GrammarSpec, InvalidGrammar, source_of
 from tests.engine.grammar_cases import BYTES, matches, trie
 
 GOOD = GrammarSpec("json_schema", '{"type": "integer"}')

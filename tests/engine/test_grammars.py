@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from manylora.server.engine import grammars
 from manylora.server.engine.constraint import ConstraintFailed
 from manylora.server.engine.detokenizer import vocabulary_for
-from manylora.server.engine.grammar_sources import GrammarSpec, InvalidGrammar, compile_source, inline_schema
-from manylora.server.engine.grammar_vocabulary import GrammarVocabulary
-from manylora.server.engine.grammars import MAX_SOURCE, GrammarCompiler, grammars_for
+from manylora.server.engine.grammar import grammars
+from manylora.server.engine.grammar.grammars import MAX_SOURCE, GrammarCompiler, grammars_for
+from manylora.server.engine.grammar.sources import GrammarSpec, InvalidGrammar, compile_source, inline_schema
+from manylora.server.engine.grammar.vocabulary import GrammarVocabulary
 from manylora.server.model.tokenizer import Tokenizer as ModelTokenizer
 from tests.checkpoints import save_tokenizer
 from tests.engine.grammar_cases import BYTES, CALL, END, EOS, VOCAB, WORD, after, allowed, compiled, matches, trie

@@ -37,7 +37,7 @@ from manylora.server.engine.request import (
 )
 from manylora.server.engine.runner import ModelRunner
 from manylora.server.engine.sampler import Sampler
-from manylora.server.engine.scheduler import Scheduler, SchedulerConfig
+from manylora.server.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from manylora.server.model.decoder import Decoder
 from manylora.server.model.decoder_weights import DecoderWeights
 from manylora.server.model.kv_cache import KVCache

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from manylora.server.engine.errors import QueueFull
-from manylora.server.engine.queue_limits import QueueLimits
+from manylora.server.engine.scheduling.queue_limits import QueueLimits
 from manylora.server.engine.tenant import Tenant
 from tests.engine.harness import Gate, Setup, events_of, go, running
 from tests.fakes import request

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from manylora.server.engine.request import Request, RequestState, StepPlan
-from manylora.server.engine.scheduler import Scheduler, SchedulerConfig
+from manylora.server.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from tests.fakes import FakeSlots, adapter, request
 
 A, B, C = adapter("a"), adapter("b"), adapter("c")

@@ -8,7 +8,7 @@ import pytest
 
 from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.request import AdapterUse, Request, RequestState
-from manylora.server.engine.scheduler import Scheduler, SchedulerConfig
+from manylora.server.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from tests.engine.test_scheduler import add, names, scheduler, step
 from tests.fakes import FakeSlots, adapter, request
 

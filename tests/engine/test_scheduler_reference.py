@@ -10,7 +10,7 @@ import pytest
 
 from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.request import AdapterUse, Request, StepPlan
-from manylora.server.engine.scheduler import Scheduler, SchedulerConfig
+from manylora.server.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from manylora.server.engine.tenant import EVERYBODY, Tenant
 from tests.engine.reference_scheduler import ReferenceScheduler, Row
 from tests.fakes import FakeSlots, adapter, request

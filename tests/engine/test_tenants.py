@@ -12,7 +12,7 @@ from itertools import count
 import pytest
 
 from manylora.server.engine.request import Request, RequestState
-from manylora.server.engine.scheduler import Scheduler, SchedulerConfig
+from manylora.server.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from manylora.server.engine.tenant import Tenant
 from tests.engine.test_scheduler import add, complete, names, step
 from tests.fakes import FakeSlots, adapter, request

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from manylora.server.engine.constraint import Constraint, ConstraintFailed
-from manylora.server.engine.token_rules import TokenRules
+from manylora.server.engine.grammar.token_rules import TokenRules
 
 VOCAB = 70
 N_WORDS = -(-VOCAB // 32)

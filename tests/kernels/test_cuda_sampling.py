@@ -366,7 +366,7 @@ def test_rows_whose_edits_do_not_fit_are_drawn_by_the_host() -> None:
     rows = [made((4, 5, 5), **params) for params in MIXED]
     logits = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(9))
     sampler = Sampler(VOCAB, eos_token_ids=[2])
-    sampler._device_sampler().max_edits = 4
+    sampler._device_sampler(constrained=False).max_edits = 4
     assert sampler._sample_on_device(logits, rows) == Sampler(VOCAB, eos_token_ids=[2]).sample(logits, rows)
 
 

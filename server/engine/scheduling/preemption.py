@@ -1,0 +1,70 @@
+"""Whom to preempt, for memory (rules 2 and 6 in scheduler.py) and for a light request (rule 7).
+
+Between tenants it is those who hold the most for their share who lose, and within one the least important request. The
+*youngest* one is the least important, not the one that has been computed the least: a tenant's stream of long prompts,
+each soon ahead of an older request, could keep that one from ever finishing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from manylora.server.engine.scheduling.accounts import Account, Shares
+from manylora.server.engine.scheduling.block_pool import BlockPool
+from manylora.server.engine.scheduling.queue_entry import Entry
+from manylora.server.engine.scheduling.scheduler_config import SchedulerConfig
+
+
+def has_room(pool: BlockPool, entry: Entry, running: Sequence[Entry], *, freed: int = 0) -> bool:
+    """Whether there are pages for all known tokens of a waiting request beside the running ones: after those that they
+    still need for theirs, and with a page to spare for each, or admitting this one would soon preempt another.
+    ``freed``: pages to come."""
+    owed = sum(pool.pages_for(one.request.num_tokens) - len(one.request.pages) for one in running)
+    return pool.pages_for(entry.request.num_tokens) + owed + len(running) <= pool.num_free + freed
+
+
+def least_important(running: Sequence[Entry], shares: Shares) -> Entry:
+    """The running request that memory is taken from; ``running`` is sorted by importance.
+
+    Of several tenants', never the one that was submitted first among the most important ones, or two of them might take
+    each other's pages for ever.
+    """
+    accounts = [account for account in shares.active if account.running]
+    if len(accounts) == 1:
+        return running[-1]
+    kept = min((account.running[0] for account in accounts), key=lambda entry: entry.rank.number)
+    accounts = [account for account in accounts if account.running[-1] is not kept]
+    return max(accounts, key=lambda account: (account.num_pages / account.share, account.name)).running[-1]
+
+
+def in_the_way(
+    entry: Entry, running: Sequence[Entry], shares: Shares, pool: BlockPool, config: SchedulerConfig
+) -> list[Entry] | None:
+    """Whom to preempt so that a light request can start: nobody, if there is room; None if it would not help.
+
+    The least important requests of other tenants, each the tenant's that is most over its share of what lacks (rows,
+    then pages) when it is taken, and never a tenant's last one. Pages are taken only for a tenant that will then be
+    within its share of them.
+    """
+    left = {account: account.running.copy() for account in shares.active if account is not entry.account}
+    pages = entry.account.num_pages + pool.pages_for(entry.request.num_tokens)
+    may_take_pages = pages <= shares.of(entry.account, pool.num_pages)
+    victims: list[Entry] = []
+    while True:
+        others = [one for one in running if one not in victims]
+        rows_lack = len(others) >= config.max_rows
+        if not rows_lack and has_room(pool, entry, others, freed=_num_pages(victims)):
+            return victims
+        over: list[tuple[float, str, Account]] = []
+        if rows_lack or may_take_pages:
+            for account, entries in left.items():
+                held = len(entries) if rows_lack else _num_pages(entries)
+                if len(entries) > 1 and held > shares.of(account, config.max_rows if rows_lack else pool.num_pages):
+                    over.append((held / account.share, account.name, account))
+        if not over:
+            return None
+        victims.append(left[max(over, key=lambda one: one[:2])[2]].pop())
+
+
+def _num_pages(entries: Sequence[Entry]) -> int:
+    return sum(len(entry.request.pages) for entry in entries)

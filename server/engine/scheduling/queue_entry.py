@@ -1,0 +1,67 @@
+"""What the scheduler keeps of a request besides the request itself: its place among the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from manylora.adapters.versions import AdapterRef
+from manylora.server.engine.request import Request
+
+if TYPE_CHECKING:
+    from manylora.server.engine.scheduling.accounts import Account
+
+Flow = tuple[str, ...]
+"""The versions that a request names, sorted; empty for the base. Their scales are no part of it: a client that varies
+them would get a turn for each."""
+
+
+@dataclass(frozen=True, order=True)
+class Rank:
+    """A request's place in its tenant's queue; the smallest goes first."""
+
+    priority: int
+    is_new: bool
+    """False for a preempted request: those come first."""
+    tag: int
+    number: int
+    """Order of submission; unique."""
+
+
+class Entry:
+    """A request and what only the scheduler knows about it. ``needed``: the adapters whose slots it takes.
+
+    ``is_light``: it may go before other tenants' requests (rule 7 in scheduler.py), once. ``charged``: how many of its
+    tokens its tenant's clock has counted; a preemption makes no token count twice.
+    """
+
+    __slots__ = ("account", "charged", "flow", "is_light", "missed_slot", "needed", "rank", "request")
+
+    def __init__(self, request: Request, rank: Rank, flow: Flow, account: Account, *, is_light: bool) -> None:
+        self.request = request
+        self.rank = rank
+        self.flow = flow
+        self.account = account
+        self.is_light = is_light
+        self.needed = needed_adapters(request)
+        self.missed_slot = False
+        self.charged = 0
+
+    def __lt__(self, other: Entry) -> bool:
+        return self.rank < other.rank
+
+    @property
+    def importance(self) -> tuple[int, int]:
+        """Sort key among running requests of a tenant: the largest is preempted first."""
+        return self.rank.priority, self.rank.number
+
+    @property
+    def num_left(self) -> int:
+        """Known tokens that are still to be computed: 1 for a running request that decodes."""
+        return self.request.num_tokens - self.request.num_computed
+
+
+def needed_adapters(request: Request) -> Sequence[AdapterRef]:
+    """The adapters whose slots it takes; none for the base, and for what merged weights compute."""
+    return tuple(use.ref for use in request.adapters) if request.merged is None else ()
