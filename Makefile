@@ -38,8 +38,9 @@ $(VENV)/.dev: $(VENV)/.base
 demo: $(VENV)/.base
 	$(BIN)/manylora serve --port $(PORT) --served-model-name smollm2 --adapter-dir examples/adapters
 
+# Two processes, a file at a time: most tests are bound by one thread (Triton's interpreter), or wait for a server.
 test: $(VENV)/.dev
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 # mypy reads the folders under the names they are imported by.
 build/typing/manylora:

@@ -103,15 +103,24 @@ async def serve_until_signal(serving: Serving, config: ApiConfig, sockets: Seque
     )
     signals: list[signal.Signals] = []
     drains: list[asyncio.Task[None]] = []
+    reloads: set[asyncio.Task[None]] = set()
     loop = asyncio.get_running_loop()
 
-    def reload_keys() -> None:
-        try:
-            app.state.manylora.keys.reload()
-        except ConfigError as error:
-            _log.error("SIGHUP: the keys stay as they are: %s", error)
-        else:
-            _log.info("SIGHUP: the tenants of %s are read again", config.keys_file)
+    reloading = asyncio.Lock()  # two signals: what the second finds must not be overwritten by the first
+
+    async def reload_keys() -> None:
+        async with reloading:
+            try:
+                await app.state.manylora.keys.reload()
+            except ConfigError as error:
+                _log.error("SIGHUP: the keys stay as they are: %s", error)
+            else:
+                _log.info("SIGHUP: the tenants of %s are read again", config.keys_file)
+
+    def on_hangup() -> None:
+        task = loop.create_task(reload_keys())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
 
     async def drain() -> None:
         await serving.engine.drain(config.shutdown_grace)
@@ -131,7 +140,7 @@ async def serve_until_signal(serving: Serving, config: ApiConfig, sockets: Seque
     for one in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(one, on_signal, one)
     if config.keys_file is not None:
-        loop.add_signal_handler(signal.SIGHUP, reload_keys)
+        loop.add_signal_handler(signal.SIGHUP, on_hangup)
     for sock in sockets:
         _give_up_on_silent_peers(sock, config.client_timeout)
     host, port = sockets[0].getsockname()[:2]
@@ -142,6 +151,6 @@ async def serve_until_signal(serving: Serving, config: ApiConfig, sockets: Seque
     finally:
         for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.remove_signal_handler(one)
-        for task in drains:
+        for task in [*drains, *reloads]:
             task.cancel()
     return 1 if len(signals) > 1 else 0

@@ -53,15 +53,23 @@ KERNEL = types.void(types.CPointer(types.int64), types.int64, types.int64)
 def _find_libgomp() -> ctypes.CDLL | None:
     """torch's own libgomp, found by what is mapped into this process; never a second one."""
     try:
-        maps = Path("/proc/self/maps").read_text().splitlines()
+        maps = Path("/proc/self/maps").read_text()
     except OSError:
         return None
-    paths = {line.split(maxsplit=5)[-1] for line in maps if "libgomp" in line}
-    # Loading torch maps one libgomp; with several (another package's came along) torch's is the one in its folder.
-    inside = [path for path in paths if str(Path(torch.__file__).parent.parent) in path]
-    for path in inside or sorted(paths):
-        return ctypes.CDLL(path)
-    return None
+    path = torchs_libgomp(maps, Path(torch.__file__).parent)
+    return None if path is None else ctypes.CDLL(path)
+
+
+def torchs_libgomp(maps: str, torch_folder: Path) -> str | None:
+    """Which of the mapped files is the libgomp that torch computes with; None if there is none.
+
+    Other packages bring one of their own (sentencepiece does), with threads of its own: were kernels run by those, they
+    and torch's would wait for each other. torch's is in its folder, or beside it in ``torch.libs``, or the system's.
+    """
+    paths = sorted({line.split(maxsplit=5)[-1] for line in maps.splitlines() if "libgomp" in line})
+    own = [path for path in paths if path.startswith((f"{torch_folder}/", f"{torch_folder}.libs/"))]
+    others = [path for path in paths if str(torch_folder.parent) not in path]
+    return next(iter([*own, *others]), None)
 
 
 _libgomp = _find_libgomp()

@@ -136,12 +136,16 @@ async def read_json(request: Request, limit: int) -> dict[str, Any]:
     except UnicodeEncodeError:
         raise bad_request("The body holds an unpaired surrogate (\\ud800 to \\udfff), which is no character.") from None
     except RecursionError:
-        raise bad_request("The body is nested too deeply.") from None
+        raise _too_deep() from None
     except ValueError as error:  # malformed JSON, not UTF-8, a number of thousands of digits
         raise bad_request(f"The body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise bad_request(f"The body must be a JSON object, not {_json_kind(value)}.")
     return value
+
+
+def _too_deep() -> ApiError:
+    return bad_request("The body is nested too deeply.")
 
 
 def _check_effort(raw: bytes) -> None:
@@ -164,6 +168,13 @@ def _json_kind(value: Any) -> str:
 
 def validate(model: type[Model], value: Mapping[str, Any]) -> Model:
     """Check a JSON object against a schema; ApiError 400 naming the first field that is wrong."""
+    try:
+        return _validate(model, value)
+    except RecursionError:  # what was parsed just so may be too deep to be written again
+        raise _too_deep() from None
+
+
+def _validate(model: type[Model], value: Mapping[str, Any]) -> Model:
     given, harmless = {}, harmless_fields(model)
     for name, one in value.items():
         if one is None:

@@ -96,7 +96,7 @@ class ChatTemplateFields(Body):
         if taken:
             raise FieldError(
                 "chat_template_kwargs",
-                f"`chat_template_kwargs` must not hold {', '.join(taken)}: use the field of that name.",
+                f"`chat_template_kwargs` must not hold {', '.join(taken)}: such a name has a meaning already.",
             )
         return self
 
@@ -113,6 +113,8 @@ _TEMPLATE_VARIABLES = frozenset(
     # Arguments of transformers' method that are not variables of the template.
     | {"tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length", "tokenizer_kwargs"}
     | {"return_assistant_tokens_mask", "documents"}
+    # Which Python has taken.
+    | {"self"}
 )
 
 

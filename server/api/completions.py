@@ -9,16 +9,25 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from manylora.server.api.access.callers import Caller
 from manylora.server.api.body import parse
 from manylora.server.api.chunks import CompletionChunks
 from manylora.server.api.context import context_of
 from manylora.server.api.errors import bad_request
 from manylora.server.api.generation import Envelope, PromptPlan, results, submit_all, usage
 from manylora.server.api.logprobs import CompletionLogprobs, Echo, LogprobNames, prompt_logprobs
+from manylora.server.api.on_demand import admit
 from manylora.server.api.on_demand import lease as lease_of
 from manylora.server.api.openapi.document import GENERATING, describes, events_of, json_of
 from manylora.server.api.openapi.responses import Completion, CompletionChunk
-from manylora.server.api.prompts import check_read_logprobs, fit, prompt_ids, sampling_params, token_rules
+from manylora.server.api.prompts import (
+    INLINE_TOKENS,
+    check_read_logprobs,
+    fit,
+    prompt_ids,
+    sampling_params,
+    token_rules,
+)
 from manylora.server.api.schemas import CompletionRequest
 from manylora.server.api.state import AppState, Serving, state_of
 from manylora.server.api.streaming import EventStreamResponse
@@ -56,14 +65,15 @@ async def create_completion(request: Request) -> Response:
             name if body.n_drawn > 1 else "prompt",
         )
     context.model = body.model
-    target = target_of(serving, body)
+    target = await admit(state, target_of(serving, body), n_choices, context.caller)
+    plans = await _plans(state, body, context.caller)
+    echo = await _echo(state, body, plans, context.caller)
+    logprobs = _logprobs(serving, body, plans, echo)
+    # From here to the requests nothing is waited for.
     with await lease_of(state, target, n_choices, context.caller) as lease:
-        plans = await _plans(state, body)
         envelope = Envelope.new("cmpl", target.model, fingerprint(serving, lease))
         streams = submit_all(serving, lease, body, plans, envelope.id, context)
     prompt_tokens = [len(plan.ids) for plan in plans]
-    echo = _echo(serving, body, plans)
-    logprobs = _logprobs(serving, body, plans, echo)
     if body.stream:
         chunks = CompletionChunks(
             envelope,
@@ -110,14 +120,13 @@ async def create_completion(request: Request) -> Response:
     return answer() if n_logprobs <= _INLINE_LOGPROBS else await asyncio.to_thread(answer)
 
 
-async def _plans(state: AppState, body: CompletionRequest) -> list[PromptPlan]:
+async def _plans(state: AppState, body: CompletionRequest, caller: Caller) -> list[PromptPlan]:
     serving = state.serving
-    grammar = await token_rules(serving, body, await grammar_of(state, body))
+    grammar = await token_rules(state, body, await grammar_of(state, body, caller), caller)
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     plans = []
-    for prompt in body.prompt:
-        ids = await prompt_ids(serving, prompt, add_special_tokens=body.add_special_tokens)
-        ids = fit(serving, body, ids, body.max_tokens, "prompt")
+    for read in await prompt_ids(state, body.prompt, caller, add_special_tokens=body.add_special_tokens):
+        ids = fit(serving, body, read, body.max_tokens, "prompt")
         # The default is cut to what is left; a number that was asked for is honoured or refused (by `fit`).
         allowed = min(max_tokens, serving.max_context - len(ids))
         params = sampling_params(serving, body, max_tokens=allowed, logprobs=body.drawn_logprobs)
@@ -143,15 +152,21 @@ def _mean_logprob(one: Ended) -> float:
     return sum(step.sampled.logprob for step in steps) / len(steps) if steps else 0.0
 
 
-def _echo(serving: Serving, body: CompletionRequest, plans: list[PromptPlan]) -> list[str]:
+async def _echo(state: AppState, body: CompletionRequest, plans: list[PromptPlan], caller: Caller) -> list[str]:
     """By choice, the text its completion follows; empty if not asked for."""
     if not body.echo:
         return []
     is_whole = body.truncate_prompt_tokens is None
-    texts = [
-        prompt if isinstance(prompt, str) and is_whole else serving.tokenizer.decode(plan.ids, body.skip_special_tokens)
-        for prompt, plan in zip(body.prompt, plans, strict=True)
-    ]
+    decode = state.serving.tokenizer.decode
+
+    def decoded() -> list[str]:
+        return [
+            prompt if isinstance(prompt, str) and is_whole else decode(plan.ids, body.skip_special_tokens)
+            for prompt, plan in zip(body.prompt, plans, strict=True)
+        ]
+
+    is_short = sum(len(plan.ids) for plan in plans) <= INLINE_TOKENS
+    texts = decoded() if is_short else await state.prompt_work.run(caller.tenant.name, decoded)
     return [text for text in texts for _ in range(body.n)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -20,6 +21,8 @@ from manylora.server.api.state import EventStream, Serving
 from manylora.server.api.targets import Lease
 from manylora.server.engine.constraint import Grammar
 from manylora.server.engine.request import FinishEvent, Request, SamplingParams, TokenEvent
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,10 @@ async def _abort_on_disconnect(receive: Receive, streams: Sequence[EventStream])
 
 def failure(finish: FinishEvent, context: RequestContext) -> ApiError | None:
     """The error that a final event stands for; None if the request ended as it should."""
+    if finish.reason == "error" and finish.is_unavailable and not context.caller.may_use_all:
+        # What is wrong with an adapter names files of this machine.
+        _log.warning("an adapter that a tenant asked for is not available: %s", finish.error)
+        return failed(None, is_unavailable=True)
     if finish.reason == "error":
         return failed(finish.error, is_unavailable=finish.is_unavailable, is_refusal=finish.is_refusal)
     if finish.reason == "abort":

@@ -11,7 +11,7 @@ from manylora.server.api.errors import bad_request
 _ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 
 _KEYS: Final = frozenset(
-    {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
+    {"role", "content", "type", "name", "tool_calls", "tool_call_id", "reasoning_content"}
     # A client may send back a message as it got it; these say nothing unless they have a value.
     | {"refusal", "annotations", "audio", "function_call"}
 )
@@ -40,6 +40,9 @@ def _message(message: dict[str, Any], where: str, calls: dict[str, str]) -> dict
     for key, nothing in (("annotations", []), ("audio", None), ("function_call", None)):
         if given.pop(key, nothing) != nothing:
             raise bad_request(f"`{where}.{key}` is not served.", f"{where}.{key}")
+    kind = given.pop("type", "text")  # which lm-eval gives to each
+    if kind != "text":
+        raise bad_request(f'`{where}.type` must be "text", got {kind!r:.40}.', f"{where}.type")
     role = given.get("role")
     if role not in _ROLES:
         raise bad_request(f"`{where}.role` must be one of {', '.join(_ROLES)}, got {role!r:.40}.", f"{where}.role")
@@ -144,7 +147,15 @@ def _arguments(arguments: Any, where: str) -> dict[str, Any]:
     """As an object, since templates iterate over it; OpenAI's clients send it as JSON text."""
     if isinstance(arguments, str):
         try:
+            is_escaped = "\\u" in arguments
             arguments = json.loads(arguments) if arguments else {}
+            if is_escaped:
+                # An escaped half of a surrogate pair is a str that no tokeniser can take.
+                json.dumps(arguments, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise bad_request(
+                f"`{where}` holds an unpaired surrogate (\\ud800 to \\udfff), which is no character.", where
+            ) from None
         except (ValueError, RecursionError):
             raise bad_request(f"`{where}` is not valid JSON.", where) from None
     if arguments is None:

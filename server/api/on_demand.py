@@ -8,6 +8,7 @@ costs a look-up in a table each.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,9 +19,11 @@ from manylora.adapters.errors import AdapterError, AdapterNotFound, without_fram
 from manylora.adapters.on_demand import OnDemand
 from manylora.server.api.access.callers import Caller
 from manylora.server.api.access.rate_limits import RateLimited, RateLimits
-from manylora.server.api.errors import ApiError, bad_request, too_many_requests
+from manylora.server.api.errors import ApiError, as_api_error, bad_request, too_many_requests
 from manylora.server.api.state import AppState
 from manylora.server.api.targets import Lease, Target
+
+_log = logging.getLogger(__name__)
 
 REMEMBERED_FOR_S: Final = 3.0
 """Seconds during which a name that could not be loaded is not tried again."""
@@ -80,18 +83,26 @@ class OnDemandLoads:
         return outcome
 
 
-async def lease(state: AppState, target: Target, count: int, caller: Caller) -> Lease:
-    """``target.lease``, after loading what is named and not there, if that is on. Raises ApiError, AdapterError.
+async def admit(state: AppState, target: Target, n_choices: int, caller: Caller) -> Target:
+    """See that the target exists and the caller may use it, and have the caller pay for the choices; before any work is
+    done for it, during which nothing is held. Raises ApiError, AdapterError.
 
-    The caller pays for the choices, of which there are ``count``.
+    Returns the target by the names that the caller may use.
     """
-    target = target.permitted(caller)  # before anything is loaded for it
+    target = target.permitted(caller)
     if caller.limits is not None:
-        _pay(caller.limits, count)
+        _pay(caller.limits, n_choices)
+    (await lease(state, target, 1, caller)).close()
+    return target
+
+
+async def lease(state: AppState, target: Target, count: int, caller: Caller) -> Lease:
+    """``target.lease``, after loading what is named and not there, if that is on. Raises ApiError, AdapterError."""
+    target = target.permitted(caller)  # before anything is loaded for it
     loads = state.on_demand
     if loads is not None and not state.serving.engine.is_draining:
         for _ in range(_ATTEMPTS):
-            loaded = [await _ensure_one(state, loads, wanted.names) for wanted in target.adapters]
+            loaded = await _ensure_all(state, loads, target, caller)
             if not any(loaded):
                 break
             try:
@@ -123,6 +134,19 @@ def _pay(limits: RateLimits, n_choices: int) -> None:
             limits.take_requests(n_choices - 1)
         except RateLimited as error:
             raise too_many_requests(str(error), error.retry_after) from None
+
+
+async def _ensure_all(state: AppState, loads: OnDemandLoads, target: Target, caller: Caller) -> list[bool]:
+    """For each adapter of the target, whether it had to be loaded, and could be. Raises ApiError, AdapterError."""
+    try:
+        return [await _ensure_one(state, loads, wanted.names) for wanted in target.adapters]
+    except AdapterError as error:
+        if caller.may_use_all:
+            raise
+        # What is wrong with it names files of this machine.
+        _log.warning("an adapter that a tenant asked for cannot be served: %s", error)
+        known = as_api_error(error)
+        raise ApiError(known.status, "The adapter cannot be served.", param=target.param) from None
 
 
 async def _ensure_one(state: AppState, loads: OnDemandLoads, names: tuple[str, ...]) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any, Final
 
+from manylora.server.api.access.callers import Caller
 from manylora.server.api.chat_schemas import ChatTemplateFields
 from manylora.server.api.errors import bad_request
 from manylora.server.api.messages import template_messages
@@ -17,6 +17,10 @@ from manylora.server.engine.request import AdapterUse, SamplingParams
 
 _INLINE_CHARACTERS: Final = 4096
 """Longer text is tokenised on another thread: about a millisecond, in which no other stream moves."""
+_INLINE_MESSAGES: Final = 64
+
+INLINE_TOKENS: Final = 4096
+"""More are made into text on another thread."""
 
 MAX_CHARACTERS_PER_TOKEN: Final = 128
 """The longest tokens that vocabularies have (runs of spaces); text of several thousand tokens has four or five."""
@@ -49,20 +53,25 @@ def check_length(serving: Serving, n_characters: int, param: str) -> None:
         )
 
 
-async def encode(serving: Serving, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of a field `prompt`. Raises ApiError if it is too long for any tokens."""
-    check_length(serving, len(text), "prompt")
-    if len(text) <= _INLINE_CHARACTERS:
-        return serving.tokenizer.encode(text, add_special_tokens)
-    return await asyncio.to_thread(serving.tokenizer.encode, text, add_special_tokens)
+async def prompt_ids(
+    state: AppState, prompts: Sequence[Prompt], caller: Caller, *, add_special_tokens: bool
+) -> list[list[int]]:
+    """Token ids of each prompt of a field `prompt`. Raises ApiError if one is too long for any tokens, or holds what is
+    no token."""
+    serving = state.serving
 
+    def ids_of(prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return serving.tokenizer.encode(prompt, add_special_tokens)
+        check_token_ids(serving, prompt, "prompt")
+        return prompt
 
-async def prompt_ids(serving: Serving, prompt: Prompt, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of one prompt of ``/v1/completions``."""
-    if isinstance(prompt, str):
-        return await encode(serving, prompt, add_special_tokens=add_special_tokens)
-    check_token_ids(serving, prompt, "prompt")
-    return prompt
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            check_length(serving, len(prompt), "prompt")
+    if sum(map(len, prompts)) <= _INLINE_CHARACTERS:
+        return [ids_of(prompt) for prompt in prompts]
+    return await state.prompt_work.run(caller.tenant.name, lambda: [ids_of(prompt) for prompt in prompts])
 
 
 def template_of(state: AppState, body: ChatTemplateFields, uses: Sequence[AdapterUse]) -> str | None:
@@ -82,31 +91,45 @@ def template_of(state: AppState, body: ChatTemplateFields, uses: Sequence[Adapte
     return templates.pop() if len(templates) == 1 else None
 
 
-async def chat_ids(state: AppState, body: ChatTemplateFields, uses: Sequence[AdapterUse]) -> list[int]:
-    """Token ids of a conversation, by the template that ``template_of`` names.
+async def chat_ids(state: AppState, body: ChatTemplateFields, template: str | None, caller: Caller) -> list[int]:
+    """Token ids of a conversation, by the template that ``template_of`` found.
 
     Raises ApiError; ChatTemplateError if the template refuses the messages.
     """
-    template = template_of(state, body, uses)
-    messages = template_messages(body.messages)
+    serving = state.serving
     kwargs: dict[str, Any] = dict(body.chat_template_kwargs)
     if body.tools:
         kwargs["tools"] = [tool.for_template() for tool in body.tools]
 
-    def render() -> list[int]:
-        return state.serving.tokenizer.apply_chat_template(
+    def ids() -> list[int]:
+        try:
+            messages = template_messages(body.messages)
+        except RecursionError:
+            raise bad_request("`messages` is nested too deeply.", "messages") from None
+        check_length(serving, sum(len(message["content"]) for message in messages), "messages")
+        text = serving.tokenizer.render_chat_template(
             messages,
             chat_template=template,
             add_generation_prompt=body.generation_prompt,
             continue_final_message=body.continue_final_message,
             **kwargs,
         )
+        check_length(serving, len(text), "messages")
+        # The template writes the special tokens itself.
+        return serving.tokenizer.encode(text, add_special_tokens=False)
 
     # A template that the request or an adapter brought may loop for long: not on the event loop's thread.
-    n_characters = sum(len(message["content"]) for message in messages)
-    check_length(state.serving, n_characters, "messages")
-    is_short = not body.tools and n_characters <= _INLINE_CHARACTERS
-    return render() if is_short and template is None else await asyncio.to_thread(render)
+    if template is None and not kwargs and _is_short(body.messages):
+        return ids()
+    return await state.prompt_work.run(caller.tenant.name, ids)
+
+
+def _is_short(messages: Sequence[dict[str, Any]]) -> bool:
+    """Whether they are few, and plain and short texts all of them."""
+    if len(messages) > _INLINE_MESSAGES or any(message.keys() != {"role", "content"} for message in messages):
+        return False
+    contents = [message["content"] for message in messages]
+    return all(isinstance(one, str) for one in contents) and sum(map(len, contents)) <= _INLINE_CHARACTERS
 
 
 def fit(serving: Serving, body: GenerationRequest, ids: list[int], max_tokens: int | None, param: str) -> list[int]:
@@ -194,15 +217,18 @@ def check_read_logprobs(body: GenerationRequest, n_prompt_tokens: int) -> None:
         )
 
 
-async def token_rules(serving: Serving, body: GenerationRequest, grammar: Grammar | None) -> Grammar | None:
+async def token_rules(
+    state: AppState, body: GenerationRequest, grammar: Grammar | None, caller: Caller
+) -> Grammar | None:
     """``grammar``, narrowed down to what ``allowed_token_ids`` and ``bad_words`` leave."""
     if body.allowed_token_ids is None and not body.bad_words:
         return grammar
+    serving = state.serving
     check_token_ids(serving, body.allowed_token_ids or (), "allowed_token_ids")
     if sum(map(len, body.bad_words)) <= _INLINE_CHARACTERS:
         banned = _sequences(serving, body.bad_words)
     else:
-        banned = await asyncio.to_thread(_sequences, serving, body.bad_words)
+        banned = await state.prompt_work.run(caller.tenant.name, _sequences, serving, body.bad_words)
     return TokenRules(allowed=body.allowed_token_ids, banned=banned, grammar=grammar)
 
 

@@ -15,6 +15,8 @@ from manylora.server.api.schema_base import FieldError as FieldError
 from manylora.server.api.structured_schemas import StructuredFields
 
 MAX_STOPS = 16
+MAX_STOP = 1024
+"""Characters: what may become one is looked through again with each token."""
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD = 256
@@ -33,7 +35,7 @@ _TokenList = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 PromptInput = (
     str | _TokenList | Annotated[list[str], Field(min_length=1)] | Annotated[list[_TokenList], Field(min_length=1)]
 )
-_Stop = Annotated[str, Field(min_length=1)]
+_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 StopInput = _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)]
 BiasInput = Annotated[
     dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
@@ -71,6 +73,8 @@ def _stops(value: Any) -> Any:
             raise ValueError(f"at most {MAX_STOPS} stop strings are taken, got {len(stops)}.")
         if "" in stops:
             raise ValueError("a stop string must not be empty.")
+        if any(isinstance(stop, str) and len(stop) > MAX_STOP for stop in stops):
+            raise ValueError(f"a stop string must not have more than {MAX_STOP} characters.")
     return stops
 
 

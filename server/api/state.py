@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fastapi import Request
 
 from manylora.adapters.versions import AdapterInfo, AdapterRef
+from manylora.server.api.prompt_work import PromptWork
 from manylora.server.api.tools.templates import KnownTemplates
 from manylora.server.config import ApiConfig
 from manylora.server.engine.constraint import Grammar
@@ -76,10 +77,10 @@ class MergesLike(Protocol):
 
 
 class GrammarsLike(Protocol):
-    """``engine.grammar.grammars.GrammarCompiler``. ``submit`` compiles on a thread of its own; the future may raise
-    InvalidGrammar."""
+    """``engine.grammar.grammars.GrammarCompiler``. ``submit`` compiles on a thread of its own, for tenants in turns;
+    the future, of which each call has its own, may raise InvalidGrammar. Raises GrammarQueueFull."""
 
-    def submit(self, spec: GrammarSpec) -> Future[Grammar]: ...
+    def submit(self, spec: GrammarSpec, tenant: str = "") -> Future[Grammar]: ...
 
 
 class TokenizerLike(Protocol):
@@ -96,21 +97,13 @@ class TokenizerLike(Protocol):
     def render_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **kwargs: Any,
     ) -> str: ...
-    def apply_chat_template(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        **kwargs: Any,
-    ) -> list[int]: ...
     def token_text(self, token_id: int) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
 
@@ -174,6 +167,7 @@ class AppState:
     keys: KeyRing | None = None
     """Who bears which key; None only where an endpoint is tested without the rest."""
     templates: KnownTemplates = field(default_factory=KnownTemplates)
+    prompt_work: PromptWork = field(default_factory=PromptWork)
 
 
 def state_of(request: Request) -> AppState:

@@ -2,6 +2,7 @@
 
 EngineRefusal
 ├── QueueFull        its tenant's queue is full; ``retry_after`` seconds is a guess at when not       -> HTTP 429
+│   └── GrammarQueueFull too many of its tenant's grammars wait to be compiled                         -> HTTP 429
 ├── EngineDraining   the engine is shutting down and takes nothing new                                -> HTTP 503
 ├── PromptTooLong    prompt and output together could never fit; both numbers are in the message      -> HTTP 400
 ├── AdaptersNeverFit the adapters named together have no room on the device, however idle it is       -> HTTP 400
@@ -20,13 +21,21 @@ class EngineRefusal(Exception):
 class QueueFull(EngineRefusal):
     """``tenant``: whose queue it is; empty on a server without tenants."""
 
+    _queue, _things = "queue", "requests"
+
     def __init__(self, waiting: int, limit: int, retry_after: int, tenant: str = "") -> None:
-        whose = f"The queue of {tenant}" if tenant else "The queue"
-        super().__init__(f"{whose} is full: {waiting} requests wait, {limit} may. Try again in {retry_after} s.")
+        whose = f"The {self._queue} of {tenant}" if tenant else f"The {self._queue}"
+        super().__init__(f"{whose} is full: {waiting} {self._things} wait, {limit} may. Try again in {retry_after} s.")
         self.waiting = waiting
         self.limit = limit
         self.retry_after = retry_after
         """Whole seconds, at least 1: the value of the ``Retry-After`` header."""
+
+
+class GrammarQueueFull(QueueFull):
+    """Of the grammars to be compiled (``grammar.compile_queue``)."""
+
+    _queue, _things = "compilation queue", "grammars"
 
 
 class EngineDraining(EngineRefusal):

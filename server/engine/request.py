@@ -9,7 +9,7 @@ import enum
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.constraint import Constraint
@@ -75,6 +75,10 @@ class SampledToken:
 
     token_id: int
     logprobs: TokenLogprobs | None = None
+
+
+STEP_FAILED: Final = "The engine failed while computing this request; the server's log has the cause."
+"""The error of a request that something unexpected happened to."""
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class Sampler:
         """By row, what its constraint leaves of the tokens."""
         problems = self._masks.fill([c for i in constrained if (c := rows[i].constraint) is not None])
         return {
-            i: self._masks.allowed(place) if problem is None else SampleFailed(problem, is_refusal=True)
+            i: self._masks.allowed(place) if problem is None else problem
             for place, (i, problem) in enumerate(zip(constrained, problems, strict=True))
         }
 

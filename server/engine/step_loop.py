@@ -15,6 +15,7 @@ from manylora.server.engine.constraint import ConstraintFailed
 from manylora.server.engine.detokenizer import Detokenizer
 from manylora.server.engine.metrics import Metrics
 from manylora.server.engine.request import (
+    STEP_FAILED,
     FinishEvent,
     FinishReason,
     Request,
@@ -32,7 +33,6 @@ _log = logging.getLogger(__name__)
 
 _NAMES_EVERY_S: Final = 0.1
 """How old ``StepLoop.adapter_names`` may be."""
-_STEP_FAILED: Final = "The engine failed while computing this request; the server's log has the cause."
 
 
 class Runner(Protocol):
@@ -156,7 +156,7 @@ class StepLoop:
             if not self.is_broken:
                 for request_id in hit:
                     if request_id in self.live:
-                        self._end(self.live[request_id], "error", error=_STEP_FAILED)
+                        self._end(self.live[request_id], "error", error=STEP_FAILED)
             return True
         return bool(plan.rows)
 
@@ -227,7 +227,7 @@ class StepLoop:
             elif result is not None:
                 self._append(live, result, now)
             elif row.sample:
-                self._end(live, "error", error=_STEP_FAILED)
+                self._end(live, "error", error=STEP_FAILED)
 
     def _append(self, live: LiveRequest, sampled: SampledToken, now: float) -> None:
         if live.first_token is None:
@@ -245,6 +245,10 @@ class StepLoop:
             text, reason, stop = live.append(sampled.token_id, self._eos)
         except ConstraintFailed as error:
             self._end(live, "error", error=str(error), is_refusal=True)
+            return
+        except BaseException:  # noqa: BLE001 - one request's output must not end the others; a Rust panic is no Exception
+            _log.exception("request %s: its token %d could not be appended", live.request.request_id, sampled.token_id)
+            self._end(live, "error", error=STEP_FAILED)
             return
         logprobs = (sampled.logprobs,) if sampled.logprobs is not None else ()
         self._deliver(live, TokenEvent(text, (sampled.token_id,), logprobs, prompt_logprobs))

@@ -100,6 +100,7 @@ class Tokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
@@ -125,6 +126,7 @@ class Tokenizer:
     def render_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,

@@ -15,6 +15,7 @@ from manylora.adapters.errors import AdapterRefused, AdapterSourceNotFound
 from manylora.adapters.registry import AdapterRegistry
 from manylora.adapters.versions import LoadedAdapter
 from manylora.server.api.state import Serving
+from manylora.server.api.tools.formats import PROBE_TOOL
 from manylora.server.engine.errors import EngineDraining, EngineRefusal
 from manylora.server.engine.metrics import EngineStats
 from manylora.server.engine.request import Event, FinishEvent, Request, TokenEvent, TokenLogprob, TokenLogprobs
@@ -37,47 +38,47 @@ class FakeTokenizer:
 
     def __init__(self) -> None:
         self.templates: list[dict[str, Any]] = []
-        """The arguments of every call of ``apply_chat_template``."""
+        """The arguments of every call of ``render_chat_template``, besides those that find out about tools."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if text.startswith("<s>"):  # a template writes it out
+            return [BOS, *self.encode(text.removeprefix("<s>"), add_special_tokens=False)]
         return [BOS] * add_special_tokens + list(text.encode())
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         kept = [i for i in ids if not (skip_special_tokens and i in self.special_ids)]
         return b"".join(self.token_bytes(i) for i in kept).decode("utf-8", "replace")
 
-    def apply_chat_template(
+    def render_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **kwargs: Any,
-    ) -> list[int]:
-        self.templates.append(
-            {
-                "messages": list(messages),
-                "chat_template": chat_template,
-                "add_generation_prompt": add_generation_prompt,
-                "continue_final_message": continue_final_message,
-                **kwargs,
-            }
-        )
+    ) -> str:
+        """The base's template shows the names of tools and writes calls as Hermes does; others know neither."""
+        shown = [tool["function"]["name"] for tool in kwargs.get("tools", ())] if chat_template is None else []
+        if PROBE_TOOL not in shown:
+            self.templates.append(
+                {
+                    "messages": list(messages),
+                    "chat_template": chat_template,
+                    "add_generation_prompt": add_generation_prompt,
+                    "continue_final_message": continue_final_message,
+                    **kwargs,
+                }
+            )
         if messages[-1]["content"] == "refuse me":
             raise ChatTemplateError("The chat template refused these messages: no.")
-        text = "".join(f"{message['role']}:{message['content']}\n" for message in messages)
-        return self.encode((chat_template or "") + text + "assistant:" * add_generation_prompt)
-
-    def render_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, chat_template: str | None = None, **kwargs: Any
-    ) -> str:
-        """The base's template shows tools and writes calls as Hermes does; others know neither."""
-        if chat_template is not None:
-            return chat_template + "".join(f"{message['role']}:{message['content']}\n" for message in messages)
-        shown = [json.dumps(tool) for tool in kwargs.get("tools", ())]
-        calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
-        return "\n".join(shown + [f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in calls])
+        text = "".join(f"{tool}\n" for tool in shown)
+        for message in messages:
+            text += f"{message['role']}:{message['content']}\n"
+            for call in message.get("tool_calls", ()) if chat_template is None else ():
+                text += f"<tool_call>\n{json.dumps(call['function'])}\n</tool_call>\n"
+        return "<s>" + (chat_template or "") + text + "assistant:" * add_generation_prompt
 
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", "replace")

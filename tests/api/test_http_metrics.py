@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -160,7 +161,7 @@ def test_a_tenant_of_the_key_file_is_known_by_name_until_it_is_gone(
         rest = {("zeta", "rate"): 1.0, ("_anybody", "auth"): 1.0}
         assert rejected(client) == {("acme", "rate"): 1.0} | rest
         write("zeta")
-        app.state.manylora.keys.reload()
+        asyncio.run(app.state.manylora.keys.reload())
         assert rejected(client) == rest
     lines = [getattr(record, FIELDS) for record in caplog.records if record.name == "manylora.access"]
     assert [line["tenant"] for line in lines] == ["acme", "acme", "zeta", "zeta", None]

@@ -121,9 +121,7 @@ def test_every_field_of_a_body_says_what_it_is_for() -> None:
         for schema in content["schema"].get("anyOf", [content["schema"]] if content["schema"] else []):
             name = schema["$ref"].rpartition("/")[2]
             for field, found in DOCUMENT["components"]["schemas"][name]["properties"].items():
-                assert found.get("description"), (
-                    f"{name}.{field}: say it there, or in api/openapi/field_texts.py"
-                )
+                assert found.get("description"), f"{name}.{field}: say it there, or in api/openapi/field_texts.py"
 
 
 @pytest.mark.parametrize("schema", ["CompletionRequest", "ChatRequest"])

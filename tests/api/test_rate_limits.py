@@ -114,14 +114,16 @@ def test_no_limits(clock: Clock) -> None:
     assert [takes(limits, 1000) for _ in range(100)] == [0] * 100
 
 
-def test_changed_limits_forgive_nothing(clock: Clock) -> None:
+def test_changed_limits_forgive_nothing_and_make_no_debts(clock: Clock) -> None:
     limits = RateLimits(rules(1.0, 10, tokens=60), clock)
     takes(limits, 10)
     limits.change(rules(1.0, 12, tokens=60))
     assert [takes(limits) for _ in range(3)] == [0, 0, 1]
-    limits.change(rules(1.0, 2, tokens=60))  # now ten below nothing
-    assert takes(limits) == 11
-    limits.spend_tokens(100)
+    limits.change(rules(1.0, 2, tokens=60))  # twelve of two are used, which was allowed when they were
+    assert takes(limits) == 1
+    limits.spend_tokens(100)  # forty more than there are
+    limits.change(rules(None, tokens=30))
+    assert takes(limits) == 80
     limits.change(rules(None, tokens=120))
     assert takes(limits) == 0
     limits.spend_tokens(120)

@@ -18,10 +18,12 @@ from manylora.server.api.app import create_app
 from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig
 from manylora.server.engine.constraint import Constraint, Grammar
+from manylora.server.engine.errors import GrammarQueueFull
 from manylora.server.engine.grammar.grammars import GrammarCompiler
 from manylora.server.engine.grammar.sources import GrammarSpec
 from manylora.server.engine.grammar.vocabulary import GrammarVocabulary
 from manylora.server.engine.request import FinishEvent, Request, TokenEvent
+from manylora.server.tenants_file import hashed
 from tests.api.fakes import BOS, EOS, FakeEngine, make_serving
 
 COMPLETION = {"model": "base", "prompt": "Hi"}
@@ -203,15 +205,16 @@ class Slow:
     """Grammars that are compiled when the test says so."""
 
     def __init__(self) -> None:
-        self.asked: list[GrammarSpec] = []
-        self.future: Future[Grammar] = Future()
+        self.asked: list[tuple[GrammarSpec, str]] = []
+        self.futures: list[Future[Grammar]] = []
         self.three = asyncio.Event()
 
-    def submit(self, spec: GrammarSpec) -> Future[Grammar]:
-        self.asked.append(spec)
+    def submit(self, spec: GrammarSpec, tenant: str = "") -> Future[Grammar]:
+        self.asked.append((spec, tenant))
+        self.futures.append(Future())
         if len(self.asked) == 3:
             self.three.set()
-        return self.future
+        return self.futures[-1]
 
 
 def test_nobody_waits_for_a_grammar_but_its_own_requests(tmp_path: Path, config: ApiConfig) -> None:
@@ -229,9 +232,10 @@ def test_nobody_waits_for_a_grammar_but_its_own_requests(tmp_path: Path, config:
             assert (await client.post("/v1/completions", json=COMPLETION)).status_code == 200
             asking[0].cancel()  # its client is gone; the others' grammar is not
             await asyncio.sleep(0.01)
-            assert not slow.future.cancelled()
+            assert [future.cancelled() for future in slow.futures] == [True, False, False]
             compiler = GrammarCompiler(TRIE)
-            slow.future.set_result(compiler.compile(slow.asked[0]))
+            for (spec, _), future in zip(slow.asked[1:], slow.futures[1:], strict=True):
+                future.set_result(compiler.compile(spec))
             assert [(await task).status_code for task in asking[1:]] == [200, 200]
             compiler.close()
 
@@ -241,10 +245,45 @@ def test_nobody_waits_for_a_grammar_but_its_own_requests(tmp_path: Path, config:
 def test_an_error_of_the_server_is_no_bad_request(
     tmp_path: Path, connect: Callable[..., TestClient], config: ApiConfig, serving: Serving
 ) -> None:
-    slow = Slow()
-    slow.future.set_exception(RuntimeError("the process that compiles grammars did not start"))
-    app = create_app(replace(serving, grammars=slow), config)
+    class Broken:
+        def submit(self, spec: GrammarSpec, tenant: str = "") -> Future[Grammar]:
+            future: Future[Grammar] = Future()
+            future.set_exception(RuntimeError("the process that compiles grammars did not start"))
+            return future
+
+    app = create_app(replace(serving, grammars=Broken()), config)
     with TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False) as client:
         response = client.post("/v1/completions", json={**COMPLETION, "guided_regex": "ab"})
     assert response.status_code == 500
     assert "did not start" not in response.text
+
+
+def test_grammars_wait_in_the_queue_of_their_tenant(tmp_path: Path, config: ApiConfig) -> None:
+    keys = "".join(
+        f'[tenants.{name}]\nadapters = ["*"]\nbase = true\n[[tenants.{name}.keys]]\nsha256 = "{hashed(name).hex()}"\n'
+        for name in ("acme", "other")
+    )
+    (tmp_path / "keys.toml").write_text(keys)
+    slow = Slow()
+    app = create_app(
+        replace(make_serving(tmp_path), grammars=slow), replace(config, keys_file=tmp_path / "keys.toml", admin_key="r")
+    )
+
+    def full(spec: GrammarSpec, tenant: str = "") -> Future[Grammar]:
+        slow.asked.append((spec, tenant))
+        raise GrammarQueueFull(32, 32, 3, tenant)
+
+    slow.submit = full  # type: ignore[method-assign]
+    tool = {"type": "function", "function": {"name": "now", "strict": True}}
+    with TestClient(app, base_url="http://127.0.0.1:8000") as client:
+        for tenant, path, body in (
+            ("acme", "/v1/completions", {**COMPLETION, "guided_regex": "ab"}),
+            ("other", "/v1/chat/completions", {**CHAT, "guided_regex": "ab"}),
+            ("acme", "/v1/chat/completions", {**CHAT, "tools": [tool], "tool_choice": "required"}),
+        ):
+            answer = client.post(path, json=body, headers={"Authorization": f"Bearer {tenant}"})
+            assert (answer.status_code, answer.headers["Retry-After"]) == (429, "3")
+            error = answer.json()["error"]
+            assert error["type"] == "RateLimitError"
+            assert f"compilation queue of {tenant} is full" in error["message"]
+    assert [tenant for _, tenant in slow.asked] == ["acme", "other", "acme"]

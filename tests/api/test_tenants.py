@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig, ConfigError
 from manylora.server.engine.tenant import EVERYBODY, Tenant
 from manylora.server.tenants_file import hashed
-from tests.api.fakes import FakeEngine, write_adapter
+from tests.api.fakes import FakeEngine, finish, write_adapter
 
 Connect = Callable[..., TestClient]
 
@@ -316,7 +317,7 @@ def test_a_new_file_counts_at_once(connect: Connect, slow: ApiConfig, keys_file:
     text = with_keys("[tenants.slow]\nadapters = ['alice']\nrequests_per_second = 0.01\nburst = 6\n[tenants.new]\n")
     keys_file.write_text(text)
     assert ask(client, "new").status_code == 401  # not before it is told
-    keyring(client).reload()
+    asyncio.run(keyring(client).reload())
     assert ask(client, "new").status_code == 200
     assert ask(client, "other").status_code == 401
     assert keyring(client).tenants == {"slow", "new"}
@@ -336,7 +337,7 @@ def test_a_bad_file_changes_nothing(connect: Connect, slow: ApiConfig, keys_file
     else:
         keys_file.write_text(text)
     with pytest.raises(ConfigError, match=r"^--keys: .*keys\.toml"):
-        keyring(client).reload()
+        asyncio.run(keyring(client).reload())
     assert ask(client, "slow").status_code == 200
 
 
@@ -344,7 +345,7 @@ def test_a_new_file_cannot_take_the_admin_key(connect: Connect, slow: ApiConfig,
     client = connect(slow)
     keys_file.write_text(f'[[tenants.slow.keys]]\nsha256 = "{hashed("root").hex()}"\n')
     with pytest.raises(ConfigError, match=r"one of them is also --admin-key"):
-        keyring(client).reload()
+        asyncio.run(keyring(client).reload())
     assert client.get("/v1/adapters", headers=ADMIN).status_code == 200
 
 
@@ -400,3 +401,25 @@ def test_odd_keys(connect: Connect, slow: ApiConfig) -> None:
     assert status("Bearer slow-key", "Bearer wrong") == 400
     assert status("Bearer wrong", "Bearer slow-key") == 400
     assert client.post("/v1/completions?api_key=slow-key", json=body).status_code == 401
+
+
+def test_what_is_wrong_with_an_adapter_is_the_operators_to_know(
+    connect: Connect, tenants: ApiConfig, tmp_path: Path, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It names files of the machine."""
+    write_adapter(tmp_path / "roots" / "broken", "bad")
+    client = connect(replace(tenants, adapter_roots=(tmp_path / "roots",), adapters_on_demand=5))
+    refused = ask(client, "all", model="broken")
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == "The adapter cannot be served."
+    assert "is refused" in caplog.text
+    told = client.post("/v1/completions", json={"model": "broken", "prompt": "x"}, headers=ADMIN)
+    assert "it is bad" in told.json()["error"]["message"]
+
+    gone = f"{tmp_path} held another version."
+    engine.script = lambda request: [[replace(finish(request, "error", error=gone), is_unavailable=True)]]
+    for stream in (False, True):
+        unavailable = ask(client, "all", model="alice", stream=stream)
+        assert unavailable.status_code == 503
+        assert str(tmp_path) not in unavailable.text
+    assert gone in client.post("/v1/completions", json={"model": "alice", "prompt": "x"}, headers=ADMIN).text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -13,10 +14,15 @@ import jsonschema_rs
 import pytest
 from starlette.testclient import TestClient
 
+from manylora.server.api.app import create_app
 from manylora.server.api.state import Serving
 from manylora.server.api.tools.formats import FORMATS
 from manylora.server.config import ApiConfig, ConfigError, ToolCallParser
+from manylora.server.engine.constraint import Grammar
+from manylora.server.engine.errors import GrammarQueueFull
 from manylora.server.engine.grammar.grammars import GrammarCompiler
+from manylora.server.engine.grammar.sources import GrammarSpec, InvalidGrammar
+from manylora.server.engine.grammar.token_rules import TokenRules
 from manylora.server.engine.grammar.vocabulary import GrammarVocabulary
 from manylora.server.engine.request import Request, TokenEvent
 from tests.api.fakes import EOS, FakeEngine, FakeTokenizer, Step, finish, make_serving, token
@@ -484,3 +490,47 @@ def test_special_marks_are_shown_to_the_parser(
     assert engine.requests[0].params.skip_special_tokens
     chat(client, tool_choice="none")
     assert engine.requests[1].params.shown_special_ids == frozenset()
+
+
+class Refusing:
+    """Refuses every grammar of more than one function; those of one are compiled, or take for ever."""
+
+    def __init__(self, *, is_costly: bool = False, hangs: bool = False, queue_full: bool = False) -> None:
+        self.is_costly, self.hangs, self.queue_full = is_costly, hangs, queue_full
+        self.single: list[Future[Grammar]] = []
+
+    def submit(self, spec: GrammarSpec, tenant: str = "") -> Future[Grammar]:
+        future: Future[Grammar] = Future()
+        if spec.kind == "lark":
+            future.set_exception(InvalidGrammar("all together are refused", is_costly=self.is_costly))
+            return future
+        self.single.append(future)
+        if self.queue_full:
+            raise GrammarQueueFull(32, 32, 3, tenant)
+        if not self.hangs:
+            future.set_result(TokenRules())
+        return future
+
+
+@pytest.mark.parametrize(
+    ("refusing", "asked"),
+    [
+        (Refusing(), 2),  # none of them is at fault
+        (Refusing(is_costly=True), 0),  # to look for the one would cost as much again
+        (Refusing(hangs=True), 1),
+        (Refusing(queue_full=True), 1),
+    ],
+)
+def test_the_search_for_the_function_at_fault_is_bounded(
+    serving: Serving, config: ApiConfig, refusing: Refusing, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manylora.server.api.tools.calls._BLAME_S", 0.2)
+    app = create_app(replace(serving, grammars=refusing), config)
+    with TestClient(app, base_url="http://127.0.0.1:8000") as client:
+        body = {"model": "base", "messages": [USER], "tools": TOOLS, "tool_choice": "required"}
+        answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "tool_choice"
+    assert "all together are refused" in answer.json()["error"]["message"]
+    assert len(refusing.single) == asked
+    assert all(future.cancelled() for future in refusing.single if refusing.hangs), "nobody waits for it any more"

@@ -52,12 +52,12 @@ Result = tuple[TokenEvent, FinishEvent]
 def ask(running: Running, wanted: Sequence[tuple[GrammarSpec | None, SamplingParams]]) -> list[Result]:
     """All at once."""
     assert running.grammars is not None
-    grammars = [None if spec is None else running.grammars.submit(spec) for spec, _ in wanted]
+    grammars = [None if spec is None else running.grammars.compile(spec) for spec, _ in wanted]
 
     async def main() -> list[Result]:
         streams = []
         for number, ((_, params), grammar) in enumerate(zip(wanted, grammars, strict=True)):
-            constraint = None if grammar is None else grammar.result(60).start()
+            constraint = None if grammar is None else grammar.start()
             prompt = [1, 100 + number % 7, 2000 + number]
             streams.append(running.engine.submit(Request(f"r{number}", prompt, params, constraint=constraint)))
         return [await stream.result() for stream in streams]

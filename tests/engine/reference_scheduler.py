@@ -52,6 +52,7 @@ class Job:
     preempted: bool = False
     denied_before: bool = False
     slots: tuple[int, ...] = ()
+    scored: bool = False
 
     @property
     def left(self) -> int:
@@ -83,6 +84,9 @@ class ReferenceScheduler:
         self.parties: list[Party] = []
         self.n_added = self.n_started = self.n_claims = 0
         self.holder: Party | None = None
+        self.claimant: Party | None = None
+        self.next_to_start: tuple[Fraction, int] | None = None
+        self.hungry: list[Party] = []
         self.turn_is_over = False
         self.overtaken: Counter[str] = Counter()
         self.was_express = False
@@ -110,7 +114,7 @@ class ReferenceScheduler:
         return bool(idle) or len(running) > 1 or any(job.left > 1 for job in running)
 
     def may_go_ahead(self, party: Party) -> bool:
-        hungry = [other.clock for other in self.active() if other is not party and self.wants_more(other)]
+        hungry = [other.clock for other in self.hungry if other is not party]
         return all(party.clock <= clock + self.config.max_batch_tokens / party.share for clock in hungry)
 
     def pages_for(self, tokens: int) -> int:
@@ -129,7 +133,7 @@ class ReferenceScheduler:
 
     def add(
         self, name: str, adapters: list[AdapterRef], flow: set[str], priority: int, n_prompt: int,
-        tenant: Tenant = EVERYBODY,
+        tenant: Tenant = EVERYBODY, *, scored: bool = False,
     ) -> None:  # fmt: skip
         party = next((one for one in self.parties if one.name == tenant.name), None)
         if party is None:
@@ -145,6 +149,7 @@ class ReferenceScheduler:
         unfinished = sum(job.left for job in self.jobs if job.party is party and (job.left > 1 or not job.running))
         light = unfinished == 0 or unfinished + n_prompt <= self.config.max_batch_tokens
         self.jobs.append(Job(name, party, adapters, flow, priority, self.n_added, tag, n_prompt, light))
+        self.jobs[-1].scored = scored
         self.n_added += 1
 
     def stop(self, job: Job) -> None:
@@ -186,11 +191,18 @@ class ReferenceScheduler:
         if len(self.parties) > 1:
             self.parties = [party for party in self.parties if party in self.active() or party.seen >= since]
         self.put_clocks_forward()
+        self.hungry = [party for party in self.active() if self.wants_more(party)]
         guarded = len(self.parties) > 1
         scan = Scan()
         express = None if self.was_express or len(self.active()) < 2 else self.choose_express(scan)
         self.was_express = express is not None
         counts: dict[Job, int] = {}
+        has_row = len(self.running()) < (self.config.rows_if_guarded if guarded else self.config.max_rows)
+        self.claimant, self.next_to_start = None, None
+        if len(self.active()) > 1 and has_row:
+            self.claimant = self.holder
+            fresh = {job.party.name: job.party for job in self.waiting() if not job.denied_before}
+            self.next_to_start = min(((party.clock, party.started) for party in fresh.values()), default=None)
         any_preempted = self.continue_running(counts, express, guarded)
         if express is None and not any_preempted:
             self.admit(counts, guarded, scan)
@@ -207,17 +219,39 @@ class ReferenceScheduler:
                 self.seen["put forward"] += party.clock < max(hungry) - owed
                 party.clock = max(party.clock, max(hungry) - owed)
 
-    def for_prompts(self, party: Party, counts: dict[Job, int], express: Party | None, guarded: bool) -> int:
+    def for_prompts(
+        self, party: Party, counts: dict[Job, int], express: Party | None, guarded: bool, *, runs: bool = False
+    ) -> int:
         used = sum(counts.values())
         left = self.config.max_batch_tokens - used
         if express is not None:
             return left if express is party else 0
+        if self.claimant is not None and self.claimant.wanting is not None:
+            left -= 1
         if not guarded:
             return left
         own = self.share(party, self.config.tokens_if_guarded) - sum(
             count for job, count in counts.items() if job.party is party
         )
-        return min(left, max(0, own, self.config.tokens_if_guarded - used))
+        prompts = sum(count for job, count in counts.items() if job.left > 1)
+        if runs and self.next_to_start is not None and self.next_to_start < (party.clock, party.started):
+            self.seen["left to who starts"] += 1
+            prompts = self.config.tokens_if_guarded
+        return min(left, max(0, own, self.config.tokens_if_guarded - prompts))
+
+    def for_one(self, job: Job, counts: dict[Job, int], guarded: bool) -> int:
+        """Tokens for a request that waits."""
+        tokens = self.for_prompts(job.party, counts, None, guarded)
+        if tokens <= 0 and self.claimant is not None and job is self.claimant.wanting:
+            self.seen["a token for the claim"] += 1
+            return 1
+        return tokens
+
+    def capped(self, job: Job, count: int) -> int:
+        if job.scored and count > 64 and self.running() != [job]:
+            self.seen["scored slowly"] += 1
+            return 64
+        return count
 
     def continue_running(self, counts: dict[Job, int], express: Party | None, guarded: bool) -> bool:
         any_preempted = False
@@ -229,7 +263,7 @@ class ReferenceScheduler:
                 continue
             count = min(self.config.max_batch_tokens - sum(counts.values()), job.left)
             if job.left > 1:
-                count = min(count, self.for_prompts(job.party, counts, express, guarded))
+                count = self.capped(job, min(count, self.for_prompts(job.party, counts, express, guarded, runs=True)))
             elif express is not None and job.party is not express and job is not self.running(job.party)[0]:
                 count = 0
             if count == 0:
@@ -323,11 +357,7 @@ class ReferenceScheduler:
                 planned = sum(count for other, count in counts.items() if other.party is party)
                 return (party.clock + planned / party.share, party.started, self.parties.index(party))
 
-            tried = [
-                job
-                for job in self.waiting()
-                if job not in done and self.for_prompts(job.party, counts, None, guarded) > 0
-            ]
+            tried = [job for job in self.waiting() if job not in done and self.for_one(job, counts, guarded) > 0]
             if not tried:
                 return
             job = min(tried, key=turn)  # the first of its tenant, as ``tried`` is sorted
@@ -336,10 +366,11 @@ class ReferenceScheduler:
                 continue
             if not self.has_room(job):
                 return
+            tokens = self.for_one(job, counts, guarded)
             slots = self.take_slots(job, scan)
             if slots is not None:
                 self.start(job, slots)
-                counts[job] = min(self.for_prompts(job.party, counts, None, guarded), job.left)
+                counts[job] = self.capped(job, min(tokens, job.left))
                 job.pages = self.pages_for(counts[job])
 
     # --- slots ----------------------------------------------------------------------------------------------------

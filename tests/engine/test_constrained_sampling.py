@@ -10,11 +10,13 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from manylora.server.engine import engine as engine_module
 from manylora.server.engine.constraint import Constraint, ConstraintFailed
+from manylora.server.engine.detokenizer import Detokenizer
 from manylora.server.engine.grammar.grammars import GrammarCompiler
 from manylora.server.engine.grammar.sources import GrammarSpec
 from manylora.server.engine.grammar.vocabulary import GrammarVocabulary
-from manylora.server.engine.request import Request, SampledToken, SampleFailed
+from manylora.server.engine.request import STEP_FAILED, Request, SampledToken, SampleFailed
 from manylora.server.engine.sampler import Sampler
 from tests.engine.harness import Setup, go, output, running
 from tests.engine.test_sampler import made, random_logits
@@ -298,6 +300,51 @@ def test_a_grammar_that_fails_ends_its_request_with_the_reason(failing: str) -> 
             assert (await other.result())[1].reason == "stop"
 
     go(main())
+
+
+class Broken(Allows):
+    """Raises what nobody expects: at its mask, or at its second token."""
+
+    def __init__(self, at: str) -> None:
+        super().__init__([97])
+        self.at = at
+
+    def allow(self, mask: npt.NDArray[np.int32]) -> None:
+        if self.at == "allow":
+            raise IndexError("a bug")
+        super().allow(mask)
+
+    def accept(self, token: int) -> None:
+        super().accept(token)
+        if self.at == "accept" and len(self.accepted) == 2:
+            raise IndexError("a bug")
+
+
+@pytest.mark.parametrize("failing", ["allow", "accept", "detokenizer"])
+def test_a_bug_met_in_one_request_ends_it_alone(
+    failing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Garbled(Detokenizer):
+        def feed(self, token: int, *, check_stop: bool = True) -> str:
+            if token == ord("!"):
+                raise IndexError("a bug")
+            return super().feed(token, check_stop=check_stop)
+
+    monkeypatch.setattr(engine_module, "Detokenizer", Garbled)
+
+    async def main() -> None:
+        async with running(Setup(model)) as setup:
+            bad = asking("bad", "!{3}" if failing == "detokenizer" else None)
+            if failing != "detokenizer":
+                bad.constraint = Broken(failing)
+            others = [setup.submit(asking("good", "[a-c]{9}")), setup.submit(asking("free", None))]
+            tokens, finish = await setup.submit(bad).result()
+            assert (finish.reason, finish.error, finish.is_refusal) == ("error", STEP_FAILED, False)
+            assert tokens.text == ("a" if failing == "accept" else "")
+            assert [(await other.result())[1].reason for other in others] == ["stop", "length"]
+
+    go(main())
+    assert "IndexError: a bug" in caplog.text
 
 
 def test_rows_without_a_grammar_have_no_work_from_those_with_one(monkeypatch: pytest.MonkeyPatch) -> None:

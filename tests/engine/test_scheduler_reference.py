@@ -47,6 +47,11 @@ def random_workload(seed: int, *, tenants: bool = False) -> Workload:
         max_overtake=rng.choice([0, 1, 4]),
     )
     who = [EVERYBODY]
+    scored = [None]
+    if tenants and rng.random() < 0.15:  # prompts so long that it matters whether they are scored
+        scored, largest = [None, 0], 150
+        max_batch_tokens = max_rows + 150
+        config = replace(config, max_batch_tokens=max_batch_tokens, num_pages=300, max_context=largest)
     if tenants:
         config = replace(
             config,
@@ -77,6 +82,7 @@ def random_workload(seed: int, *, tenants: bool = False) -> Workload:
             adapters=tuple(AdapterUse(ref, rng.choice([1.0, 0.5])) for ref in rng.choices(compositions, weights)[0]),
             merged=object() if rng.random() < 0.1 else None,
             priority=rng.choice([0, 0, 0, 1, -1]),
+            prompt_logprobs=scored[i % len(scored)],
         )
         if tenants:
             made.tenant = rng.choices(who, busy)[0]
@@ -126,7 +132,15 @@ class Run:
             refs = [use.ref for use in new.adapters]
             flow = {ref.version for ref in refs}
             needed = refs if new.merged is None else []
-            self.reference.add(new.request_id, needed, flow, new.priority, len(new.prompt_token_ids), new.tenant)
+            self.reference.add(
+                new.request_id,
+                needed,
+                flow,
+                new.priority,
+                len(new.prompt_token_ids),
+                new.tenant,
+                scored=new.params.prompt_logprobs is not None,
+            )
         for request_id in self.workload.aborts.get(step, []):
             if request_id in self.live:
                 self.end(request_id)
@@ -203,8 +217,21 @@ def test_random_workloads_of_several_tenants() -> None:
         run.scheduler.add(request("last", [1], max_tokens=1, tenant=Tenant("another")))
         run.scheduler.schedule()
         assert len(list(run.scheduler._accounts)) == 1, "tenants are remembered for ever"
-    assert min(seen[rule] for rule in ("express", "guarded", "put forward", "held for a claim")) >= 100, seen
-    assert min(seen[rule] for rule in ("memory of several", "preempted for a light one")) >= 5, seen
+    assert (
+        min(
+            seen[rule]
+            for rule in (
+                "express",
+                "guarded",
+                "put forward",
+                "held for a claim",
+                "left to who starts",
+                "a token for the claim",
+            )
+        )
+        >= 100
+    ), seen
+    assert min(seen[rule] for rule in ("memory of several", "preempted for a light one", "scored slowly")) >= 5, seen
 
 
 def test_the_workloads_hit_every_limit() -> None:

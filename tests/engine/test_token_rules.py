@@ -81,3 +81,13 @@ def test_the_grammar_below_is_asked() -> None:
         state.accept(0)
     assert state.is_complete
     assert not TokenRules(allowed=[1]).start().is_complete
+
+
+def test_tokens_that_the_model_has_no_logits_for_are_left_out() -> None:
+    beyond = 32 * N_WORDS + 5
+    state = TokenRules(allowed=[3, beyond], banned=[[beyond], [3, beyond], [3, 4]]).start()
+    assert allowed_by(state) == {3}
+    state.accept(3)
+    assert allowed_by(state) == {3}
+    with pytest.raises(ConstraintFailed, match="leave no token"):
+        allowed_by(TokenRules(allowed=[beyond]).start())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from collections.abc import Callable
 
 import pytest
@@ -118,6 +119,24 @@ def test_head_norm_is_the_norm_of_each_head(ops: Ops) -> None:
     assert torch.equal(wide, expected)
 
 
+@pytest.mark.parametrize(
+    ("mapped", "found"),
+    [
+        (["/v/site/torch/lib/libgomp.so.1", "/v/site/sentencepiece.libs/libgomp-6a.so.1"], 0),
+        (["/v/site/a.libs/libgomp-6a.so.1", "/v/site/torch.libs/libgomp-98.so.1"], 1),
+        (["/usr/lib/libgomp.so.1", "/v/site/torch/lib/libgomp.so.1"], 1),
+        (["/v/site/a.libs/libgomp-6a.so.1", "/usr/lib/libgomp.so.1"], 1),
+        (["/v/site/a.libs/libgomp-6a.so.1"], None),
+        ([], None),
+    ],
+)
+def test_the_threads_are_torchs_own(mapped: list[str], found: int | None) -> None:
+    from manylora.kernels.cpu.threads import torchs_libgomp
+
+    maps = "".join(f"7f00-7f01 r-xp 00000000 08:01 42    {path}\n" for path in ["/usr/lib/libc.so.6", *mapped] * 2)
+    assert torchs_libgomp(maps, Path("/v/site/torch")) == (None if found is None else mapped[found])
+
+
 def test_single_threaded_is_for_this_thread_alone() -> None:
     """Neither for threads that compute already nor for those that begin meanwhile, and not for longer."""
     from manylora.kernels.cpu.threads import single_threaded
@@ -140,13 +159,13 @@ def test_single_threaded_is_for_this_thread_alone() -> None:
         old.start()
         assert running.wait(30)
         with single_threaded():
-            assert torch.get_num_threads() == 1
+            inside = torch.get_num_threads()
             new = threading.Thread(target=other, args=(False,))
             new.start()
             new.join(30)
             go_on.set()
             old.join(30)
-        assert torch.get_num_threads() == 2
+        assert (inside, torch.get_num_threads()) == (1, 2)
         assert seen == [[2], [2, 2]]
     finally:
         torch.set_num_threads(before)

@@ -7,6 +7,7 @@ ten thousand keys than with one.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import time
@@ -54,9 +55,10 @@ class KeyRing:
         """Have ``callback`` told the names of all tenants whenever there are others."""
         self._when_changed.append(callback)
 
-    def reload(self) -> None:
-        """Read the key file again. Raises ConfigError, and then everything stays as it was."""
-        self.replace(self._config.read_tenants())
+    async def reload(self) -> None:
+        """Read the key file again, on another thread: a large one takes its time. Raises ConfigError, and then
+        everything stays as it was."""
+        self.replace(await asyncio.to_thread(self._config.read_tenants))
 
     def replace(self, tenants: tuple[TenantRules, ...]) -> None:
         """These tenants from now on. What one has used of its limits it has still used; requests that run finish."""

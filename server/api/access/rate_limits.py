@@ -50,10 +50,12 @@ class Bucket:
         return max(0.0, (amount - self.level()) / self.rate)
 
     def change(self, rate: float, capacity: float) -> None:
-        """Other numbers from now on; what was used stays used."""
-        used = self.capacity - self.level()
+        """Other numbers from now on. What was used stays used, but is no debt under the new ones if it was none under
+        the old."""
+        level = self.level()
+        used = self.capacity - level
         self.rate, self.capacity = rate, capacity
-        self._level = capacity - used
+        self._level = max(capacity - used, min(level, 0.0))
 
 
 class RateLimits:

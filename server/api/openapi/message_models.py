@@ -40,6 +40,7 @@ class PastCall(_Part):
 
 
 class _Message(_Part):
+    type: Literal["text"] | None = Field(default=None, description="As lm-eval sends it; changes nothing.")
     name: str | None = None
     reasoning_content: str | None = None
     # Clients send back a message as they got it.

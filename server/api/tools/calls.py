@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from manylora.server.api.access.callers import Caller
 from manylora.server.api.chat_schemas import ChatRequest, NamedTool, Tool
 from manylora.server.api.errors import ApiError, bad_request
 from manylora.server.api.state import AppState, TokenizerLike
-from manylora.server.api.structured import check_ends, compile_grammar
+from manylora.server.api.structured import GrammarRefused, check_ends, compile_grammar
 from manylora.server.api.tools.formats import FORMATS, Function, ToolFormat, arguments_schema, call_grammar
 from manylora.server.api.tools.parsers import Arguments, CallStart, FreeParser, GuidedParser, Piece, ToolParser
+from manylora.server.api.tools.templates import TemplateTools
 from manylora.server.engine.constraint import Grammar
+from manylora.server.engine.errors import GrammarQueueFull
 from manylora.server.engine.grammar.sources import GrammarSpec
 from manylora.server.engine.request import FinishEvent
 
 _ANY_OBJECT: Final[Mapping[str, Any]] = {"type": "object"}
+_BLAME_S: Final = 2.0
+"""That finding the function at fault may take."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +102,11 @@ def delta(piece: Piece) -> dict[str, Any]:
     return {"tool_calls": [{"index": piece.index, "id": piece.id, "type": "function", "function": function}]}
 
 
-async def tool_calling(state: AppState, body: ChatRequest, template: str | None) -> ToolCalling | None:
+async def tool_calling(state: AppState, body: ChatRequest, template: str | None, caller: Caller) -> ToolCalling | None:
     """How calls are found in the answers to ``body``; None if there are none to find.
 
     Raises ApiError 400: the template takes no tools or writes calls in no known format, a function's schema cannot be
-    kept, or another field contradicts.
+    kept, or another field contradicts. And as ``compile_grammar``.
     """
     if not body.tools or body.tool_choice == "none":
         return None
@@ -129,9 +135,9 @@ async def tool_calling(state: AppState, body: ChatRequest, template: str | None)
         except RecursionError:
             raise bad_request("`tools`: the schema of a function is nested too deeply.", "tools") from None
         try:
-            grammar = await compile_grammar(state, GrammarSpec("lark", text), param)
-        except ApiError as error:
-            raise await _at_fault(state, tools, functions) or error from None
+            grammar = await compile_grammar(state, GrammarSpec("lark", text), param, caller)
+        except GrammarRefused as error:
+            raise await _at_fault(state, tools, functions, caller, error) from None
     return ToolCalling(
         format,
         tuple(tool.function.name for _, tool in tools),
@@ -147,13 +153,7 @@ async def _format(state: AppState, template: str | None) -> ToolFormat:
     asked = state.config.tool_call_parser
     if asked == "none":
         raise bad_request("`tools` are off on this server (--tool-call-parser none).", "tools")
-    found = await state.templates.tools_of(state.serving.tokenizer, template)
-    if not found.takes_tools:
-        raise bad_request(
-            "`tools`: the chat template of this model does not show tools to it, so it cannot call any; leave the "
-            "field out.",
-            "tools",
-        )
+    found = await tools_shown(state, template)
     format = found.format if asked == "auto" else FORMATS[asked]
     if format is None:
         raise bad_request(
@@ -162,6 +162,18 @@ async def _format(state: AppState, template: str | None) -> ToolFormat:
             "tools",
         )
     return format
+
+
+async def tools_shown(state: AppState, template: str | None) -> TemplateTools:
+    """What the template does with tools. Raises ApiError 400 if it does not show them to the model."""
+    found = await state.templates.tools_of(state.serving.tokenizer, template)
+    if not found.takes_tools:
+        raise bad_request(
+            "`tools`: the chat template of this model does not show tools to it, so it cannot call any; leave the "
+            "field out.",
+            "tools",
+        )
+    return found
 
 
 def _special_marks(tokenizer: TokenizerLike, format: ToolFormat) -> dict[str, int]:
@@ -187,16 +199,23 @@ def _function(tool: Tool, index: int, *, is_free: bool) -> Function:
 
 
 async def _at_fault(
-    state: AppState, tools: Sequence[tuple[int, Tool]], functions: Sequence[Function]
-) -> ApiError | None:
-    """The error of the first function whose schema alone cannot be kept; None if it is none of theirs."""
-    if state.serving.grammars is None:
-        return None
-    for (i, _), function in zip(tools, functions, strict=True):
-        try:
-            await compile_grammar(
-                state, GrammarSpec("json_schema", json.dumps(function.schema)), f"tools.{i}.function.parameters"
-            )
-        except ApiError as error:
-            return error
-    return None
+    state: AppState,
+    tools: Sequence[tuple[int, Tool]],
+    functions: Sequence[Function],
+    caller: Caller,
+    refusal: GrammarRefused,
+) -> ApiError:
+    """The error of the first function whose schema alone cannot be kept; ``refusal``, that of all together, if it is
+    none of theirs or takes too long to tell."""
+    if state.serving.grammars is None or refusal.is_costly:
+        return refusal
+    try:
+        async with asyncio.timeout(_BLAME_S):
+            for (i, _), function in zip(tools, functions, strict=True):
+                spec = GrammarSpec("json_schema", json.dumps(function.schema))
+                await compile_grammar(state, spec, f"tools.{i}.function.parameters", caller)
+    except GrammarRefused as error:
+        return error
+    except (TimeoutError, GrammarQueueFull):
+        pass
+    return refusal

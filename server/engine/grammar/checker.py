@@ -58,7 +58,9 @@ class GrammarChecker:
         if answer is None:
             self._drop(worker)
             self._check_open()
-            raise InvalidGrammar(f"it takes too long or too much memory to compile (the limit is {self._seconds} s)")
+            raise InvalidGrammar(
+                f"it takes too long or too much memory to compile (the limit is {self._seconds} s)", is_costly=True
+            )
         with self._lock:
             if not self._is_closed:
                 self._idle.append(worker)

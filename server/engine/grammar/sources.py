@@ -31,7 +31,14 @@ _UNSERVED: Final = re.compile(r"^[ \t]*[?!]?[A-Za-z_][\w-]*[ \t]*\[[^\n]*?\b(tem
 
 
 class InvalidGrammar(ValueError):
-    """A specification that is malformed, not supported or too costly; the message is fit for a client."""
+    """A specification that is malformed, not supported or too costly; the message is fit for a client.
+
+    ``is_costly``: it was given up because of the time or the memory that it takes.
+    """
+
+    def __init__(self, message: str, *, is_costly: bool = False) -> None:
+        super().__init__(message)
+        self.is_costly = is_costly
 
 
 @dataclass(frozen=True)

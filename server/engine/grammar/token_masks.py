@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,9 @@ import numpy.typing as npt
 import torch
 
 from manylora.server.engine.constraint import Constraint, ConstraintFailed
+from manylora.server.engine.request import STEP_FAILED, SampleFailed
+
+_log = logging.getLogger(__name__)
 
 _Ints = npt.NDArray[np.int64]
 
@@ -22,16 +26,19 @@ class TokenMasks:
         self._shifts = torch.arange(32, dtype=torch.int32, device=device)
         self._rows = self._allocate(16)
 
-    def fill(self, constraints: Sequence[Constraint]) -> list[str | None]:
+    def fill(self, constraints: Sequence[Constraint]) -> list[SampleFailed | None]:
         """Compute the masks of the next tokens; by row, why there is none."""
         if len(constraints) > len(self._rows):
             self._rows = self._allocate(1 << (len(constraints) - 1).bit_length())
-        problems: list[str | None] = []
+        problems: list[SampleFailed | None] = []
         for constraint, mask in zip(constraints, self._rows.numpy(), strict=False):
             try:
                 constraint.allow(mask)
             except ConstraintFailed as error:
-                problems.append(str(error))
+                problems.append(SampleFailed(str(error), is_refusal=True))
+            except BaseException:  # noqa: BLE001 - one row's fault must not end the others; a Rust panic is no Exception
+                _log.exception("the mask of a row could not be computed")
+                problems.append(SampleFailed(STEP_FAILED))
             else:
                 problems.append(None)
         return problems

@@ -19,6 +19,8 @@ class TokenRules:
     """A ``constraint.Grammar``: outputs of ``allowed`` tokens alone (None: of any) in which none of ``banned``, each a
     sequence of tokens, occurs; and, if ``grammar`` is given, that match it.
 
+    Tokens that the model has no logits for are none of the rules' (a tokenizer may know more than ``lm_head``).
+
     The end of the sequence is a token like any other: an output may end only where an end is allowed.
     """
 
@@ -44,7 +46,7 @@ class TokenRules:
             return None
         if n_words not in self._masks:
             bits = np.zeros(32 * n_words, np.uint8)
-            bits[self._allowed] = 1
+            bits[self._allowed[self._allowed < bits.size]] = 1
             self._masks[n_words] = np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
         return self._masks[n_words]
 
@@ -66,7 +68,8 @@ class _State:
             mask &= allowed
         for token in self._banned_now():
             word, bit = divmod(token, 32)
-            mask[word] &= np.int32(~(1 << bit) if bit < 31 else 0x7FFFFFFF)
+            if word < len(mask):
+                mask[word] &= np.int32(~(1 << bit) if bit < 31 else 0x7FFFFFFF)
         if not mask.any():
             raise ConstraintFailed("allowed_token_ids, bad_words and the response's format together leave no token.")
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
+from heapq import nsmallest
 from typing import Final
 
 from manylora.server.engine.scheduling.queue_entry import Entry, Flow
@@ -32,8 +33,8 @@ class Account:
     """A tenant's requests, its clock, and the turns of its flows (rule 4 in scheduler.py)."""
 
     __slots__ = (
-        "clock", "last_claim", "last_seen", "last_start", "last_tags", "name", "running", "share", "virtual_time",
-        "waiting", "waiting_tokens", "wanting",
+        "clock", "last_claim", "last_seen", "last_start", "last_tags", "name", "num_missed", "running", "share",
+        "virtual_time", "waiting", "waiting_tokens", "wanting",
     )  # fmt: skip
 
     def __init__(self, tenant: Tenant) -> None:
@@ -42,6 +43,7 @@ class Account:
         self.clock = 0.0
         self.waiting: list[Entry] = []  # sorted by rank
         self.waiting_tokens = 0
+        self.num_missed = 0  # of those that wait, how many have missed a slot
         self.running: list[Entry] = []  # sorted by importance
         self.last_seen = 0.0
         self.last_start = 0  # the scheduler's count of starts when a request of this tenant last started
@@ -66,7 +68,7 @@ class Account:
         running = self.running
         if len(running) > 1 or (running and running[0].num_left > 1):
             return True
-        return any(not entry.missed_slot for entry in self.waiting)
+        return self.num_missed < len(self.waiting)
 
     def charge(self, entry: Entry) -> None:
         """Count those of its tokens that have been computed for the first time."""
@@ -88,6 +90,12 @@ class Account:
     def queue(self, entry: Entry) -> None:
         insort(self.waiting, entry)
         self.waiting_tokens += entry.request.num_tokens
+        self.num_missed += entry.missed_slot
+
+    def miss(self, entry: Entry) -> None:
+        """A waiting request has missed a slot."""
+        self.num_missed += not entry.missed_slot
+        entry.missed_slot = True
 
     def start(self, entry: Entry) -> None:
         self.virtual_time = max(self.virtual_time, entry.rank.tag)
@@ -97,6 +105,7 @@ class Account:
     def leave_queue(self, entry: Entry) -> None:
         self.waiting.remove(entry)
         self.waiting_tokens -= entry.request.num_tokens
+        self.num_missed -= entry.missed_slot
         self._forget_tag(entry)
 
     def _forget_tag(self, entry: Entry) -> None:
@@ -112,10 +121,13 @@ class Account:
 
 
 class Shares:
-    """How one step is divided among the tenants who have requests."""
+    """How one step is divided among the tenants who have requests (``active``), of whom some want more (``hungry``)."""
 
-    def __init__(self, active: Sequence[Account], max_batch_tokens: int, *, is_guarded: bool) -> None:
+    def __init__(
+        self, active: Sequence[Account], hungry: Sequence[Account], max_batch_tokens: int, *, is_guarded: bool
+    ) -> None:
         self.active = active
+        self._least_served = nsmallest(2, hungry, key=lambda account: account.clock)
         self._ahead = max_batch_tokens
         self.is_guarded = is_guarded
         """Whether other tenants are here or were lately (rule 8 in scheduler.py)."""
@@ -133,10 +145,10 @@ class Shares:
         return sorted(self.active, key=lambda account: account.turn)
 
     def may_go_ahead(self, account: Account) -> bool:
-        """Whether it has had less than everybody who wants more, or not more than a step's tokens above: requests that
-        come now and then come close together by chance."""
+        """Whether it has had less than everybody who wanted more when the step began, or not more than a step's tokens
+        above: requests that come now and then come close together by chance."""
         clock = account.clock - self._ahead / account.share
-        return all(clock <= other.clock for other in self.active if other is not account and other.wants_more)
+        return all(clock <= other.clock for other in self._least_served if other is not account)
 
 
 class Accounts:
@@ -174,9 +186,11 @@ class Accounts:
                 if not account.waiting and not account.running and account.last_seen < since:
                     del accounts[account.name]
         active = [account for account in accounts.values() if account.waiting or account.running]
+        hungry: list[Account] = []
         if len(active) > 1:
             owed = _STEPS_OWED * self._config.max_batch_tokens / min(account.share for account in active)
-            most = max((account.clock for account in active if account.wants_more), default=0.0)
+            hungry = [account for account in active if account.wants_more]
+            most = max((account.clock for account in hungry), default=0.0)
             for account in active:
                 account.clock = max(account.clock, most - owed)
-        return Shares(active, self._config.max_batch_tokens, is_guarded=len(accounts) > 1)
+        return Shares(active, hungry, self._config.max_batch_tokens, is_guarded=len(accounts) > 1)

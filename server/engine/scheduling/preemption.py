@@ -8,6 +8,7 @@ each soon ahead of an older request, could keep that one from ever finishing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 from manylora.server.engine.scheduling.accounts import Account, Shares
 from manylora.server.engine.scheduling.block_pool import BlockPool
@@ -15,12 +16,38 @@ from manylora.server.engine.scheduling.queue_entry import Entry
 from manylora.server.engine.scheduling.scheduler_config import SchedulerConfig
 
 
-def has_room(pool: BlockPool, entry: Entry, running: Sequence[Entry], *, freed: int = 0) -> bool:
-    """Whether there are pages for all known tokens of a waiting request beside the running ones: after those that they
-    still need for theirs, and with a page to spare for each, or admitting this one would soon preempt another.
-    ``freed``: pages to come."""
-    owed = sum(pool.pages_for(one.request.num_tokens) - len(one.request.pages) for one in running)
-    return pool.pages_for(entry.request.num_tokens) + owed + len(running) <= pool.num_free + freed
+class Room:
+    """Rows and pages for one more request, as long as it is told who starts (and nobody else comes or goes)."""
+
+    def __init__(self, pool: BlockPool, running: Sequence[Entry], shares: Shares) -> None:
+        self._pool = pool
+        self.num_rows = len(running)
+        self.several = [account for account in shares.active if len(account.running) > 1]
+        """Tenants with more than one running request."""
+        self._freed = 0
+        self._owed = sum(self._due(entry) for entry in running)
+
+    def has_pages(self, entry: Entry) -> bool:
+        """Whether there are pages for all known tokens of a waiting request beside the running ones: after those that
+        they still need for theirs, and with a page to spare for each, or admitting it would soon preempt another."""
+        wanted = self._pool.pages_for(entry.request.num_tokens)
+        return wanted + self._owed + self.num_rows <= self._pool.num_free + self._freed
+
+    def start(self, entry: Entry) -> None:
+        """A request has started, and has the pages that it takes in this step."""
+        self.num_rows += 1
+        self._owed += self._due(entry)
+
+    def without(self, victim: Entry) -> Room:
+        """What there will be when it is preempted."""
+        room = copy(self)
+        room.num_rows -= 1
+        room._owed -= self._due(victim)
+        room._freed += len(victim.request.pages)
+        return room
+
+    def _due(self, entry: Entry) -> int:
+        return self._pool.pages_for(entry.request.num_tokens) - len(entry.request.pages)
 
 
 def least_important(running: Sequence[Entry], shares: Shares) -> Entry:
@@ -38,7 +65,7 @@ def least_important(running: Sequence[Entry], shares: Shares) -> Entry:
 
 
 def in_the_way(
-    entry: Entry, running: Sequence[Entry], shares: Shares, pool: BlockPool, config: SchedulerConfig
+    entry: Entry, room: Room, shares: Shares, pool: BlockPool, config: SchedulerConfig
 ) -> list[Entry] | None:
     """Whom to preempt so that a light request can start: nobody, if there is room; None if it would not help.
 
@@ -46,15 +73,13 @@ def in_the_way(
     then pages) when it is taken, and never a tenant's last one. Pages are taken only for a tenant that will then be
     within its share of them.
     """
-    left = {account: account.running.copy() for account in shares.active if account is not entry.account}
+    victims: list[Entry] = []
+    if room.num_rows < config.max_rows and room.has_pages(entry):
+        return victims
+    left = {account: account.running.copy() for account in room.several if account is not entry.account}
     pages = entry.account.num_pages + pool.pages_for(entry.request.num_tokens)
     may_take_pages = pages <= shares.of(entry.account, pool.num_pages)
-    victims: list[Entry] = []
-    while True:
-        others = [one for one in running if one not in victims]
-        rows_lack = len(others) >= config.max_rows
-        if not rows_lack and has_room(pool, entry, others, freed=_num_pages(victims)):
-            return victims
+    while (rows_lack := room.num_rows >= config.max_rows) or not room.has_pages(entry):
         over: list[tuple[float, str, Account]] = []
         if rows_lack or may_take_pages:
             for account, entries in left.items():
@@ -64,6 +89,8 @@ def in_the_way(
         if not over:
             return None
         victims.append(left[max(over, key=lambda one: one[:2])[2]].pop())
+        room = room.without(victims[-1])
+    return victims
 
 
 def _num_pages(entries: Sequence[Entry]) -> int:

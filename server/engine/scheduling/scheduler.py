@@ -49,9 +49,13 @@ Between tenants (a request's priority means nothing here; clocks and shares are 
    most over their share of them, while they are over it, and never a tenant's last one. What was preempted is light no
    more.
 8. **Guarded steps.** While other tenants are here, or were in the last ``lately_s`` seconds, steps are kept short, as
-   the next light request must wait for the one it finds: prompts get what the decoding rows leave of
-   ``guarded_tokens``, and each tenant at least its share of that less its own decoding rows. And ``reserved_rows`` are
+   the next light request must wait for the one it finds: prompts get ``guarded_tokens`` in turn, and after those each
+   tenant at least its share of that many less its own decoding rows. Decoding rows take nothing from the former, or
+   rows would stay free; ``max_rows`` bounds them. Prompts being computed have only their tenant's share while another
+   tenant, whose turn is before theirs, has requests to start and there is a row for them. And ``reserved_rows`` are
    left free for light requests, so that these rarely need to preempt.
+9. **Dear prompts.** A prompt whose tokens are scored (``prompt_logprobs``) is computed in chunks of 64 tokens at most
+   (step_draft.py) while others run.
 
 Nobody starves. (a) An express step is followed by one that is not. So at least every second step is an ordinary one, in
 which every decoding row advances and rules 1 to 6 hold for all. (b) A light request preempts others at most once in its
@@ -62,10 +66,15 @@ no more. (c) A tenant that waits gets no tokens, so its clock stands, while that
 are finitely many, and none comes back with a clock behind all of those who wait (accounts.py). With equal clocks, which
 putting them forward may cause again and again, the one goes first that started something longest ago. So every tenant's
 turn to be tried first comes, and rule 3 does not pass by the request it then tries. (d) In a guarded step the first in
-turn may prefill at least one token if it has no decoding rows, and those it has end.
+turn of those who have prompts has tokens for them; any other has some if it has no decoding rows, and those it has
+end.
 
 How long a light request waits, then: for the step that runs, an ordinary one if that was express, and its own. Several
-tenants' take turns. A flood of another tenant, however large, adds one row to its step.
+tenants' take turns. A flood of another tenant, however large, adds one row to its step. An ordinary step beside a flood
+has up to ``max_rows`` decoding rows and about ``guarded_tokens`` of prompts (fewer than twice as many). This does not
+hold for a light request whose adapter is not on the device: nothing is preempted for a slot. If running requests of
+others pin all of them, it waits for a claim (slot_turns.py) and until the requests that hold its slot have ended,
+however long their outputs are; and for the read from the disk, if there is one.
 """
 
 from __future__ import annotations
@@ -74,13 +83,14 @@ import time
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 from manylora.adapters.errors import AdapterError
 from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.request import Request, RequestState, StepPlan
 from manylora.server.engine.scheduling.accounts import Accounts
 from manylora.server.engine.scheduling.block_pool import BlockPool
-from manylora.server.engine.scheduling.preemption import has_room, in_the_way, least_important
+from manylora.server.engine.scheduling.preemption import Room, in_the_way, least_important
 from manylora.server.engine.scheduling.queue_entry import Entry, Rank, needed_adapters
 from manylora.server.engine.scheduling.scheduler_config import SchedulerConfig
 from manylora.server.engine.scheduling.slot_turns import Slots, SlotTurns
@@ -179,6 +189,8 @@ class Scheduler:
         if step.shares.is_contended and not self._was_express:
             self._choose_express(step)
         self._was_express = step.express is not None
+        if step.shares.is_contended and len(self._running) < self._max_rows(step):
+            step.expect_starts(self._slot_turns.holder)
         self._continue_running(step)
         if step.express is None and self.counts.preemptions == preempted:
             self._admit(step)
@@ -283,6 +295,7 @@ class Scheduler:
 
     def _choose_express(self, step: StepDraft) -> None:
         """Make it an express step, and start light requests for it, if some tenant is entitled to it."""
+        room: Room | None = None
         for account in step.shares.in_turn():
             if not step.shares.may_go_ahead(account):
                 continue
@@ -295,13 +308,16 @@ class Scheduler:
                     break
                 if not self._slot_turns.may_try(entry):
                     continue
-                victims = in_the_way(entry, self._running, step.shares, self.pool, self.config)
+                if room is None:
+                    room = Room(self.pool, self._running, step.shares)
+                victims = in_the_way(entry, room, step.shares, self.pool, self.config)
                 if victims is None:
                     break
                 if self._take_slots(entry):
                     for victim in victims:
                         self._preempt(victim)
                     self._start(entry)
+                    room = None
                     unfinished += entry.num_left
             if unfinished:
                 step.express = account
@@ -310,22 +326,36 @@ class Scheduler:
     # --- admission (rules 3 to 6 and 8) --------------------------------------------------------------------------
 
     def _admit(self, step: StepDraft) -> None:
-        max_rows = self.config.rows_if_guarded if step.shares.is_guarded else self.config.max_rows
-        queues = {account: iter(account.waiting.copy()) for account in step.shares.active if account.waiting}
-        while queues and len(self._running) < max_rows and step.budget > 0:
-            account = min(queues, key=step.turn_of)
+        max_rows = self._max_rows(step)
+        accounts = [account for account in step.shares.active if account.waiting]
+        queues = [iter(account.waiting.copy()) for account in accounts]
+        turns = [(step.turn_of(account), i) for i, account in enumerate(accounts)]
+        heapify(turns)
+        room = Room(self.pool, self._running, step.shares)
+        while turns and len(self._running) < max_rows and step.budget > 0:
+            turn, i = heappop(turns)
+            account, claim = accounts[i], step.claim
+            allowed = step.allowed_to_prompts(account)
             entry = None
-            if step.allowed_to_prompts(account) > 0:
-                entry = next((one for one in queues[account] if self._slot_turns.may_try(one)), None)
+            if allowed > 0 or account is step.claimant:
+                tried = (one for one in queues[i] if allowed > 0 or one is claim)
+                entry = next((one for one in tried if self._slot_turns.may_try(one)), None)
             if entry is None:
-                del queues[account]
-            elif not has_room(self.pool, entry, self._running):
+                continue
+            if not room.has_pages(entry):
                 return
-            elif self._take_slots(entry):
+            if self._take_slots(entry):
                 self._start(entry)
-                count = min(step.allowed_to_prompts(account), entry.num_left)
+                count = step.chunk(entry, max(allowed, 1))
                 self._take_pages(entry.request, self.pool.pages_for(count))
                 step.add(entry, count)
+                room.start(entry)
+                turn = step.turn_of(account)
+            heappush(turns, (turn, i))
+
+    def _max_rows(self, step: StepDraft) -> int:
+        """Up to which requests are admitted."""
+        return self.config.rows_if_guarded if step.shares.is_guarded else self.config.max_rows
 
     def _take_slots(self, entry: Entry) -> bool:
         """Take all of the request's slots, or none. If it can never have them it is given up."""

@@ -14,8 +14,8 @@ class SchedulerConfig:
     ``max_waiting``: requests, besides ``max_rows``, that the engine holds of one tenant before it refuses new ones.
     ``max_overtake``: see rule 5.
 
-    ``guarded_tokens``: rule 8's tokens of a step; None for a sixteenth of ``max_batch_tokens``. The fewer, the sooner a
-    request of another tenant is begun, and the less is gained by computing many tokens at once.
+    ``guarded_tokens``: rule 8's tokens of prompts in a step; None for an eighth of ``max_batch_tokens``. The fewer, the
+    sooner a request of another tenant is begun, and the less is gained by computing many tokens at once.
     ``reserved_rows``: rule 8's rows; None for one in 32. ``lately_s``: for how many seconds a tenant is expected back.
     """
 
@@ -28,7 +28,7 @@ class SchedulerConfig:
     max_overtake: int = 4
     guarded_tokens: int | None = None
     reserved_rows: int | None = None
-    lately_s: float = 60.0
+    lately_s: float = 10.0
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_batch_tokens", "num_pages", "page_size", "max_context", "max_waiting"):
@@ -58,7 +58,7 @@ class SchedulerConfig:
 
     @property
     def tokens_if_guarded(self) -> int:
-        return max(1, self.max_batch_tokens // 16) if self.guarded_tokens is None else self.guarded_tokens
+        return max(1, self.max_batch_tokens // 8) if self.guarded_tokens is None else self.guarded_tokens
 
     @property
     def rows_if_guarded(self) -> int:

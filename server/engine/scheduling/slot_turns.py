@@ -9,6 +9,10 @@ queue decides, as that rule says. Between tenants there is no such order, as the
 - While it stands, requests of *other* tenants may only use adapters that are on the device already, and each other
   tenant may start at most ``max_overtake`` of them.
 
+- In every ordinary step in which its turn comes while there is a row, the holder's request that missed a slot may start
+  with one token at least (``StepDraft.claim``), whatever its tenant and the others have had in that step: the others'
+  wait for slots does not depend on that.
+
 So a tenant that misses a slot has the claim after at most one turn of each other tenant; and while it has it, the
 argument of rule 5 holds: uploads are started for its first requests alone, the others stop feeding what holds the
 slots, those that run end, and all of its slots become free.
@@ -67,6 +71,11 @@ class SlotTurns:
         self._missing: set[str] = set()
         self._resident: set[str] | None = None
         self._highest_tags: dict[Account, int] = {}
+
+    @property
+    def holder(self) -> Account | None:
+        """Who has the claim."""
+        return self._holder
 
     def start_step(self) -> None:
         self._has_denied = False
@@ -129,7 +138,7 @@ class SlotTurns:
             if self._holder is not None and self._holder is not entry.account:
                 self._overtaken[entry.account.name] += 1
             return tuple(taken[i] for i in range(len(needed)))
-        entry.missed_slot = True
+        entry.account.miss(entry)
         # What the request misses may be no slot yet. With several adapters it may be both: then it is a slot.
         if len(needed) == 1 and slots.awaits_read(needed[0]):
             self.wants_no_more(entry)

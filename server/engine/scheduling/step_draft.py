@@ -3,35 +3,60 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Final
 
 from manylora.server.engine.request import Request, ScheduledRow
 from manylora.server.engine.scheduling.accounts import Account, Shares
 from manylora.server.engine.scheduling.queue_entry import Entry
 from manylora.server.engine.scheduling.scheduler_config import SchedulerConfig
 
+_SCORED_TOKENS: Final = 64
+"""The most tokens of a prompt whose tokens are scored in a step with other requests. Each of them is computed through
+the output layer too and looked up in the whole vocabulary, as otherwise only the last of a prompt is, so that with a
+small model they may take several times as long as others."""
+
 
 class StepDraft:
-    """``express``: the tenant whose light requests the step is for (rule 7 in scheduler.py), if it is."""
+    """``express``: the tenant whose light requests the step is for (rule 7 in scheduler.py), if it is.
+
+    ``claimant``: the tenant for whose claim (slot_turns.py) a token is kept, if one is."""
 
     def __init__(self, config: SchedulerConfig, shares: Shares) -> None:
         self.budget = config.max_batch_tokens
         self.shares = shares
         self.express: Account | None = None
+        self.claimant: Account | None = None
+        self._next_to_start: tuple[float, int] | None = None
         self.rows: dict[Request, ScheduledRow] = {}
         self._tokens_of: Counter[str] = Counter()
-        self._size = config.max_batch_tokens
+        self._num_prompt_tokens = 0
         self._guarded = config.tokens_if_guarded
+
+    def expect_starts(self, claimant: Account | None) -> None:
+        """There is a row for another request: leave tokens for whose turn it is, and for the claim."""
+        self.claimant = claimant
+        turns = (account.turn for account in self.shares.active if account.num_missed < len(account.waiting))
+        self._next_to_start = min(turns, default=None)
+
+    @property
+    def claim(self) -> Entry | None:
+        """The request that may start with a single token whatever its tenant has had."""
+        return self.claimant.wanting if self.claimant is not None else None
 
     def add(self, entry: Entry, count: int) -> None:
         self.rows[entry.request] = ScheduledRow(entry.request, entry.request.num_computed, count)
-        self.budget -= count
-        self._tokens_of[entry.account.name] += count
+        self._count(entry, count)
 
     def drop(self, entry: Entry) -> None:
         row = self.rows.pop(entry.request, None)
         if row is not None:
-            self.budget += row.count
-            self._tokens_of[entry.account.name] -= row.count
+            self._count(entry, -row.count)
+
+    def _count(self, entry: Entry, count: int) -> None:
+        self.budget -= count
+        self._tokens_of[entry.account.name] += count
+        if entry.num_left > 1:
+            self._num_prompt_tokens += count
 
     def turn_of(self, account: Account) -> tuple[float, int]:
         """``Account.turn`` as it will be after this step."""
@@ -41,17 +66,28 @@ class StepDraft:
         """Tokens that a running request may have."""
         account, express = entry.account, self.express
         if entry.num_left > 1:
-            return self.allowed_to_prompts(account)
+            is_before = self._next_to_start is not None and self._next_to_start < account.turn
+            return self.chunk(entry, self.allowed_to_prompts(account, only_own=is_before))
         if express is None or account is express or entry is account.running[0]:
             return self.budget
         return 0
 
-    def allowed_to_prompts(self, account: Account) -> int:
-        """Tokens that the tenant's prompts may have."""
+    def allowed_to_prompts(self, account: Account, *, only_own: bool = False) -> int:
+        """Tokens that the tenant's prompts may have. ``only_own``: in a guarded step, none but those of its share."""
         if self.express is not None:
             return self.budget if account is self.express else 0
+        budget = self.budget if self.claim is None else self.budget - 1
         if not self.shares.is_guarded:
-            return self.budget
-        unused = self._guarded - (self._size - self.budget)
+            return budget
+        unused = 0 if only_own else self._guarded - self._num_prompt_tokens
         own = self.shares.of(account, self._guarded) - self._tokens_of[account.name]
-        return min(self.budget, max(unused, own, 0))
+        return min(budget, max(unused, own, 0))
+
+    def chunk(self, entry: Entry, allowed: int) -> int:
+        """How many tokens of its prompt are computed if it may have so many; it is among the running ones by now."""
+        if entry.request.params.prompt_logprobs is not None and not self._is_alone(entry):
+            allowed = min(allowed, _SCORED_TOKENS)
+        return min(allowed, entry.num_left)
+
+    def _is_alone(self, entry: Entry) -> bool:
+        return all(account.running in ([], [entry]) for account in self.shares.active)
