@@ -68,9 +68,7 @@ def test_every_variable_of_a_query_is_defined() -> None:
 
 def test_the_page_of_metrics_is_current() -> None:
     text = (ROOT / "docs" / "metrics.md").read_text()
-    assert text == metrics_reference.page(), (
-        "run: make docs"
-    )
+    assert text == metrics_reference.page(), "run: make docs"
 
 
 def test_every_family_is_documented() -> None:

@@ -212,6 +212,7 @@ def test_refusals_are_kept_without_their_source_and_take_no_place_of_a_grammar(
 ) -> None:
     gate.open()
     good = submit("good").result(30)
+    monkeypatch.setattr(grammars, "COSTLY_FOR_S", float("inf"))
     now = iter(range(0, 10**6, 100))
     monkeypatch.setattr(grammars.time, "monotonic", lambda: float(next(now)))  # each compilation takes 100 s
     long = "no" + "x" * 50_000 + " " + "y z " * 3000
@@ -229,6 +230,19 @@ def test_refusals_are_kept_without_their_source_and_take_no_place_of_a_grammar(
         submit(long).result(30)
     assert gate.begun[-1] == long, "the one of longest ago made room"
     assert not any(isinstance(key, GrammarSpec) or len(key) > 32 for key in compiler._refused)
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(0.0, 2), (60.0, 1)])
+def test_what_took_too_long_is_tried_again_later(
+    gate: Gate, submit: Submit, monkeypatch: pytest.MonkeyPatch, seconds: float, times: int
+) -> None:
+    """The machine may have been busy."""
+    gate.open()
+    monkeypatch.setattr(grammars, "COSTLY_FOR_S", seconds)
+    for _ in range(2):
+        with pytest.raises(InvalidGrammar):
+            submit("no").result(30)
+    assert gate.begun == ["no"] * times
 
 
 def test_a_refusal_is_of_its_kind(compiler: GrammarCompiler, gate: Gate) -> None:

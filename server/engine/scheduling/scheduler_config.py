@@ -28,7 +28,7 @@ class SchedulerConfig:
     max_overtake: int = 4
     guarded_tokens: int | None = None
     reserved_rows: int | None = None
-    lately_s: float = 10.0
+    lately_s: float = 60.0
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_batch_tokens", "num_pages", "page_size", "max_context", "max_waiting"):
