@@ -16,7 +16,6 @@ import asyncio
 import itertools
 import json
 import logging
-import os
 import statistics
 import sys
 import time
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from engine import processor
+from results_file import ResultsFile
 from workload import OUTPUT_TOKENS, PROMPT_TOKENS
 
 from manylora.server.config import AdapterSpec, EngineConfig, ServeConfig
@@ -33,7 +32,6 @@ from manylora.server.engine.request import AdapterUse, Request, SamplingParams
 from manylora.server.http_server import new_loop
 from manylora.server.serving import Running, build, load_adapters
 
-RESULTS = Path(__file__).parent / "results" / "merged.jsonl"
 MODES = ("unmerged", "compact", "exact")
 ROWS = (1, 8, 32)
 NAME = "a0"
@@ -135,15 +133,9 @@ def main() -> None:
     )
     running = build(config)
     load_adapters(running, config)
-    run = {"run": time.strftime("%Y-%m-%dT%H:%M:%S"), "machine": f"{os.cpu_count()} cores, {processor()}"}
-    RESULTS.parent.mkdir(exist_ok=True)
-
-    def keep(one: dict[str, Any]) -> None:
-        with RESULTS.open("a") as file:
-            file.write(json.dumps({**run, **one, **({"note": options.note} if options.note else {})}) + "\n")
-
+    file = ResultsFile("merged", note=options.note)
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        results = runner.run(measure(options, running, keep))
+        results = runner.run(measure(options, running, file.keep))
     print("\nshare of the base's tokens per second, median of the pairs (min-max)")
     for one in results:
         spread = f"{min(one['shares']):.2f}-{max(one['shares']):.2f}"

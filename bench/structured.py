@@ -17,7 +17,6 @@ import asyncio
 import itertools
 import json
 import logging
-import os
 import statistics
 import sys
 import time
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from engine import processor
+from results_file import ResultsFile
 from workload import OUTPUT_TOKENS, PROMPT_TOKENS
 
 from manylora.server.cli import demo_base
@@ -37,7 +36,6 @@ from manylora.server.engine.request import Request, SamplingParams
 from manylora.server.http_server import new_loop
 from manylora.server.serving import Running, build
 
-RESULTS = Path(__file__).parent / "results" / "structured.jsonl"
 ROWS = (1, 8, 32)
 _RECORD = {
     "type": "object",
@@ -172,15 +170,9 @@ def main() -> None:
     running = build(
         ServeConfig(model=model, served_model_name="base", engine=EngineConfig(max_context=1024, max_rows=32))
     )
-    run = {"run": time.strftime("%Y-%m-%dT%H:%M:%S"), "machine": f"{os.cpu_count()} cores, {processor()}"}
-    RESULTS.parent.mkdir(exist_ok=True)
-
-    def keep(one: dict[str, Any]) -> None:
-        with RESULTS.open("a") as file:
-            file.write(json.dumps({**run, **one, **({"note": options.note} if options.note else {})}) + "\n")
-
+    file = ResultsFile("structured", note=options.note)
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        results = runner.run(measure(options, running, keep))
+        results = runner.run(measure(options, running, file.keep))
     print("\nshare of the free rows' tokens per second, median of the pairs (min-max)")
     for one in results:
         spread = f"{min(one['shares']):.2f}-{max(one['shares']):.2f}"

@@ -17,8 +17,9 @@ pytest.importorskip("triton")
 from manylora.kernels.cuda.sampling import NO_TOKEN, NOT_FINITE, launch, shipped_configurations
 from manylora.kernels.cuda.sampling_buffers import Edits, Row, SamplingBuffers
 from manylora.server.engine import sampler as host_sampler
+from manylora.server.engine.logit_edits import LogitEdits
 from manylora.server.engine.request import Request, SampledToken, SampleFailed
-from manylora.server.engine.sampler import Sampler, _Edits
+from manylora.server.engine.sampler import Sampler
 from tests.fakes import request
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -266,7 +267,7 @@ def test_edits_are_the_hosts_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> Non
     logits = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(2)) * 7
     expected, given = logits.numpy().copy(), []
     for x, row in zip(expected, rows, strict=True):
-        edits = _Edits(row, [2, 11], VOCAB)
+        edits = LogitEdits(row, [2, 11], VOCAB)
         given.append(Row(temperature=0.0, edits=edits.entries(row)))
         edits.apply(x, row)
     seen = []
