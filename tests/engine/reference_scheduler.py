@@ -48,6 +48,7 @@ class Job:
     computed: int = 0
     charged: int = 0
     pages: int = 0
+    last_turn: int = 0
     running: bool = False
     preempted: bool = False
     denied_before: bool = False
@@ -82,7 +83,7 @@ class ReferenceScheduler:
         self.now = now
         self.jobs: list[Job] = []
         self.parties: list[Party] = []
-        self.n_added = self.n_started = self.n_claims = 0
+        self.n_added = self.n_started = self.n_claims = self.n_turns = 0
         self.holder: Party | None = None
         self.claimant: Party | None = None
         self.next_to_start: tuple[Fraction, int] | None = None
@@ -142,8 +143,9 @@ class ReferenceScheduler:
         party.seen = self.now()
         if not self.waiting(party):
             hungry = [other.clock for other in self.parties if other is not party and self.wants_more(other)]
-            if hungry:
-                party.clock = max(party.clock, min(hungry))
+            others = [other.clock for other in self.parties if other is not party]
+            if others:
+                party.clock = max(party.clock, min(hungry) if hungry else max(others))
         ahead = [job.tag for job in self.waiting(party) if job.flow == flow]
         tag = max([party.virtual_time, *ahead]) + 1
         unfinished = sum(job.left for job in self.jobs if job.party is party and (job.left > 1 or not job.running))
@@ -203,7 +205,7 @@ class ReferenceScheduler:
             self.claimant = self.holder
             fresh = {job.party.name: job.party for job in self.waiting() if not job.denied_before}
             self.next_to_start = min(((party.clock, party.started) for party in fresh.values()), default=None)
-        any_preempted = self.continue_running(counts, express, guarded)
+        any_preempted = self.continue_running(counts, express, guarded, has_row=has_row)
         if express is None and not any_preempted:
             self.admit(counts, guarded, scan)
         self.pass_the_claim_on()
@@ -233,11 +235,43 @@ class ReferenceScheduler:
         own = self.share(party, self.config.tokens_if_guarded) - sum(
             count for job, count in counts.items() if job.party is party
         )
-        prompts = sum(count for job, count in counts.items() if job.left > 1)
+        rest = self.config.tokens_if_guarded - used
         if runs and self.next_to_start is not None and self.next_to_start < (party.clock, party.started):
             self.seen["left to who starts"] += 1
-            prompts = self.config.tokens_if_guarded
-        return min(left, max(0, own, self.config.tokens_if_guarded - prompts))
+            rest = 0
+        return min(left, max(0, own, rest))
+
+    def resting(self, decodes: list[Job], has_row: bool) -> list[Job]:
+        """Decoding rows that a guarded step leaves out."""
+        prompts = sum(job.left for job in self.running() if job.left > 1)
+        for party in self.active() if has_row else []:
+            waiting = self.waiting(party)
+            if any(not job.denied_before for job in waiting):
+                prompts += sum(job.tokens for job in waiting)
+        guarded = self.config.tokens_if_guarded
+        places = guarded - min(guarded // 2, prompts)
+        if len(decodes) <= places:
+            return []
+        queues = {
+            party: sorted(
+                (job for job in decodes if job.party is party),
+                key=lambda job: (job.priority, job.last_turn, job.number),
+            )
+            for party in self.active()
+        }
+        given: Counter[Party] = Counter()
+
+        def next_of(party: Party) -> tuple[float | Fraction, int, int]:
+            first = queues[party][0]
+            return ((given[party] + 1) / party.share if given[party] else 0, first.last_turn, first.number)
+
+        while places > 0:
+            party = min((party for party, queue in queues.items() if queue), key=next_of)
+            given[party] += 1
+            self.n_turns += 1
+            queues[party].pop(0).last_turn = self.n_turns
+            places -= 1
+        return [job for queue in queues.values() for job in queue]
 
     def for_one(self, job: Job, counts: dict[Job, int], guarded: bool) -> int:
         """Tokens for a request that waits."""
@@ -253,18 +287,20 @@ class ReferenceScheduler:
             return 64
         return count
 
-    def continue_running(self, counts: dict[Job, int], express: Party | None, guarded: bool) -> bool:
+    def continue_running(self, counts: dict[Job, int], express: Party | None, guarded: bool, *, has_row: bool) -> bool:
         any_preempted = False
         # The order is that of the tenants' turns at the beginning of the step.
         running = sorted(self.running(), key=lambda job: (job.party.clock, job.party.started, job.importance()))
         decodes = [job for job in running if job.left == 1]
+        resting = self.resting(decodes, has_row) if guarded and express is None else []
+        self.seen["decoding rows take turns"] += bool(resting)
         for job in decodes + [job for job in running if job not in decodes]:
             if not job.running:
                 continue
             count = min(self.config.max_batch_tokens - sum(counts.values()), job.left)
             if job.left > 1:
                 count = self.capped(job, min(count, self.for_prompts(job.party, counts, express, guarded, runs=True)))
-            elif express is not None and job.party is not express and job is not self.running(job.party)[0]:
+            elif job in resting or (express not in (None, job.party) and job is not self.running(job.party)[0]):
                 count = 0
             if count == 0:
                 continue

@@ -227,6 +227,7 @@ def test_random_workloads_of_several_tenants() -> None:
                 "held for a claim",
                 "left to who starts",
                 "a token for the claim",
+                "decoding rows take turns",
             )
         )
         >= 100

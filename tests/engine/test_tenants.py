@@ -118,7 +118,7 @@ def test_a_step_that_a_light_request_finds_is_short_while_its_tenant_is_here_or_
     add(it, request("first", range(5), max_tokens=1, tenant=B))
     run(it, 1)
     for clock.now in range(0, 60, 6):
-        assert run(it, 1)["flood"] in (32, 33)  # and one that decodes; nobody else is here, but B was
+        assert run(it, 1)["flood"] == 32  # nobody else is here, but B was
         source.flood(it, 20)
     clock.now = 61
     assert run(it, 1)["flood"] == 256
@@ -194,9 +194,10 @@ def test_the_first_token_beside_a_flood_comes_an_ordinary_step_later(each: float
     """Two, if the request before has just been served. In a server as fast as two cores with the demo base, and as that
     was on a slower day."""
     idle, beside = (Served(0.014, each, prompt, flooded=flooded) for flooded in (False, True))
-    ordinary = 0.014 + each * (31 + 32)
+    ordinary = 0.014 + each * 32
     assert beside.first[60] < idle.first[60] + ordinary
     assert beside.p95 < idle.p95 + 2 * ordinary
+    assert beside.p95 < 2 * idle.p95
     assert beside.flooded > 60 * 80
 
 
@@ -210,34 +211,62 @@ def test_who_wants_more_than_its_half_waits_and_the_flood_has_the_other() -> Non
 # --- and the flood goes on -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("max_rows", "tokens"), [(32, 256), (128, 2048)], ids=["cpu", "gpu"])
-def test_a_trickle_of_another_leaves_the_flood_its_rows(max_rows: int, tokens: int) -> None:
-    rows = []
+@pytest.mark.parametrize(
+    ("max_rows", "tokens", "fixed", "each", "least"),
+    [(32, 256, 0.014, 0.002, 0.8), (128, 2048, 0.02, 0.00005, 0.85)],
+    ids=["cpu", "gpu"],
+)
+def test_a_trickle_of_another_leaves_the_flood_its_speed(
+    max_rows: int, tokens: int, fixed: float, each: float, least: float
+) -> None:
+    """Short steps cost what is fixed in a step more often."""
+    speeds = []
     for trickles in (False, True):
         clock = Clock()
         it = scheduler(clock=clock, max_rows=max_rows, max_batch_tokens=tokens, num_pages=10**5)
         source, tiny = Stream(FLOOD, 64, 64), Stream(B, 2, 1)
-        running = 0
-        for i in range(800):
-            clock.now = i * 0.1
+        output = 0
+        next_tiny = 1.0
+        while clock.now < 60:
             source.flood(it)
-            if trickles and i % 50 == 0:
+            if trickles and clock.now > next_tiny:
                 tiny.add(it)
-            run(it, 1)
-            running += len(rows_of(it, FLOOD)) if i >= 300 else 0
-        rows.append(running)
-    assert rows[1] > 0.9 * rows[0]
+                next_tiny += 5
+            plan = it.schedule()
+            output += sum(row.sample for row in plan.rows)
+            clock.now += fixed + each * plan.num_tokens
+            complete(it, plan)
+        speeds.append(output)
+    assert speeds[1] > least * speeds[0]
 
 
-def test_decoding_rows_do_not_use_up_the_tokens_of_prompts_in_a_guarded_step() -> None:
+def test_decoding_rows_and_prompts_have_half_of_a_guarded_step_each() -> None:
     it = scheduler()
     add(it, request("b", [1], max_tokens=1, tenant=B))
     run(it, 1)
     add(it, *(request(f"f{i}", [1, 2], max_tokens=900, tenant=FLOOD) for i in range(30)))
     run(it, 3)
     assert it.num_running == 30
-    add(it, request("long", range(100), tenant=FLOOD))
-    assert ("long", 0, 32) in step(it)
+    add(it, request("long", range(900), tenant=FLOOD))
+    plan = step(it)
+    assert ("long", 0, 16) in plan
+    assert len(plan) == 17
+    step(it)
+    decoding = Counter(name for _ in range(15) for name, _start, count in step(it) if count == 1)
+    assert set(decoding.values()) == {8}, "30 take turns for 16 places"
+
+
+def test_turns_of_decoding_rows_go_by_share_and_priority() -> None:
+    it = scheduler(max_rows=40, guarded_tokens=12)
+    for tenant in (Tenant("one"), Tenant("three", share=3.0)):
+        for i in range(15):
+            add(it, request(f"{tenant.name}{i}", [1], max_tokens=900, tenant=tenant, priority=int(i >= 12)))
+    while it.num_running < 30:
+        run(it, 1)
+    decoding = Counter(name for _ in range(40) for name, *_ in step(it))
+    assert {decoding[f"one{i}"] for i in range(12)} == {10}  # 3 of 12 places
+    assert {decoding[f"three{i}"] for i in range(12)} == {30}
+    assert sum(decoding.values()) == 480, "those of priority 1 rest"
 
 
 def test_rows_are_taken_from_the_youngest_of_who_has_most_for_its_share_and_never_below_it() -> None:
@@ -310,6 +339,20 @@ def test_two_floods_share_by_weight(first: float, second: float) -> None:
     assert tokens["x"] / tokens["y"] == pytest.approx(first / second, rel=0.1)
 
 
+def test_what_was_had_while_nobody_else_wanted_any_is_not_held_against_it() -> None:
+    """The first request beside a flood that has just begun is express, however much its tenant had before."""
+    it = scheduler()
+    light = Stream(B, 64, 16)
+    for _ in range(100):
+        light.add(it)
+        while it.num_running or it.num_waiting:
+            run(it, 1)
+    Stream(FLOOD, 64, 64).flood(it)
+    run(it, 10)
+    light.add(it)
+    assert sorted(row.count for row in it.schedule().rows)[-2:] == [1, 64]
+
+
 def test_nothing_is_saved_up_while_away() -> None:
     it = scheduler()
     source, other = Stream(FLOOD, 20, 20), Stream(B, 20, 20)
@@ -341,25 +384,27 @@ def test_nothing_is_saved_up_while_waiting_for_an_adapter() -> None:
     assert tokens["b"] < 1.5 * tokens["flood"]
 
 
-def test_every_tenants_most_important_request_runs_in_at_least_every_second_step() -> None:
+def test_no_decoding_row_rests_for_long() -> None:
+    """A step has places for 4 of at most 8 rows of up to 6 tenants."""
     rng = random.Random(5)
     it = scheduler(max_rows=8, max_batch_tokens=64, num_pages=100, guarded_tokens=8)
-    sources = [Stream(Tenant(f"t{i}"), rng.randint(1, 90), rng.randint(1, 30)) for i in range(6)]
-    idle: Counter[str] = Counter()
+    sources = [
+        Stream(Tenant(f"t{i}", rng.choice([0.2, 1.0, 5.0])), rng.randint(1, 90), rng.randint(1, 30)) for i in range(6)
+    ]
+    rested: Counter[Request] = Counter()
+    longest = 0
     for _ in range(1500):
         for source in sources:
             if rng.random() < 0.1:
                 source.add(it)
         plan = it.schedule()
         rows = {row.request for row in plan.rows}
-        first = {}
         for one in it.running():
-            first.setdefault(one.tenant, one)
-        for one in first.values():
             decodes = one.num_tokens - one.num_computed == 1
-            idle[one.request_id] = 0 if one in rows or not decodes else idle[one.request_id] + 1
-            assert idle[one.request_id] == 0, "it decodes, and is the tenant's most important one"
+            rested[one] = 0 if one in rows or not decodes else rested[one] + 1
+            longest = max(longest, rested[one])
         complete(it, plan)
+    assert 2 <= longest <= 8
     while it.num_running or it.num_waiting:
         step(it)
     it.check_integrity()

@@ -5,7 +5,8 @@ A tenant's clock shows the tokens that were computed for it, divided by its shar
 it computed. The clocks never go back, and they are put forward in two cases, so that nobody saves up for later:
 
 - *On arrival*: to a tenant of which nothing waits, the time that it did not use is lost. Its clock becomes that of the
-  least served of those who do want more, if it was behind.
+  least served of those who do want more, if it was behind; if nobody does, that of the most served one: what somebody
+  had while nobody else wanted it took nothing from anyone, and need not be made good.
 - *The most that is owed* to anybody is four steps: of ``max_batch_tokens``, for the tenant with the smallest share. A
   tenant whose requests wait for an adapter does not press the others for all that time afterwards.
 
@@ -170,8 +171,9 @@ class Accounts:
         account.share = tenant.share  # a file of keys that was read again may have changed it
         self.seen(account)
         if not account.waiting and len(self._by_name) > 1:
-            clocks = [other.clock for other in self._by_name.values() if other is not account and other.wants_more]
-            account.clock = max(account.clock, min(clocks, default=account.clock))
+            others = [other for other in self._by_name.values() if other is not account]
+            hungry = [other.clock for other in others if other.wants_more]
+            account.clock = max(account.clock, min(hungry) if hungry else max(other.clock for other in others))
         return account
 
     def seen(self, account: Account) -> None:

@@ -33,10 +33,11 @@ class Entry:
     """A request and what only the scheduler knows about it. ``needed``: the adapters whose slots it takes.
 
     ``is_light``: it may go before other tenants' requests (rule 7 in scheduler.py), once. ``charged``: how many of its
-    tokens its tenant's clock has counted; a preemption makes no token count twice.
+    tokens its tenant's clock has counted; a preemption makes no token count twice. ``last_turn``: when it had
+    its last turn to decode, in turns of all requests.
     """
 
-    __slots__ = ("account", "charged", "flow", "is_light", "missed_slot", "needed", "rank", "request")
+    __slots__ = ("account", "charged", "flow", "is_light", "last_turn", "missed_slot", "needed", "rank", "request")
 
     def __init__(self, request: Request, rank: Rank, flow: Flow, account: Account, *, is_light: bool) -> None:
         self.request = request
@@ -47,6 +48,7 @@ class Entry:
         self.needed = needed_adapters(request)
         self.missed_slot = False
         self.charged = 0
+        self.last_turn = 0
 
     def __lt__(self, other: Entry) -> bool:
         return self.rank < other.rank

@@ -49,32 +49,35 @@ Between tenants (a request's priority means nothing here; clocks and shares are 
    most over their share of them, while they are over it, and never a tenant's last one. What was preempted is light no
    more.
 8. **Guarded steps.** While other tenants are here, or were in the last ``lately_s`` seconds, steps are kept short, as
-   the next light request must wait for the one it finds: prompts get ``guarded_tokens`` in turn, and after those each
-   tenant at least its share of that many less its own decoding rows. Decoding rows take nothing from the former, or
-   rows would stay free; ``max_rows`` bounds them. Prompts being computed have only their tenant's share while another
-   tenant, whose turn is before theirs, has requests to start and there is a row for them. And ``reserved_rows`` are
-   left free for light requests, so that these rarely need to preempt.
+   the next light request must wait for the one it finds: they compute ``guarded_tokens``, of which prompts may have
+   half. If there are more decoding rows than are left, they take turns: each tenant has one, then as many as its share
+   allows, and within a priority those go that have waited longest. (Were prompts to have only what all decoding rows
+   leave, rows would stay free.) Prompts get what those do leave in turn, and after that each tenant at least its share
+   of ``guarded_tokens`` less what it has in the step. Prompts being computed have only their tenant's share while
+   another tenant, whose turn is before theirs, has requests to start and there is a row for them. And
+   ``reserved_rows`` are left free for light requests, so that these rarely need to preempt.
 9. **Dear prompts.** A prompt whose tokens are scored (``prompt_logprobs``) is computed in chunks of 64 tokens at most
    (step_draft.py) while others run.
 
 Nobody starves. (a) An express step is followed by one that is not. So at least every second step is an ordinary one, in
-which every decoding row advances and rules 1 to 6 hold for all. (b) A light request preempts others at most once in its
-life, and only tenants who hold more rows or pages than their share: as many of a tenant's most important requests as
-its share allows are never preempted for it, nor is the most important one whatever it holds. So those end, others
-become the most important, and so on to the last. Two cannot preempt each other in turn, as what was preempted is light
-no more. (c) A tenant that waits gets no tokens, so its clock stands, while that of whoever is served goes on; tenants
-are finitely many, and none comes back with a clock behind all of those who wait (accounts.py). With equal clocks, which
-putting them forward may cause again and again, the one goes first that started something longest ago. So every tenant's
-turn to be tried first comes, and rule 3 does not pass by the request it then tries. (d) In a guarded step the first in
-turn of those who have prompts has tokens for them; any other has some if it has no decoding rows, and those it has
-end.
+which rules 1 to 6 hold for all and every decoding row advances or takes its turn to (rule 8); it waits for less
+important ones in none, and for its tenant's more important ones until they end. (b) A light request preempts others at
+most once in its life, and only tenants who hold more rows or pages than their share: as many of a tenant's most
+important requests as its share allows are never preempted for it, nor is the most important one whatever it holds. So
+those end, others become the most important, and so on to the last. Two cannot preempt each other in turn, as what was
+preempted is light no more. (c) A tenant that waits gets no tokens, so its clock stands, while that of whoever is served
+goes on; tenants are finitely many, and none comes back with a clock behind all of those who wait (accounts.py). With
+equal clocks, which putting them forward may cause again and again, the one goes first that started something longest
+ago. So every tenant's turn to be tried first comes, and rule 3 does not pass by the request it then tries. (d) In a
+guarded step the first in turn of those who have prompts has tokens for them, unless ``guarded_tokens`` is 1; any other
+has some if it has no decoding rows, and those it has end.
 
 How long a light request waits, then: for the step that runs, an ordinary one if that was express, and its own. Several
 tenants' take turns. A flood of another tenant, however large, adds one row to its step. An ordinary step beside a flood
-has up to ``max_rows`` decoding rows and about ``guarded_tokens`` of prompts (fewer than twice as many). This does not
-hold for a light request whose adapter is not on the device: nothing is preempted for a slot. If running requests of
-others pin all of them, it waits for a claim (slot_turns.py) and until the requests that hold its slot have ended,
-however long their outputs are; and for the read from the disk, if there is one.
+has about ``guarded_tokens`` (fewer than twice as many). This does not hold for a light request whose adapter is not on
+the device: nothing is preempted for a slot. If running requests of others pin all of them, it waits for a claim
+(slot_turns.py) and until the requests that hold its slot have ended, however long their outputs are; and for the read
+from the disk, if there is one.
 """
 
 from __future__ import annotations
@@ -84,6 +87,7 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from itertools import count
 
 from manylora.adapters.errors import AdapterError
 from manylora.adapters.versions import AdapterRef
@@ -129,6 +133,7 @@ class Scheduler:
         self._failed: list[tuple[Request, str]] = []
         self._num_added = 0
         self._num_started = 0
+        self._decode_turns = count(1)
         self._was_express = False
 
     @property
@@ -189,8 +194,11 @@ class Scheduler:
         if step.shares.is_contended and not self._was_express:
             self._choose_express(step)
         self._was_express = step.express is not None
-        if step.shares.is_contended and len(self._running) < self._max_rows(step):
+        has_row = len(self._running) < self._max_rows(step)
+        if step.shares.is_contended and has_row:
             step.expect_starts(self._slot_turns.holder)
+        if step.shares.is_guarded and step.express is None:
+            step.choose_decoding(self._running, self._decode_turns, has_row=has_row)
         self._continue_running(step)
         if step.express is None and self.counts.preemptions == preempted:
             self._admit(step)
@@ -263,9 +271,9 @@ class Scheduler:
             request = entry.request
             if request.state is not RequestState.RUNNING:  # preempted for one that came before it in this loop
                 continue
-            count = min(step.allowed(entry), entry.num_left)
-            if count > 0 and self._make_room(entry, request.num_computed + count, step):
-                step.add(entry, count)
+            tokens = min(step.allowed(entry), entry.num_left)
+            if tokens > 0 and self._make_room(entry, request.num_computed + tokens, step):
+                step.add(entry, tokens)
 
     def _make_room(self, entry: Entry, num_tokens: int, step: StepDraft) -> bool:
         """Pages for a running request's first ``num_tokens`` tokens; False if it had to be preempted itself."""
@@ -346,9 +354,9 @@ class Scheduler:
                 return
             if self._take_slots(entry):
                 self._start(entry)
-                count = step.chunk(entry, max(allowed, 1))
-                self._take_pages(entry.request, self.pool.pages_for(count))
-                step.add(entry, count)
+                tokens = step.chunk(entry, max(allowed, 1))
+                self._take_pages(entry.request, self.pool.pages_for(tokens))
+                step.add(entry, tokens)
                 room.start(entry)
                 turn = step.turn_of(account)
             heappush(turns, (turn, i))
@@ -390,10 +398,10 @@ class Scheduler:
 
     # --- pages and slots -----------------------------------------------------------------------------------------
 
-    def _take_pages(self, request: Request, count: int) -> None:
-        pages = self.pool.allocate(max(count, 0))
+    def _take_pages(self, request: Request, number: int) -> None:
+        pages = self.pool.allocate(max(number, 0))
         if pages is None:  # both callers have just counted the free ones
-            raise RuntimeError(f"{count} KV pages were wanted, {self.pool.num_free} are free")
+            raise RuntimeError(f"{number} KV pages were wanted, {self.pool.num_free} are free")
         request.pages.extend(pages)
 
     def _stop(self, entry: Entry) -> None:

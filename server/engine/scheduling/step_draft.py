@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from manylora.server.engine.request import Request, ScheduledRow
@@ -29,14 +30,38 @@ class StepDraft:
         self._next_to_start: tuple[float, int] | None = None
         self.rows: dict[Request, ScheduledRow] = {}
         self._tokens_of: Counter[str] = Counter()
-        self._num_prompt_tokens = 0
+        self._num_tokens = 0
         self._guarded = config.tokens_if_guarded
+        self._decoding: set[Entry] | None = None
 
     def expect_starts(self, claimant: Account | None) -> None:
         """There is a row for another request: leave tokens for whose turn it is, and for the claim."""
         self.claimant = claimant
         turns = (account.turn for account in self.shares.active if account.num_missed < len(account.waiting))
         self._next_to_start = min(turns, default=None)
+
+    def choose_decoding(self, running: Sequence[Entry], turns: Iterator[int], *, has_row: bool) -> None:
+        """Which decoding rows a guarded step advances (rule 8 in scheduler.py); all of them, unless this is called.
+
+        ``turns``: the numbers of the next turns to decode. ``has_row``: whether another request could start."""
+        decoding = [entry for entry in running if entry.num_left == 1]
+        prompts = sum(entry.num_left for entry in running if entry.num_left > 1)
+        if has_row:
+            prompts += sum(one.waiting_tokens for one in self.shares.active if one.num_missed < len(one.waiting))
+        allowed = self._guarded - min(self._guarded // 2, prompts)
+        if len(decoding) > allowed:
+            decoding.sort(key=lambda entry: (entry.rank.priority, entry.last_turn, entry.rank.number))
+            so_far: Counter[str] = Counter()
+            keys: dict[Entry, tuple[float, int, int]] = {}
+            for entry in decoding:
+                account = entry.account
+                so_far[account.name] += 1
+                level = so_far[account.name] / account.share if so_far[account.name] > 1 else 0.0
+                keys[entry] = level, entry.last_turn, entry.rank.number
+            chosen = sorted(decoding, key=keys.__getitem__)[:allowed]
+            for entry in chosen:
+                entry.last_turn = next(turns)
+            self._decoding = set(chosen)
 
     @property
     def claim(self) -> Entry | None:
@@ -54,9 +79,8 @@ class StepDraft:
 
     def _count(self, entry: Entry, count: int) -> None:
         self.budget -= count
+        self._num_tokens += count
         self._tokens_of[entry.account.name] += count
-        if entry.num_left > 1:
-            self._num_prompt_tokens += count
 
     def turn_of(self, account: Account) -> tuple[float, int]:
         """``Account.turn`` as it will be after this step."""
@@ -68,9 +92,9 @@ class StepDraft:
         if entry.num_left > 1:
             is_before = self._next_to_start is not None and self._next_to_start < account.turn
             return self.chunk(entry, self.allowed_to_prompts(account, only_own=is_before))
-        if express is None or account is express or entry is account.running[0]:
-            return self.budget
-        return 0
+        if express is not None and account is not express and entry is not account.running[0]:
+            return 0
+        return self.budget if self._decoding is None or entry in self._decoding else 0
 
     def allowed_to_prompts(self, account: Account, *, only_own: bool = False) -> int:
         """Tokens that the tenant's prompts may have. ``only_own``: in a guarded step, none but those of its share."""
@@ -79,7 +103,7 @@ class StepDraft:
         budget = self.budget if self.claim is None else self.budget - 1
         if not self.shares.is_guarded:
             return budget
-        unused = 0 if only_own else self._guarded - self._num_prompt_tokens
+        unused = 0 if only_own else self._guarded - self._num_tokens
         own = self.shares.of(account, self._guarded) - self._tokens_of[account.name]
         return min(budget, max(unused, own, 0))
 
