@@ -160,7 +160,7 @@ def server(model: str, flags: list[str]) -> Iterator[tuple[int, dict[str, str]]]
     """A server with two tenants: its port and their keys."""
     with tempfile.TemporaryDirectory() as folder:
         tenants = Path(folder) / "keys.toml"
-        keys = {name: add_key(tenants, name, {}) for name in ("flood", "probe")}
+        keys = {name: add_key(tenants, name, {"adapters": ["*"]}) for name in ("flood", "probe")}
         log = Path(folder) / "log"
         command = [str(Path(sys.executable).parent / "manylora"), "serve", "--model", model, "--port", "0"]
         command += ["--served-model-name", "base", "--keys", str(tenants), *flags]
