@@ -4,14 +4,16 @@
 # make docs   writes docs/api.md and docs/metrics.md again, from the routes and the metrics themselves
 # make bench  this project on the workload of bench/ (peers: see bench/engine.py --help)
 # make gpu-check  on a machine with an NVIDIA GPU: checks the CUDA kernels, then measures them (needs torch and triton alone)
-# make loadtest  locust against a running server (HOST, USERS, SECONDS)
+# make loadtest  a load test with a report: of HOST, or of what answers on PORT, or else of a fresh demo server
+#                (PROFILE=zipf, SECONDS, CLIENTS, ARGS='--fail-if ttft_p95_ms>500'; see loadtest/README.md)
 # Each sets up .venv/ by itself, from pyproject.toml and the exact versions in constraints.txt.
 
 PYTHON ?= python3
 PORT ?= 8000
-HOST ?= http://127.0.0.1:$(PORT)
-USERS ?= 8
-SECONDS ?= 30
+HOST ?=
+PROFILE ?= zipf
+SECONDS ?=
+CLIENTS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -68,7 +70,8 @@ gpu-check:
 	$(PYTHON) -P bench/gpu_check.py $(ARGS)
 
 loadtest: $(VENV)/.dev
-	$(BIN)/locust -f loadtest/locustfile.py --headless --host $(HOST) --users $(USERS) --spawn-rate $(USERS) --run-time $(SECONDS)s
+	$(BIN)/python -P loadtest/run.py $(if $(HOST),--host $(HOST),--port $(PORT)) --profile $(PROFILE) \
+		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(CLIENTS),--clients $(CLIENTS)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info
