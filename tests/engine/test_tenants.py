@@ -197,7 +197,7 @@ def test_the_first_token_beside_a_flood_comes_an_ordinary_step_later(each: float
     ordinary = 0.014 + each * 32
     assert beside.first[60] < idle.first[60] + ordinary
     assert beside.p95 < idle.p95 + 2 * ordinary
-    assert beside.p95 < 2 * idle.p95
+    assert beside.p95 < 2 * idle.p95 + 2 * each  # its own step has a row of the flood's, too
     assert beside.flooded > 60 * 80
 
 
