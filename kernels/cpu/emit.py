@@ -8,7 +8,7 @@ pages and KV pages already have its shape. Addresses are passed as plain int64, 
 and T are used and however k is cut into panels. A row's result therefore never depends on how many rows share the
 batch: bit for bit, not within a tolerance.
 
-The IR uses AVX2 and FMA (x86-64-v3). ``kernels.cpu.available()`` says whether this processor has them.
+The IR uses AVX2 and FMA (x86-64-v3). ``kernels.cpu.VARIANTS`` names what a processor must have.
 """
 
 from __future__ import annotations
