@@ -138,6 +138,22 @@ class _Queue(threading.local):
         self.depth = 0
         self.kernels: list[int] = []
         self.alive: list[object] = []
+        self.recordings: list[Recording] | None = None
+
+
+class Recording:
+    """Kernels that ran once, to be run again with the same arguments; it keeps the memory that they use."""
+
+    def __init__(self, kernels: Sequence[int], alive: Sequence[object]) -> None:
+        # Of the many views of a scratch block one is enough.
+        storages = {t.untyped_storage().data_ptr(): t for t in alive if isinstance(t, torch.Tensor)}
+        self._alive = [*storages.values(), *(one for one in alive if not isinstance(one, torch.Tensor))]
+        self._program = (ctypes.c_int64 * (2 + len(kernels)))(len(kernels) // 4, 0, *kernels)
+        self._fresh = bytes(self._program)
+
+    def run(self) -> None:
+        ctypes.memmove(self._program, self._fresh, len(self._fresh))  # the counters are zero again
+        _run(self._program)
 
 
 _queue = _Queue()
@@ -175,13 +191,30 @@ def flush(*, parallel: bool = True) -> None:
     if not kernels:
         return
     _queue.kernels, _queue.alive = [], []
+    _run((ctypes.c_int64 * (2 + len(kernels)))(len(kernels) // 4, 0, *kernels), parallel=parallel)
+    if _queue.recordings is not None:
+        _queue.recordings.append(Recording(kernels, alive))
+    del alive
+
+
+def _run(packed: ctypes.Array[ctypes.c_int64], *, parallel: bool = True) -> None:
+    """Run a program, whose number of parts is filled in here."""
     threads = torch.get_num_threads() if parallel and _libgomp is not None else 1
-    packed = (ctypes.c_int64 * (2 + len(kernels)))(len(kernels) // 4, threads * _SHARES, *kernels)
+    packed[1] = threads * _SHARES
     if threads > 1:
         _gomp_parallel(_team_member.address, packed, threads, 0)
     else:
         _run_alone(packed)
-    del alive
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Recording]]:
+    """What this thread runs within, each ``flush`` by itself. Not to be nested."""
+    _queue.recordings = made = []
+    try:
+        yield made
+    finally:
+        _queue.recordings = None
 
 
 @contextlib.contextmanager
