@@ -210,7 +210,8 @@ def _run(packed: ctypes.Array[ctypes.c_int64], *, parallel: bool = True) -> None
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Recording]]:
     """What this thread runs within, each ``flush`` by itself. Not to be nested."""
-    _queue.recordings = made = []
+    made: list[Recording] = []
+    _queue.recordings = made
     try:
         yield made
     finally:
