@@ -97,7 +97,8 @@ class Decoder:
         sequences, lora = batch.sequences, batch.lora if self.lora is not None else None
         tables = sequences.tables
         width = -(-tables.shape[1] // _TABLE_STEP) * _TABLE_STEP
-        key = id(cache), x.shape[0], width, None if lora is None else (lora.rows.numel(), len(lora.slot_list))
+        # The cache itself, not its address: a recording keeps the pages that it writes to.
+        key = cache, x.shape[0], width, None if lora is None else (lora.rows.numel(), len(lora.slot_list))
         inputs = [x, sequences.starts, sequences.contexts, sequences.positions, tables]
         if lora is not None:
             inputs += [lora.rows, lora.scales, lora.slots, lora.offsets]

@@ -187,6 +187,18 @@ def test_each_thread_has_recordings_of_its_own() -> None:
     assert wrong == []
 
 
+def test_another_cache_is_another_recording() -> None:
+    model, plan = Model(), rows([30, 17], [(), ()])
+    results = []
+    for _ in range(3):
+        model.cache = KVCache(SPEC, PAGES, model.ops)
+        prefill(model, plan)
+        results.append(model.hidden(build_batch(plan)))
+        assert model.cache.layers[-1][0].any()
+    assert model.hits == 0
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 def test_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from manylora.kernels.cpu import replay
 
