@@ -161,6 +161,10 @@ class BatchedLora:
         if self.touches("embed", segments):
             embed_adapters_(y, token_ids, StepAdapters(segments, self.pool), self.pool)
 
+    def has_vectors(self, segments: LoraSegments) -> bool:
+        """Whether any of the segments' adapters has gains or biases."""
+        return any(self.pool.contents(slot).vectors for slot in segments.slot_list)
+
     def touches(self, projection: str, segments: LoraSegments) -> bool:
         """Whether any of the segments' adapters has anything for ``projection``, in any layer."""
         return any(self.pool.contents(slot).touches(projection) for slot in segments.slot_list)

@@ -12,6 +12,7 @@ import torch
 from manylora.kernels.nf4_tensor import Nf4Tensor
 
 if TYPE_CHECKING:
+    from manylora.kernels.cpu.replay import Recordings
     from manylora.kernels.lora import SiteAdapters
 
 PAGE_SIZE = 16
@@ -69,6 +70,10 @@ class Ops(Protocol):
 
     def flush(self) -> None:
         """Run what is queued."""
+
+    def recordings(self) -> Recordings | None:
+        """Where steps are kept that only queue, to be run again without being queued again; None if nothing is
+        queued."""
 
     def prepare_linear(self, weights: Sequence[Nf4Tensor], bias: torch.Tensor | None) -> Any:
         """Fuse NF4 weights of equal K into one linear layer; its output is theirs, one behind the other."""

@@ -62,6 +62,9 @@ class TorchOps:
     def flush(self) -> None:
         pass
 
+    def recordings(self) -> None:
+        return None
+
     def prepare_linear(self, weights: Sequence[Nf4Tensor], bias: torch.Tensor | None) -> TorchLinear:
         here = tuple(weight.to(self.device) for weight in weights)
         moved = None if bias is None else bias.to(self.device, self.dtype)

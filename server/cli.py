@@ -109,6 +109,7 @@ def serve_config(arguments: argparse.Namespace) -> ServeConfig:
         log_format=arguments.log_format,
         engine=EngineConfig(
             device=arguments.device,
+            cpu_kernels=arguments.cpu_kernels,
             max_rows=arguments.max_rows,
             max_device_adapters=arguments.max_device_adapters,
             max_host_adapters=arguments.max_host_adapters,

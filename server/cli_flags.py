@@ -142,6 +142,13 @@ def add_serve(commands: Commands) -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("sizes (by default chosen for the device and the model, and logged)").add_argument
     add("--device", default="auto", metavar="D", help="auto, cpu or cuda (default: %(default)s)")
+    add(
+        "--cpu-kernels",
+        default="auto",
+        metavar="K",
+        help="auto, avx2 or torch: what a CPU computes with; auto tests the fastest kernels that it can run against "
+        "torch, and takes torch if they fail (default: %(default)s)",
+    )
     add("--threads", type=int, metavar="N", help="CPU threads of the forward pass")
     add("--max-rows", type=int, metavar="N", help="requests computed together")
     add("--max-batch-tokens", type=int, metavar="N", help="tokens computed in one step; longer prompts go in chunks")

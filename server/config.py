@@ -21,6 +21,7 @@ from manylora.server.logs import LogFormat
 from manylora.server.tenants_file import MAX_KEY_LENGTH, KeyFileError, TenantRules, hashed, read_tenants
 
 Device = Literal["auto", "cpu", "cuda"]
+CpuKernels = Literal["auto", "avx2", "torch"]
 ToolCallParser = Literal["auto", "hermes", "llama3_json", "mistral", "mistral_args", "none"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -85,6 +86,9 @@ class EngineConfig:
     """Sizes of the engine. ``None``: chosen for the device and the model at the start, and logged."""
 
     device: Device = "auto"
+    cpu_kernels: CpuKernels = "auto"
+    """Which kernels a CPU computes with, by ``kernels.cpu.VARIANTS``; ``auto``: the fastest that it can run and that do
+    what torch does; ``torch``: none."""
     max_rows: int | None = None
     """Requests computed together in one step."""
     max_device_adapters: int | None = None
@@ -110,6 +114,11 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _one_of("--device", self.device, get_args(Device))
+        _one_of("--cpu-kernels", self.cpu_kernels, get_args(CpuKernels))
+        if self.device == "cuda" and self.cpu_kernels != "auto":
+            raise ConfigError(
+                "--cpu-kernels", f"{self.cpu_kernels} was asked for, but --device cuda uses no CPU kernels"
+            )
         for flag, value, low, high in (
             ("--max-rows", self.max_rows, 1, 4096),
             ("--max-device-adapters", self.max_device_adapters, 1, 65536),

@@ -18,15 +18,14 @@ from manylora.adapters.registry import AdapterRegistry
 from manylora.adapters.slots import SlotManager
 from manylora.adapters.versions import AdapterInfo, AdapterRef
 from manylora.adapters.watcher import FolderWatcher
-from manylora.kernels.cpu import available as cpu_kernels_available
 from manylora.kernels.lora import BatchedLora
 from manylora.kernels.lora_pool import MAX_RANK, LoraPool
 from manylora.kernels.ops import PAGE_SIZE, Ops
 from manylora.kernels.sites import LAYER_PROJECTIONS, PROJECTIONS, RANK_PAGE
-from manylora.kernels.torch_ops import TorchOps
 from manylora.server.adapter_loading import AdapterLoader, first_adapters
 from manylora.server.api.state import Serving
 from manylora.server.config import ConfigError, EngineConfig, ServeConfig
+from manylora.server.device_ops import check_cpu_kernels, choose_path
 from manylora.server.engine.auto_merge import AutoMerger, TokenShares
 from manylora.server.engine.decode_graphs import DecodeGraphs
 from manylora.server.engine.detokenizer import vocabulary_for
@@ -43,7 +42,6 @@ from manylora.server.model.decoder_weights import DecoderWeights
 from manylora.server.model.families import ModelSpec
 from manylora.server.model.kv_cache import KVCache
 from manylora.server.model.loader import LoadedBase, load_base
-from manylora.server.model.weights import BaseWeights
 
 logger = logging.getLogger(__name__)
 
@@ -111,41 +109,6 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def choose_ops(device: torch.device, spec: ModelSpec, weights: BaseWeights) -> Ops:
-    """The fastest operations that this device and these weights allow; the reason is logged where it is not obvious."""
-    if device.type == "cuda":
-        # triton, which a CPU need not have
-        from manylora.kernels.cuda import nf4_words
-        from manylora.kernels.cuda.ops import CudaOps
-
-        reasons = [r for r in map(nf4_words.unsupported, weights.projections.values()) if r is not None]
-        if reasons:
-            logger.warning(
-                "%d of %d weights are dequantised at every step, which is slow: %s.",
-                len(reasons),
-                len(weights.projections),
-                reasons[0],
-            )
-        return CudaOps(device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
-    if not cpu_kernels_available():
-        reason: str | None = "this processor or installation lacks AVX2, FMA or numba"
-    else:
-        from manylora.kernels.cpu.ops import NumbaOps, unsupported
-
-        reason = next((r for r in map(unsupported, weights.projections.values()) if r is not None), None)
-        if spec.head_dim % PAGE_SIZE:
-            reason = f"its head size {spec.head_dim} is no multiple of {PAGE_SIZE}"
-        if reason is None:
-            return NumbaOps()
-    n_bytes = sum(w.shape[0] * w.shape[1] for w in weights.projections.values()) * 4
-    logger.warning(
-        "The CPU kernels cannot serve this model (%s): a dequantised fp32 copy of %d MiB is kept instead.",
-        reason,
-        n_bytes // _MIB,
-    )
-    return TorchOps(device, torch.float32, resident=True)
 
 
 def choose_sizes(config: EngineConfig, spec: ModelSpec, ops: Ops) -> Sizes:
@@ -242,12 +205,15 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     device = choose_device(config.engine.device)
+    if device.type == "cpu":
+        check_cpu_kernels(config.engine.cpu_kernels)
     if base is None:
         base = load_base(config.model, cache_dir=config.cache_dir, progress=progress)
     spec, tokenizer, digest, source, model_name = base.spec, base.tokenizer, base.digest, base.source, base.name
     name = config.served_model_name or model_name
     weights = base.weights
-    ops = choose_ops(device, spec, weights)
+    path = choose_path(device, config.engine.cpu_kernels, spec, weights, progress=progress)
+    ops = path.ops
     sizes = choose_sizes(config.engine, spec, ops)
     pool = LoraPool(
         spec.lora_shapes(),
@@ -258,7 +224,7 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
         device=device,
         table_bytes=sizes.table_bytes,
     )
-    lora = BatchedLora(pool)
+    lora = BatchedLora(pool, path.lora)
     prepared = DecoderWeights.prepare(spec, weights, ops, max_context=sizes.max_context)
     decoder = Decoder(spec, prepared, ops, lora)
     del weights, base  # the decoder holds its own form of them; the base is in memory once

@@ -66,6 +66,7 @@ def test_adapters_are_name_and_path() -> None:
     ("field", "value", "flag"),
     [
         ("device", "tpu", "--device"),
+        ("cpu_kernels", "sse2", "--cpu-kernels"),
         ("max_rows", 0, "--max-rows"),
         ("max_device_adapters", 0, "--max-device-adapters"),
         ("max_host_adapters", 0, "--max-host-adapters"),

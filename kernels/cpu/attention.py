@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit
+from numba import carray, njit
 
+from manylora.kernels.cpu.compiling import kernel
 from manylora.kernels.cpu.emit import int32_at
-from manylora.kernels.cpu.threads import KERNEL, launch
+from manylora.kernels.cpu.threads import launch
 from manylora.kernels.cpu.tiles import address_of, float32_from_bits, float32_view, gemm_rows, keep_alive, share
 from manylora.kernels.cpu.vectors import scale_8, softmax_8, sum_8
 
@@ -35,7 +36,7 @@ def _rotate(head, half, cos, sin):
         values[half + i] = right * c[i] + left * s[i]
 
 
-@cfunc(KERNEL, cache=True)
+@kernel
 def _store_kernel(arguments, part, parts):
     """Rotate queries and keys in place and store the new keys and values."""
     a = carray(arguments, 20)
@@ -67,7 +68,7 @@ def _store_kernel(arguments, part, parts):
                 v_page[within * head_dim + i] = value[i]
 
 
-@cfunc(KERNEL, cache=True)
+@kernel
 def _attend_kernel(arguments, part, parts):
     a = carray(arguments, 20)
     qkv, qkv_stride, out, out_stride = a[0], a[1], a[2], a[3]

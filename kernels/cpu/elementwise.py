@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from numba import carray, cfunc
+from numba import carray
 
-from manylora.kernels.cpu.threads import KERNEL, launch
+from manylora.kernels.cpu.compiling import kernel
+from manylora.kernels.cpu.threads import launch
 from manylora.kernels.cpu.tiles import float32_from_bits, float32_view, share
 from manylora.kernels.cpu.vectors import rms_norm_8, silu_mul_8
 
@@ -13,7 +14,7 @@ _SERIAL = 16384
 """Elements below which waking the other threads costs more than it saves (about 4 microseconds of work)."""
 
 
-@cfunc(KERNEL, cache=True)
+@kernel
 def _rms_norm_kernel(arguments, part, parts):
     a = carray(arguments, 9)
     x, x_stride, weight, out, out_stride, rows, heads, width = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
@@ -25,7 +26,7 @@ def _rms_norm_kernel(arguments, part, parts):
             rms_norm_8(x + row * x_stride + column, weight, out + row * out_stride + column, width // 8, epsilon)
 
 
-@cfunc(KERNEL, cache=True)
+@kernel
 def _bias_kernel(arguments, part, parts):
     a = carray(arguments, 6)
     bias, out, stride, rows, width, accumulate = a[0], a[1], a[2], a[3], a[4], a[5]
@@ -37,7 +38,7 @@ def _bias_kernel(arguments, part, parts):
             target[i] = target[i] + values[i] if accumulate != 0 else values[i]
 
 
-@cfunc(KERNEL, cache=True)
+@kernel
 def _silu_mul_kernel(arguments, part, parts):
     a = carray(arguments, 6)
     x, x_stride, out, out_stride, rows, width = a[0], a[1], a[2], a[3], a[4], a[5]

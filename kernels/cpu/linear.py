@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit
+from numba import carray, njit
 
+from manylora.kernels.cpu.compiling import kernel
 from manylora.kernels.cpu.emit import (
     TILE,
     decode_bf16,
@@ -29,7 +30,7 @@ from manylora.kernels.cpu.emit import (
     fused_nf4_3x2,
     fused_nf4_4x1,
 )
-from manylora.kernels.cpu.threads import KERNEL, launch
+from manylora.kernels.cpu.threads import launch
 from manylora.kernels.cpu.tiles import address_of, gemm_rows, keep_alive, share
 from manylora.kernels.nf4_code import NF4_CODE
 
@@ -39,7 +40,7 @@ ROW_BLOCK = 96
 """Rows of x per pass over the weights: their 96 x 256 fp32 stay in L2 while the panels stream by."""
 
 
-@njit(nogil=True, cache=True)
+@njit("void(uint8[::1], int64, int64, uint8[:, :, ::1])", nogil=True, cache=True)
 def _pack_nf4(source, n, k, out):
     for tile in range(n // 16):
         for quad in range(k // 4):
@@ -142,7 +143,7 @@ def _nf4_few_rows(rows, first, last, x, xo, packed, absmax, depth, block, y, co,
             tile += 1
 
 
-@cfunc(KERNEL, cache=True)
+@kernel
 def _nf4_kernel(arguments, part, parts):
     a = carray(arguments, 11)
     x, x_stride, rows, depth, packed, absmax, n_tiles = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
@@ -199,7 +200,7 @@ def _bf16_few_rows(rows, first, last, x, xo, packed, depth, y, co, accumulate):
             tile += 1
 
 
-@cfunc(KERNEL, cache=True)
+@kernel
 def _bf16_kernel(arguments, part, parts):
     a = carray(arguments, 9)
     x, x_stride, rows, depth, packed, n_tiles, y, y_stride = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit
+from numba import carray, njit
 
+from manylora.kernels.cpu.compiling import kernel
 from manylora.kernels.cpu.emit import float32_at, int32_at
 from manylora.kernels.cpu.lora_tables import table_product
 from manylora.kernels.cpu.lora_vectors import add_vectors
-from manylora.kernels.cpu.threads import KERNEL, flush, launch
+from manylora.kernels.cpu.threads import flush, launch
 from manylora.kernels.cpu.tiles import address_of, gemm_few_rows, gemm_rows, keep_alive, share
 from manylora.kernels.cpu.vectors import scale_16
 from manylora.kernels.lora_pool import LoraPool
@@ -39,7 +40,7 @@ def _row_offsets(rows, n_pairs, stride):
 # Arguments: x, x_stride, y, y_stride, depth, n_pairs, rows, scales, n_segments, slots, offsets, h, h_width,
 # n_projections, then each projection's fields. h is [pairs, projections, h_width]; h_width is 16 times the most pages
 # that a slot can have.
-@cfunc(KERNEL, cache=True)
+@kernel
 def _shrink_kernel(arguments, part, parts):
     a = carray(arguments, _HEADER + 3 * _FIELDS)
     x, x_stride, depth, n_pairs, rows, scales = a[0], a[1], a[4], a[5], a[6], a[7]
@@ -68,7 +69,7 @@ def _shrink_kernel(arguments, part, parts):
     keep_alive(h_offsets)
 
 
-@cfunc(KERNEL, cache=True)
+@kernel
 def _expand_kernel(arguments, part, parts):
     a = carray(arguments, _HEADER + 3 * _FIELDS)
     y, y_stride, n_pairs, rows = a[2], a[3], a[5], a[6]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import carray, cfunc
+from numba import carray
 
+from manylora.kernels.cpu.compiling import kernel
 from manylora.kernels.cpu.linear import bf16_linear
-from manylora.kernels.cpu.threads import KERNEL, flush, launch
+from manylora.kernels.cpu.threads import flush, launch
 from manylora.kernels.cpu.tiles import address_of, gemm_rows, keep_alive, share
 from manylora.kernels.lora_tables import DeviceTable
 from manylora.kernels.sites import RANK_PAGE
 
 
-@cfunc(KERNEL, cache=True)
+@kernel
 def _fp32_kernel(arguments, part, parts):
     a = carray(arguments, 8)
     x, x_stride, rows, depth, tiles, n_tiles, y, y_stride = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]

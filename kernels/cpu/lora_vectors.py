@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import carray, cfunc
+from numba import carray
 
+from manylora.kernels.cpu.compiling import kernel
 from manylora.kernels.cpu.emit import float32_at, int32_at
-from manylora.kernels.cpu.threads import KERNEL, launch
+from manylora.kernels.cpu.threads import launch
 from manylora.kernels.cpu.tiles import float32_view, share
 from manylora.kernels.lora_pool import SiteStore
 from manylora.kernels.lora_step import VectorRows
@@ -23,7 +24,7 @@ _SERIAL = 16384
 """Elements below which waking the other threads costs more than it saves."""
 
 
-@cfunc(KERNEL, cache=True)
+@kernel
 def _set_aside_kernel(arguments, part, parts):
     a = carray(arguments, 6)
     y, y_stride, rows, count, held, width = a[0], a[1], a[2], a[3], a[4], a[5]
@@ -36,7 +37,7 @@ def _set_aside_kernel(arguments, part, parts):
             source[i] = 0.0
 
 
-@cfunc(KERNEL, cache=True)
+@kernel
 def _take_products_kernel(arguments, part, parts):
     a = carray(arguments, 7)
     y, y_stride, rows, count, held, width, base = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
@@ -52,7 +53,7 @@ def _take_products_kernel(arguments, part, parts):
                 source[i] = before[i] + source[i]
 
 
-@cfunc(KERNEL, cache=True)
+@kernel
 def _add_vectors_kernel(arguments, part, parts):
     a = carray(arguments, 12)
     y, y_stride, rows, count, base, width = a[0], a[1], a[2], a[3], a[4], a[5]

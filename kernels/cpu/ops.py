@@ -13,6 +13,7 @@ import torch
 
 from manylora.kernels.cpu import attention, elementwise, linear, lora_vectors
 from manylora.kernels.cpu.emit import TILE
+from manylora.kernels.cpu.replay import Recordings
 from manylora.kernels.cpu.scratch import Scratch
 from manylora.kernels.cpu.threads import flush, queued
 from manylora.kernels.lora import SiteAdapters
@@ -142,6 +143,9 @@ class NumbaOps:
 
     def flush(self) -> None:
         flush()
+
+    def recordings(self) -> Recordings:
+        return Recordings()
 
     def prepare_linear(self, weights: Sequence[Nf4Tensor], bias: torch.Tensor | None) -> PackedLinear:
         packed, absmax = [], []

@@ -10,44 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import logging
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
-import numba
 import torch
 from llvmlite import ir
-from numba import cfunc, types
+from numba import types
 from numba.extending import intrinsic
 
 from manylora.kernels.cpu.atomics import fetch_add_one, load_counter, pause
+from manylora.kernels.cpu.compiling import Compiled, program
 
 logger = logging.getLogger(__name__)
-
-
-def _cache_dir() -> Path:
-    """Where compiled kernels are kept: a folder named after their sources.
-
-    numba looks only at the file a kernel stands in, not at the files it takes inner loops from; a change in one of
-    those would otherwise be served a stale kernel.
-    """
-    digest = hashlib.sha256(numba.__version__.encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "manylora" / "kernels" / digest.hexdigest()[:16]
-
-
-if not os.environ.get("NUMBA_CACHE_DIR"):
-    numba.config.CACHE_DIR = str(_cache_dir())
-
-KERNEL = types.void(types.CPointer(types.int64), types.int64, types.int64)
-"""A kernel: ``(arguments, part, parts)``; arguments are int64 values or addresses, ``part`` says which share to do."""
 
 
 def _find_libgomp() -> ctypes.CDLL | None:
@@ -114,7 +92,7 @@ def _call_kernel(typingctx, kernel, arguments, part, parts):
 
 # A program is int64: the number of kernels, the parts that each is cut into, then for each kernel its address, the
 # address of its arguments, the number of its next part, and how many parts are done.
-@cfunc(types.void(types.CPointer(types.int64)), cache=True)
+@program
 def _run_alone(program):
     for i in range(program[0]):
         _call_kernel(program[2 + 4 * i], program[3 + 4 * i], 0, 1)
@@ -124,7 +102,7 @@ if _libgomp is not None:
     llvm.add_symbol("sched_yield", ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value)
     _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
-    @cfunc(types.void(types.CPointer(types.int64)), cache=True)
+    @program
     def _team_member(program):
         """Take parts until none is left, wait for the others' to be done, go on to the next kernel.
 
@@ -149,7 +127,6 @@ if _libgomp is not None:
     _gomp_parallel = _libgomp.GOMP_parallel
     _gomp_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     _gomp_parallel.restype = None
-    _team_member_address = _team_member.address
 else:
     logger.warning("torch's libgomp was not found: CPU kernels run on one thread")
 
@@ -161,15 +138,35 @@ class _Queue(threading.local):
         self.depth = 0
         self.kernels: list[int] = []
         self.alive: list[object] = []
+        self.recordings: list[Recording] | None = None
+
+
+class Recording:
+    """Kernels that ran once, to be run again with the same arguments; it keeps the memory that they use."""
+
+    def __init__(self, kernels: Sequence[int], alive: Sequence[object]) -> None:
+        # Of the many views of a scratch block one is enough.
+        storages = {t.untyped_storage().data_ptr(): t for t in alive if isinstance(t, torch.Tensor)}
+        self._alive = [*storages.values(), *(one for one in alive if not isinstance(one, torch.Tensor))]
+        self._program = (ctypes.c_int64 * (2 + len(kernels)))(len(kernels) // 4, 0, *kernels)
+        self._fresh = bytes(self._program)
+
+    def run(self) -> None:
+        ctypes.memmove(self._program, self._fresh, len(self._fresh))  # the counters are zero again
+        _run(self._program)
 
 
 _queue = _Queue()
 
 
 def launch(
-    kernel: Any, *arguments: int, then: Any = None, keep: Sequence[torch.Tensor] = (), parallel: bool = True
+    kernel: Compiled,
+    *arguments: int,
+    then: Compiled | None = None,
+    keep: Sequence[torch.Tensor] = (),
+    parallel: bool = True,
 ) -> None:
-    """Run a ``cfunc`` of signature ``KERNEL``, split over torch's threads; returns when all parts are done.
+    """Run a kernel, split over torch's threads; returns when all parts are done.
 
     ``arguments`` are ints (values or addresses). ``then`` is a second kernel for the same arguments, run after the
     first has ended everywhere. ``parallel=False`` runs a small job here, without waking anyone.
@@ -194,13 +191,31 @@ def flush(*, parallel: bool = True) -> None:
     if not kernels:
         return
     _queue.kernels, _queue.alive = [], []
-    threads = torch.get_num_threads() if parallel and _libgomp is not None else 1
-    program = (ctypes.c_int64 * (2 + len(kernels)))(len(kernels) // 4, threads * _SHARES, *kernels)
-    if threads > 1:
-        _gomp_parallel(_team_member_address, program, threads, 0)
-    else:
-        _run_alone.ctypes(program)
+    _run((ctypes.c_int64 * (2 + len(kernels)))(len(kernels) // 4, 0, *kernels), parallel=parallel)
+    if _queue.recordings is not None:
+        _queue.recordings.append(Recording(kernels, alive))
     del alive
+
+
+def _run(packed: ctypes.Array[ctypes.c_int64], *, parallel: bool = True) -> None:
+    """Run a program, whose number of parts is filled in here."""
+    threads = torch.get_num_threads() if parallel and _libgomp is not None else 1
+    packed[1] = threads * _SHARES
+    if threads > 1:
+        _gomp_parallel(_team_member.address, packed, threads, 0)
+    else:
+        _run_alone(packed)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Recording]]:
+    """What this thread runs within, each ``flush`` by itself. Not to be nested."""
+    made: list[Recording] = []
+    _queue.recordings = made
+    try:
+        yield made
+    finally:
+        _queue.recordings = None
 
 
 @contextlib.contextmanager

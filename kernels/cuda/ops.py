@@ -128,6 +128,9 @@ class CudaOps:
     def flush(self) -> None:
         pass
 
+    def recordings(self) -> None:
+        return None
+
     def prepare_linear(self, weights: Sequence[Nf4Tensor], bias: torch.Tensor | None) -> CudaLinear:
         here = [weight.to(self.device) for weight in weights]
         if any(unsupported(weight) is not None for weight in here):

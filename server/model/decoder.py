@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from manylora.kernels.lora import BatchedLora
-from manylora.kernels.ops import Ops
+from manylora.kernels.ops import Ops, PagedSequences
 from manylora.kernels.sites import SITES
 from manylora.server.model.decoder_weights import DecoderWeights, LayerWeights
 from manylora.server.model.families import ModelSpec
 from manylora.server.model.forward_batch import ForwardBatch
 from manylora.server.model.kv_cache import KVCache
 from manylora.server.model.linear import SiteLinear
+
+if TYPE_CHECKING:
+    from manylora.kernels.cpu.replay import Recordings
+
+_TABLE_STEP: Final = 16
+"""Page tables of recorded steps are made wider in such steps: a recording lasts for 256 tokens of the longest row."""
 
 
 class _Layer:
@@ -36,6 +44,7 @@ class Decoder:
     def __init__(self, spec: ModelSpec, weights: DecoderWeights, ops: Ops, lora: BatchedLora | None) -> None:
         self.spec, self.weights, self.ops, self.lora = spec, weights, ops, lora
         self._layers = [_Layer(layer, i, ops, lora) for i, layer in enumerate(weights.layers)]
+        self._recordings = ops.recordings()
 
     @property
     def nbytes(self) -> int:
@@ -48,13 +57,21 @@ class Decoder:
 
     def hidden(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         """As ``forward``, but the last layer's output ``[T, hidden]``: what ``logits`` takes."""
-        ops, epsilon, rope = self.ops, self.spec.rms_norm_eps, self.weights.rope
-        x = ops.embed(batch.token_ids, self.weights.embedding)
-        adapters = batch.routed
+        x = self.ops.embed(batch.token_ids, self.weights.embedding)
         if batch.lora is not None and self.lora is not None:
             self.lora.add_embedding_(x, batch.token_ids, batch.lora)
-            if adapters is None:
-                adapters = self.lora.route(batch.lora, x.shape[0])
+        if self._recordings is not None and batch.routed is None and self._may_be_recorded(batch):
+            return self._recorded(self._recordings, x, batch, cache)
+        adapters = batch.routed
+        if batch.lora is not None and self.lora is not None and adapters is None:
+            adapters = self.lora.route(batch.lora, x.shape[0])
+        return self._compute(x, batch.sequences, adapters, cache)
+
+    def _compute(
+        self, x: torch.Tensor, sequences: PagedSequences, adapters: Any | None, cache: KVCache
+    ) -> torch.Tensor:
+        """All layers, in place on the embedded tokens ``x`` ``[T, hidden]``."""
+        ops, epsilon, rope = self.ops, self.spec.rms_norm_eps, self.weights.rope
         with ops.together():
             for layer, pages in zip(self._layers, cache.layers, strict=True):
                 with ops.together():
@@ -63,11 +80,40 @@ class Decoder:
                         q, k = layer.attention.q_size, layer.attention.kv_size
                         ops.head_norm_(qkv[:, :q], layer.q_norm, epsilon)
                         ops.head_norm_(qkv[:, q : q + k], layer.k_norm, epsilon)
-                    attended = ops.attention(qkv, rope, pages, batch.sequences, layer.attention)
+                    attended = ops.attention(qkv, rope, pages, sequences, layer.attention)
                     x = layer.o(attended, adapters, add_to=x)
                     gate_up = layer.gate_up(ops.rms_norm(x, layer.post_attention_norm, epsilon), adapters)
                     x = layer.down(ops.silu_mul(gate_up), adapters, add_to=x)
         return x
+
+    def _may_be_recorded(self, batch: ForwardBatch) -> bool:
+        """A decode step, whose shape comes again, of adapters with pairs alone: what gains and biases need is laid out
+        on the host for each step."""
+        if batch.token_ids.numel() != batch.sequences.contexts.numel():
+            return False
+        return batch.lora is None or self.lora is None or not self.lora.has_vectors(batch.lora)
+
+    def _recorded(self, recordings: Recordings, x: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
+        sequences, lora = batch.sequences, batch.lora if self.lora is not None else None
+        tables = sequences.tables
+        width = -(-tables.shape[1] // _TABLE_STEP) * _TABLE_STEP
+        # The cache itself, not its address: a recording keeps the pages that it writes to.
+        key = cache, x.shape[0], width, None if lora is None else (lora.rows.numel(), len(lora.slot_list))
+        inputs = [x, sequences.starts, sequences.contexts, sequences.positions, tables]
+        if lora is not None:
+            inputs += [lora.rows, lora.scales, lora.slots, lora.offsets]
+
+        def compute(own: Sequence[torch.Tensor]) -> None:
+            # As wide as the tables of any step with this key will be.
+            own[4].resize_(tables.shape[0], width)
+            own[4][:, : tables.shape[1]] = tables
+            adapters = None
+            if lora is not None and self.lora is not None:
+                segments = replace(lora, rows=own[5], scales=own[6], slots=own[7], offsets=own[8])
+                adapters = self.lora.route(segments, x.shape[0])
+            self._compute(own[0], PagedSequences(own[1], own[2], own[4], own[3]), adapters, cache)
+
+        return recordings.run(key, inputs, compute)
 
     # --- the weights, dequantised: on any thread, beside the step loop ---------------------------------------------
 

@@ -17,17 +17,17 @@ _LOG_EVERY: Final = 10.0
 
 
 class Progress:
-    """Counts the bytes of one task. A context manager; ``show=False`` keeps it silent."""
+    """Counts the bytes of one task, or its ``unit``. A context manager; ``show=False`` keeps it silent."""
 
-    def __init__(self, task: str, total: int, *, show: bool = True) -> None:
+    def __init__(self, task: str, total: int, *, show: bool = True, unit: str = "B") -> None:
         self._task, self._total, self._done = task, total, 0
         self._bar = None
         self._lines = show and not sys.stderr.isatty()
         self._started = self._last = time.monotonic()
         if self._lines:
-            logger.info("%s: %.2f GB", task, total / 1e9)
+            logger.info("%s: %s", task, f"{total / 1e9:.2f} GB" if unit == "B" else f"{total} {unit}s")
         elif show:
-            self._bar = tqdm(total=total, desc=task, unit="B", unit_scale=True, file=sys.stderr)
+            self._bar = tqdm(total=total, desc=task, unit=unit, unit_scale=unit == "B", file=sys.stderr)
 
     def advance(self, nbytes: int) -> None:
         self._done += nbytes

@@ -1,0 +1,175 @@
+"""Which operations a server computes with: by the flag, by the processor, and by what the self-test finds."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from numba.core import event
+
+from manylora.kernels import cpu
+from manylora.kernels.torch_ops import TorchOps
+from manylora.server.config import ConfigError, CpuKernels, EngineConfig, ServeConfig
+from manylora.server.device_ops import ComputePath, check_cpu_kernels, choose_path
+from manylora.server.engine.request import Request, SamplingParams
+from manylora.server.model.synthetic import synthetic_base, synthetic_spec
+from manylora.server.serving import Running, build
+from tests.checkpoints import checkpoints
+
+__all__ = ["checkpoints"]  # a fixture
+
+CPU = torch.device("cpu")
+needs_avx2 = pytest.mark.skipif(not cpu.available(), reason="no AVX2 and FMA here")
+
+
+def chosen(asked: CpuKernels = "auto", **changes: Any) -> ComputePath:
+    spec = synthetic_spec("tiny", **changes)
+    return choose_path(CPU, asked, spec, synthetic_base(spec), progress=False)
+
+
+def test_the_flag_knows_every_variant() -> None:
+    assert set(get_args(CpuKernels)) == {"auto", "torch", *(variant.name for variant in cpu.VARIANTS)}
+
+
+@needs_avx2
+@pytest.mark.parametrize("asked", ["auto", "avx2"])
+def test_kernels_that_run_and_are_right_are_taken(asked: CpuKernels, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    path = chosen(asked)
+    assert (path.ops.name, path.lora) == ("numba", "auto")
+    assert "CPU kernels (avx2): ready in" in caplog.text
+    assert "tested against torch in" in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_torch_can_be_asked_for() -> None:
+    path = chosen("torch")
+    assert isinstance(path.ops, TorchOps)
+    assert path.lora == "torch", "adapters too"
+
+
+@needs_avx2
+@pytest.mark.parametrize(
+    ("kernel", "named"),
+    [
+        ("_attend_kernel", "attention"),
+        ("_nf4_kernel", "NF4 linear of 128 inputs"),
+        ("_expand_kernel", "adapters at `down`"),
+        ("_silu_mul_kernel", "SiLU"),
+    ],
+)
+def test_wrong_kernels_are_not_used_at_all(
+    kernel: str, named: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from numba import cfunc
+
+    from manylora.kernels.cpu import compiling
+
+    @cfunc(compiling.KERNEL)
+    def nothing(arguments, part, parts):  # type: ignore[no-untyped-def]
+        pass
+
+    one = next(one for one in compiling.all_kernels() if one.name == kernel)
+    monkeypatch.setitem(one.__dict__, "address", nothing.address)
+    path = chosen()
+    assert isinstance(path.ops, TorchOps)
+    assert path.lora == "torch"
+    warning = next(record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    assert "do not compute what torch does here" in warning
+    assert named in warning
+    with pytest.raises(ConfigError, match=r"^--cpu-kernels: avx2: they do not compute what torch does here: .*differ"):
+        chosen("avx2")
+
+
+@needs_avx2
+def test_kernels_that_cannot_be_compiled_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from manylora.kernels.cpu import compiling
+
+    def fail(each: Any) -> int:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(compiling, "compile_all", fail)
+    assert isinstance(chosen().ops, TorchOps)
+    assert "they cannot be compiled (OSError: no space left on device)" in caplog.text
+
+
+@pytest.mark.parametrize("lacking", ["avx2", "fma"])
+def test_a_processor_without_the_features(
+    lacking: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpu, "_host_features", lambda: frozenset({"avx2", "fma"}) - {lacking})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with pytest.raises(ConfigError, match=f"^--cpu-kernels: avx2 cannot run here: this processor has no {lacking}"):
+        check_cpu_kernels("avx2")
+    path = chosen()
+    assert isinstance(path.ops, TorchOps)
+    assert f"this processor has no {lacking}" in caplog.text
+    check_cpu_kernels("auto")
+    check_cpu_kernels("torch")
+
+
+def test_an_installation_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not cpu.available()
+    with pytest.raises(ConfigError, match="numba is not installed"):
+        check_cpu_kernels("avx2")
+
+
+@needs_avx2
+def test_a_model_that_the_kernels_cannot_compute(caplog: pytest.LogCaptureFixture) -> None:
+    odd = {"hidden_size": 96, "num_attention_heads": 4, "head_dim": 24, "intermediate_size": 192}
+    path = chosen(**odd)
+    assert isinstance(path.ops, TorchOps)
+    assert "its head size 24 is no multiple of 16" in caplog.text
+    with pytest.raises(ConfigError, match=r"--cpu-kernels: avx2: .*head size 24"):
+        chosen("avx2", **odd)
+
+
+def test_cpu_kernels_on_cuda_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--device cuda uses no CPU kernels"):
+        EngineConfig(device="cuda", cpu_kernels="avx2")
+
+
+class _Compiles(event.Listener):  # type: ignore[misc]
+    """What numba compiles while it listens."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def on_start(self, event: Any) -> None:
+        self.seen.append(str(event.data.get("dispatcher")))
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+async def _greedy(running: Running) -> tuple[int, ...]:
+    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    tokens, _ = await running.engine.submit(Request("r", list(range(3, 40)), params)).result()
+    return tokens.token_ids
+
+
+@needs_avx2
+def test_every_variant_serves_and_compiles_nothing_meanwhile(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    answers = {}
+    for asked in get_args(CpuKernels):
+        config = ServeConfig(
+            model=str(checkpoints["llama"]),
+            cache_dir=tmp_path,
+            engine=EngineConfig(device="cpu", cpu_kernels=asked, max_rows=4, max_context=64, max_batch_tokens=32),
+        )
+        running = build(config, progress=False)
+        listener = _Compiles()
+        with event.install_listener("numba:compile", listener):
+            running.engine.start()
+            answers[asked] = asyncio.run(_greedy(running))
+        asyncio.run(running.close())
+        assert listener.seen == [], "compiled while serving"
+    assert len(answers["torch"]) == 8
+    assert answers["torch"] == answers["avx2"] == answers["auto"]
