@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from manylora.adapters.versions import AdapterRef
-from manylora.server.engine.request import Request, RequestState
+from manylora.server.engine.request import AdapterUse, Request, RequestState
 from manylora.server.engine.scheduling.accounts import Account
 from manylora.server.engine.scheduling.block_pool import BlockPool
 from manylora.server.engine.scheduling.scheduler import Scheduler, SchedulerConfig
@@ -254,6 +254,18 @@ def test_decoding_rows_and_prompts_have_half_of_a_guarded_step_each() -> None:
     step(it)
     decoding = Counter(name for _ in range(15) for name, _start, count in step(it) if count == 1)
     assert set(decoding.values()) == {8}, "30 take turns for 16 places"
+
+
+def test_prompts_that_wait_for_a_slot_keep_nothing_from_decoding_rows() -> None:
+    it = scheduler(FakeSlots(1, latency=10**6))
+    add(it, request("b", [1], max_tokens=1, tenant=B))
+    run(it, 1)
+    add(it, *(request(f"f{i}", [1], max_tokens=900, tenant=FLOOD) for i in range(30)))
+    while it.num_running < 30:
+        run(it, 1)
+    add(it, request("away", range(64), tenant=FLOOD, adapters=(AdapterUse(adapter("a")),)))
+    run(it, 1)
+    assert len(step(it)) == 30
 
 
 def test_turns_of_decoding_rows_go_by_share_and_priority() -> None:
