@@ -254,7 +254,10 @@ class Metrics(Collector):
             "manylora_prefix_cache_pages", "KV pages that can be found again, in use or not.", {}, stats.prefix_pages
         )
         yield counter(
-            "manylora_prefix_cache_evictions", "KV pages that were cached and made room.", (), [((), stats.prefix_evictions)]
+            "manylora_prefix_cache_evictions",
+            "KV pages that were cached and made room.",
+            (),
+            [((), stats.prefix_evictions)],
         )
         yield gauge(
             "vllm:lora_requests_info",

@@ -1,5 +1,5 @@
-"""The KV pages again, slowly: a cached page *is* the tokens up to its end and what computed them, nothing is hashed, and
-who holds what is recomputed from plain lists at each question.
+"""The KV pages again, slowly: a cached page *is* the tokens up to its end and what computed them, nothing is hashed,
+and who holds what is recomputed from plain lists at each question.
 
 Written from rule 10 atop server/engine/scheduling/scheduler.py and the text of prefix_cache.py.
 """

@@ -2,7 +2,8 @@
 
 A tenant's clock shows the tokens that were computed for it, divided by its share (virtual token counters, Sheng et al.
 2024, with start-time fair queueing's rule for those who were away). A token counts once, however often a preemption has
-it computed, and not at all if it was found in the prefix cache. The clocks never go back, and they are put forward in two cases, so that nobody saves up for later:
+it computed, and not at all if it was found in the prefix cache. The clocks never go back, and they are put forward in
+two cases, so that nobody saves up for later:
 
 - *On arrival*: to a tenant of which nothing waits, the time that it did not use is lost. Its clock becomes that of the
   least served of those who do want more, if it was behind; if nobody does, that of the most served one: what somebody

@@ -115,7 +115,9 @@ class BlockPool:
         free, idle = len(self._free), len(self._idle)
         if free + idle + used != self.num_pages:
             raise RuntimeError(f"KV pages: {free} free + {idle} cached + {used} used != {self.num_pages} in all")
-        if len({*self._free, *self._idle}) != free + idle or any(self._users[page] for page in [*self._free, *self._idle]):
+        if len({*self._free, *self._idle}) != free + idle or any(
+            self._users[page] for page in [*self._free, *self._idle]
+        ):
             raise RuntimeError(f"KV pages: the {free} free and {idle} cached ones are not distinct pages nobody uses")
         if any(page in self.cache for page in self._free) or not all(page in self.cache for page in self._idle):
             raise RuntimeError(f"KV pages: of {free} free and {idle} cached ones, some have a key or lack one")

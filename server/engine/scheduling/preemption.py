@@ -74,9 +74,7 @@ def least_important(running: Sequence[Entry], shares: Shares) -> Entry:
     return max(accounts, key=lambda account: (account.num_pages / account.share, account.name)).running[-1]
 
 
-def in_the_way(
-    entry: Entry, room: Room, shares: Shares, pages: KvPages, config: SchedulerConfig
-) -> list[Entry] | None:
+def in_the_way(entry: Entry, room: Room, shares: Shares, pages: KvPages, config: SchedulerConfig) -> list[Entry] | None:
     """Whom to preempt so that a light request can start: nobody, if there is room; None if it would not help.
 
     The least important requests of other tenants, each the tenant's that is most over its share of what lacks (rows,

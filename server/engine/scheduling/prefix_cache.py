@@ -110,7 +110,9 @@ class PrefixCache:
 
         RuntimeError if it has a key already, or what comes before it is not here: it could never be found."""
         if page in self._cached or (parent is not None and parent not in self._cached):
-            raise RuntimeError(f"page {page} cannot be cached behind page {parent}: one is there already, or one is not")
+            raise RuntimeError(
+                f"page {page} cannot be cached behind page {parent}: one is there already, or one is not"
+            )
         if key in self._page_of:
             return False
         self._page_of[key] = page

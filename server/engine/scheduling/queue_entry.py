@@ -43,8 +43,8 @@ class Entry:
     """
 
     __slots__ = (
-        "account", "charged", "flow", "is_light", "is_second", "keys", "last_turn", "missed_slot", "needed", "num_shown",
-        "queued_tokens", "rank", "request", "takes_cached",
+        "account", "charged", "flow", "is_light", "is_second", "keys", "last_turn", "missed_slot", "needed",
+        "num_shown", "queued_tokens", "rank", "request", "takes_cached",
     )  # fmt: skip
 
     def __init__(self, request: Request, rank: Rank, flow: Flow, account: Account, keys: PageKeys | None) -> None:

@@ -5,9 +5,9 @@ Torch-free. Rules 1 to 5 are for the requests of one tenant; on a server with on
 1. **Running requests first**, most important first (lower ``priority``, then earlier submission): those that decode,
    one token each, then those still prefilling, as many tokens as the budget leaves.
 2. **Memory.** A running request that needs a page and finds none preempts the least important running one (perhaps
-   itself), which gives up pages and slot and waits at the front of its priority. It will be computed again from its
-   first token, prompt and output alike. The most important one is never preempted and each fits alone (checked at
-   submission), so there is always progress. A step that preempted admits nobody.
+   itself), which gives up pages and slot and waits at the front of its priority. It will be computed again, prompt and
+   output alike, but for what is still cached then (rule 10). The most important one is never preempted and each fits
+   alone (checked at submission), so there is always progress. A step that preempted admits nobody.
 3. **Admission**, in the order of *priority, preempted before new, fair tag, submission*. It stops at the first request
    that does not fit into rows, budget or memory, so that a large request is not starved by small ones behind it.
 4. **Fairness** (start-time fair queueing, Goyal et al. 1996, with every request at unit cost). Each set of adapters
@@ -62,12 +62,12 @@ Between tenants (a request's priority means nothing here; clocks and shares are 
 And with a prefix cache (``prefix_cache``; what may be shared, and why it is never the wrong page, is in
 prefix_cache.py):
 
-10. **Cached prefixes.** A page that a committed step has filled is cached, prompt and output alike, and stays so when its
-    last user lets it go, until its place is needed: pages that hold nothing are taken first, then the least recently used
-    of those that nobody uses, whoever filled them. So a cached page without a user counts as free in rule 2 and in every
-    count of free pages, and one with a user is never taken. A request that starts, for the first time or after a
-    preemption, begins behind the longest cached beginning of its known tokens, but for the last of these, which is
-    computed: the others cost no budget, and nothing on its tenant's clock (rule 6). Where a waiting request's size
+10. **Cached prefixes.** A page that a committed step has filled is cached, prompt and output alike, and stays so when
+    its last user lets it go, until its place is needed: pages that hold nothing are taken first, then the least
+    recently used of those that nobody uses, whoever filled them. So a cached page without a user counts as free in rule
+    2 and in every count of free pages, and one with a user is never taken. A request that starts, for the first time or
+    after a preemption, begins behind the longest cached beginning of its known tokens, but for the last of these, which
+    is computed: the others cost no budget, and nothing on its tenant's clock (rule 6). Where a waiting request's size
     matters (rules 7 and 8) it is what there was to compute for it when it was queued. A page that several requests of a
     tenant use counts once for it. Prompts that are scored (rule 9) are computed in full, and cached.
 
