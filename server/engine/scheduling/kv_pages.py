@@ -63,7 +63,9 @@ class KvPages:
 
     def extend(self, request: Request, num_tokens: int) -> None:
         """Give it pages for its first ``num_tokens`` tokens. RuntimeError if they are not free."""
-        lacking = max(self.pool.pages_for(num_tokens) - len(request.pages), 0)
+        lacking = self.pool.pages_for(num_tokens) - len(request.pages)
+        if lacking <= 0:
+            return
         pages = self.pool.allocate(lacking)
         if pages is None:  # the callers have just counted the free ones
             raise RuntimeError(f"{lacking} KV pages were wanted, {self.pool.num_free} are free")
@@ -75,8 +77,10 @@ class KvPages:
         If another page is found to hold the same, as the two were computed at one time, that one stays the cached one.
         The request goes on with its own, and shows nothing that comes after: others could not rely on what comes
         before to stay (prefix_cache.py, "Order")."""
+        if entry.keys is None or entry.is_second:
+            return
         full = entry.request.num_computed // self.pool.page_size
-        if entry.keys is None or entry.is_second or full == entry.num_shown:
+        if full == entry.num_shown:
             return
         pages, keys = entry.request.pages, entry.keys.first(full)
         for i in range(entry.num_shown, full):
