@@ -120,6 +120,7 @@ def serve_config(arguments: argparse.Namespace) -> ServeConfig:
             max_batch_tokens=arguments.max_batch_tokens,
             max_queue=arguments.max_queue,
             kv_memory=kv_memory,
+            prefix_cache=arguments.prefix_cache == "on",
             threads=arguments.threads,
         ),
         api=ApiConfig(

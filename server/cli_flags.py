@@ -160,6 +160,13 @@ def add_serve(commands: Commands) -> argparse.ArgumentParser:
     add("--max-host-adapters", type=int, metavar="N", help="adapters in host memory at once (default: what fits)")
     add("--max-rank", type=int, default=256, metavar="R", help="largest rank of an adapter (default: %(default)s)")
     add("--kv-memory", metavar="BYTES", help="memory for keys and values, e.g. 2GiB")
+    add(
+        "--prefix-cache",
+        choices=("on", "off"),
+        default="on",
+        help="keep keys and values of past requests in what --kv-memory leaves, for requests that begin alike: of one "
+        "tenant, one adapter version and scale, and one cache_salt (default: %(default)s)",
+    )
     return parser
 
 

@@ -109,6 +109,8 @@ class EngineConfig:
     """Requests that may wait; one more is answered 429."""
     kv_memory: int | None = None
     """Bytes for keys and values."""
+    prefix_cache: bool = True
+    """Keep the keys and values of past requests for those that begin alike, until the memory is needed."""
     threads: int | None = None
     """CPU threads of the forward pass."""
 

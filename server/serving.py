@@ -272,6 +272,7 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
             page_size=PAGE_SIZE,
             max_context=sizes.max_context,
             max_waiting=config.engine.max_queue,
+            prefix_cache=config.engine.prefix_cache,
         ),
         slots,
     )
@@ -291,6 +292,7 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
         registry, host.fetch, MergeBuilder(decoder, engine.call, probe, warm_up=runner.merged_warm_up)
     )
     registry.when_freed(merges.version_freed)
+    registry.when_freed(engine.version_freed)
     auto_merger = None
     if config.auto_merge is not None and shares is not None:
         auto_merger = AutoMerger(config.auto_merge, merges, shares)

@@ -25,13 +25,23 @@ def adapter(name: str, version: str | None = None) -> AdapterRef:
 def request(
     request_id: str = "r0", prompt: Sequence[int] = (1, 2, 3), *, adapter: AdapterRef | None = None, **kwargs: Any
 ) -> Request:
-    """A request. ``adapter`` is short for one in ``adapters``; ``adapters``, ``merged``, ``priority``, ``tenant`` and
-    ``arrival_time`` are the request's, everything else is a sampling parameter."""
-    names = ("adapters", "merged", "priority", "tenant", "arrival_time")
+    """A request. ``adapter`` is short for one in ``adapters``; ``adapters``, ``merged``, ``priority``, ``tenant``,
+    ``cache_salt`` and ``arrival_time`` are the request's, everything else is a sampling parameter."""
+    names = ("adapters", "merged", "priority", "tenant", "cache_salt", "arrival_time")
     own = {key: kwargs.pop(key) for key in names if key in kwargs}
     if adapter is not None:
         own["adapters"] = (AdapterUse(adapter),)
     return Request(request_id, list(prompt), SamplingParams(**kwargs), **own)
+
+
+class FakeMerge:
+    """What a request holds whose adapter is merged."""
+
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+
+    def release(self) -> None:
+        """Nothing is counted here."""
 
 
 class FakeTokenizer:
@@ -84,7 +94,7 @@ def hashing_model(request: Request, tokens: Sequence[int]) -> Sampled:
 class FakeRunner:
     """Keeps the tokens of each KV page, as a real runner keeps their keys and values, and asks ``model`` for the next
     token given what *the pages* say. So a page that two requests share, or that was not computed again after a
-    preemption, changes the output.
+    preemption, changes the output. And no row may read keys and values that other weights made.
 
     ``before_step`` is called with each plan first; it may block, or raise what a device would.
     """
@@ -103,6 +113,7 @@ class FakeRunner:
         """Of each step, its rows: request id, start, count, slots."""
         self.threads: set[str] = set()
         self._kv: dict[tuple[int, int], int] = {}
+        self._made_by: dict[tuple[int, int], object] = {}
 
     def execute(self, plan: StepPlan) -> Mapping[str, Sampled]:
         self.threads.add(threading.current_thread().name)
@@ -115,12 +126,20 @@ class FakeRunner:
             assert row.request.num_computed == row.start
             assert len(row.request.slots) == (len(row.request.adapters) if row.request.merged is None else 0)
             for position in range(row.start, row.start + row.count):
-                self._kv[self._place(row.request, position)] = row.request.token_at(position)
+                place = self._place(row.request, position)
+                self._kv[place] = row.request.token_at(position)
+                self._made_by[place] = self._weights(row.request)
         for row in plan.rows:
             if row.sample:
-                tokens = [self._kv[self._place(row.request, p)] for p in range(row.start + row.count)]
+                places = [self._place(row.request, p) for p in range(row.start + row.count)]
+                tokens = [self._kv[place] for place in places]
+                assert {self._made_by[place] for place in places} == {self._weights(row.request)}
                 sampled[row.request.request_id] = self.model(row.request, tokens)
         return sampled
+
+    @staticmethod
+    def _weights(request: Request) -> object:
+        return request.composition, None if request.merged is None else id(request.merged)
 
     def _place(self, request: Request, position: int) -> tuple[int, int]:
         return request.pages[position // self.page_size], position % self.page_size

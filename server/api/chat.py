@@ -17,7 +17,7 @@ from manylora.server.api.chat_schemas import ChatRequest
 from manylora.server.api.chunks import ChatChunks, Chunks, LogprobsPiece, ToolChatChunks
 from manylora.server.api.context import context_of
 from manylora.server.api.errors import ApiError, bad_request
-from manylora.server.api.generation import Envelope, PromptPlan, results, submit_all, usage
+from manylora.server.api.generation import Envelope, PromptPlan, results, submit_all, usage_of
 from manylora.server.api.logprobs import LogprobNames, chat_logprobs, prompt_logprobs
 from manylora.server.api.on_demand import admit
 from manylora.server.api.on_demand import lease as lease_of
@@ -94,7 +94,7 @@ async def create_chat_completion(request: Request) -> Response:
         "model": envelope.model,
         "system_fingerprint": envelope.fingerprint,
         "choices": choices,
-        "usage": usage(len(ids), sum(finish.completion_tokens for _, finish in ended)),
+        "usage": usage_of([len(ids)], [finish for _, finish in ended]),
     }
     if body.prompt_logprobs is None:
         return JSONResponse(answer)

@@ -41,12 +41,16 @@ class _Usage:
         self._prompt_tokens = prompt_tokens
         self._n = n
         self._completion_tokens = [0] * (len(prompt_tokens) * n)
+        self._cached_tokens = 0
 
     def add(self, index: int, n_tokens: int) -> None:
         self._completion_tokens[index] += n_tokens
 
-    def set(self, index: int, n_tokens: int) -> None:
-        self._completion_tokens[index] = n_tokens
+    def set(self, index: int, finish: FinishEvent) -> None:
+        """A choice has ended."""
+        self._completion_tokens[index] = finish.completion_tokens
+        if index % self._n == 0:  # as in ``usage_of``
+            self._cached_tokens += finish.cached_tokens
 
     def tail(self, index: int) -> str:
         if not self.include:
@@ -58,7 +62,7 @@ class _Usage:
 
     def total(self) -> str:
         # A prompt is counted once, however many choices continue it.
-        return json.dumps(usage(sum(self._prompt_tokens), sum(self._completion_tokens)))
+        return json.dumps(usage(sum(self._prompt_tokens), sum(self._completion_tokens), self._cached_tokens))
 
 
 class _ChunkBase:
@@ -134,7 +138,7 @@ class CompletionChunks(_ChunkBase):
         return f'{of_the_prompt},"token_ids":{json.dumps(token_ids)}'
 
     def finish(self, index: int, event: FinishEvent) -> str:
-        self._usage.set(index, event.completion_tokens)
+        self._usage.set(index, event)
         return (
             f'{self._head}{{"index":{index},"text":{quote(self._echo.pop(index, ""))},"logprobs":null,'
             f'"finish_reason":"{event.reason}","stop_reason":{json.dumps(event.stop_reason)}'
@@ -181,7 +185,7 @@ class ChatChunks(_ChunkBase):
 
     def finish(self, index: int, event: FinishEvent) -> str:
         role = self._role(index)
-        self._usage.set(index, event.completion_tokens)
+        self._usage.set(index, event)
         return (
             f'{role}{self._head}{{"index":{index},"delta":{{}},"logprobs":null,"finish_reason":"{event.reason}",'
             f'"stop_reason":{json.dumps(event.stop_reason)}}}]{self._usage.tail(index)}'
@@ -234,7 +238,7 @@ class ToolChatChunks(ChatChunks):
         reader = self._readers[index]
         last = self._pieces(index, reader.finish())
         role = self._role(index)
-        self._usage.set(index, event.completion_tokens)
+        self._usage.set(index, event)
         return (
             f'{last}{role}{self._head}{{"index":{index},"delta":{{}},"logprobs":{self._logprobs_so_far(index)},'
             f'"finish_reason":"{reader.finish_reason(event)}","stop_reason":{json.dumps(event.stop_reason)}}}]'

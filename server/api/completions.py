@@ -14,7 +14,7 @@ from manylora.server.api.body import parse
 from manylora.server.api.chunks import CompletionChunks
 from manylora.server.api.context import context_of
 from manylora.server.api.errors import bad_request
-from manylora.server.api.generation import Envelope, PromptPlan, results, submit_all, usage
+from manylora.server.api.generation import Envelope, PromptPlan, results, submit_all, usage_of
 from manylora.server.api.logprobs import CompletionLogprobs, Echo, LogprobNames, prompt_logprobs
 from manylora.server.api.on_demand import admit
 from manylora.server.api.on_demand import lease as lease_of
@@ -112,7 +112,7 @@ async def create_completion(request: Request) -> Response:
                 "model": envelope.model,
                 "system_fingerprint": envelope.fingerprint,
                 "choices": [choice(index, *one) for index, one in enumerate(_best(ended, body))],
-                "usage": usage(sum(prompt_tokens), sum(finish.completion_tokens for _, finish in ended)),
+                "usage": usage_of(prompt_tokens, [finish for _, finish in ended]),
             }
         )
 

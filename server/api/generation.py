@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from starlette.types import Receive
 
@@ -163,9 +164,21 @@ async def results(
     return ended
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    return {
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> dict[str, Any]:
+    """OpenAI's ``usage``. ``prompt_tokens_details`` is there, as with vLLM, if some of the prompt was cached."""
+    made: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
+    if cached_tokens:
+        made["prompt_tokens_details"] = {"cached_tokens": cached_tokens}
+    return made
+
+
+def usage_of(prompt_tokens: Sequence[int], finishes: Sequence[FinishEvent]) -> dict[str, Any]:
+    """The ``usage`` of a response: ``finishes`` has as many choices of each prompt, one prompt's after the other's. A
+    prompt is counted once, however many choices continue it, with what was cached when its first choice began."""
+    n = len(finishes) // len(prompt_tokens)
+    completion_tokens = sum(finish.completion_tokens for finish in finishes)
+    return usage(sum(prompt_tokens), completion_tokens, sum(finish.cached_tokens for finish in finishes[::n]))

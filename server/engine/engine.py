@@ -225,12 +225,19 @@ class Engine:
     def drop_adapter(self, ref: AdapterRef) -> None:
         """A name's version retired (AdapterRegistry's ``on_retired``): its metrics go, and its slot, unless the version
         is live by another name; any thread."""
+        self._call_for(ref, lambda: self._loop.drop_adapter(ref), "the slot of adapter %s could not be dropped")
 
-        def log_failure(dropped: Future[None]) -> None:
-            if not dropped.cancelled() and (error := dropped.exception()) is not None:
-                _log.error("the slot of adapter %s could not be dropped", ref.name, exc_info=error)
+    def version_freed(self, ref: AdapterRef) -> None:
+        """A version has neither name nor reference any more (AdapterRegistry's ``when_freed``): its cached keys and
+        values go; any thread."""
+        self._call_for(ref, lambda: self._loop.version_freed(ref), "what is cached of adapter %s could not be freed")
 
-        self.call(lambda: self._loop.drop_adapter(ref)).add_done_callback(log_failure)
+    def _call_for(self, ref: AdapterRef, function: Callable[[], None], message: str) -> None:
+        def log_failure(called: Future[None]) -> None:
+            if not called.cancelled() and (error := called.exception()) is not None:
+                _log.error(message, ref.name, exc_info=error)
+
+        self.call(function).add_done_callback(log_failure)
 
     def stats(self) -> EngineStats:
         """A moment's view, from any thread. The names of adapters in it may be 0.1 s old."""
@@ -248,6 +255,10 @@ class Engine:
             waiting_adapters=waiting,
             resident_versions=self._loop.resident_versions,
             host=self._host_stats(),
+            prefix_queries=scheduler.kv.num_queries,
+            prefix_hits=scheduler.kv.num_hits,
+            prefix_pages=len(scheduler.pool.cache),
+            prefix_evictions=scheduler.pool.num_evicted,
         )
 
     async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - what remains is aborted, not abandoned

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Final, Literal, Protocol, get_args
 
 from manylora.adapters.errors import AdapterNotFound
@@ -38,6 +39,7 @@ MergeMode = Literal["exact", "compact"]
 MODES: Final = get_args(MergeMode)
 
 _MIB: Final = 1 << 20
+_merge_numbers: Final = count(1)
 _LOST: Final = 0.25
 """Drift, as a share of the adapter's own effect, from which on it is warned of."""
 
@@ -123,6 +125,8 @@ class MergedModel:
 
     def __init__(self, manager: MergeManager, info: MergeInfo, decoder: Any) -> None:
         self.info = info
+        self.identity = f"{info.version}:{info.mode}:{next(_merge_numbers)}"
+        """No other merge has it: what these weights compute is shared among their own requests only."""
         self.graphs: Any = None
         """The runner's, made when they are first needed; they go with the decoder."""
         self._manager = manager

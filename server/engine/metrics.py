@@ -64,6 +64,10 @@ class EngineStats:
     """Prompt tokens that were looked up in the prefix cache."""
     prefix_hits: int = 0
     """Those of them whose keys and values were there."""
+    prefix_pages: int = 0
+    """Pages of the KV cache that the prefix cache could find, in use or not."""
+    prefix_evictions: int = 0
+    """Pages that left the prefix cache to make room."""
 
     @property
     def kv_usage(self) -> float:
@@ -246,6 +250,15 @@ class Metrics(Collector):
             ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits),
         ):
             yield counter(name, text, by, [(model, count)])
+        yield gauge(
+            "manylora_prefix_cache_pages", "KV pages that can be found again, in use or not.", {}, stats.prefix_pages
+        )
+        yield counter(
+            "manylora_prefix_cache_evictions",
+            "KV pages that were cached and made room.",
+            (),
+            [((), stats.prefix_evictions)],
+        )
         yield gauge(
             "vllm:lora_requests_info",
             "Unix time; running_lora_adapters are those resident on the device.",

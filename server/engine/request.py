@@ -134,6 +134,8 @@ class FinishEvent:
     times: RequestTimes | None = field(default=None, compare=False)
     """When it happened; two requests that end alike are equal whenever they did."""
     is_refusal: bool = False
+    cached_tokens: int = 0
+    """Prompt tokens that were found in the prefix cache."""
 
 
 Event = TokenEvent | FinishEvent
@@ -196,13 +198,15 @@ class Request:
     slots: tuple[int, ...] = ()
     """Device slots of ``adapters``, in the same order, while the request holds them: all of them or none."""
     merged: Any = None
-    """The merged weights that compute the request, bound at submission, or ``None``. Opaque here: with them it takes
-    no slot, although ``adapters`` still names what is merged."""
+    """The merged weights that compute the request, bound at submission, or ``None``. Opaque here but for ``identity``,
+    a string that no other merge has. With them it takes no slot, although ``adapters`` still names what is merged."""
     prompt_logprobs: list[TokenLogprobs | None] = field(init=False, default_factory=list)
     """If they are asked for, those of the prompt tokens that are known so far: the runner adds to them as it computes
     the prompt. They are kept over a preemption. What is computed by somebody else (a shared prefix) has none, so such a
     request must compute its whole prompt itself."""
     num_preemptions: int = 0
+    num_cached: int = 0
+    """Prompt tokens whose keys and values were there when it first started."""
     sampling_seed: int = -1
     """64-bit seed of this request's random draws: ``params.seed``, or a random one drawn here. Fixed for the request's
     whole life, so that computing it again after a preemption gives the same tokens."""
@@ -223,6 +227,14 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def tokens_between(self, first: int, last: int) -> list[int]:
+        """Those at positions ``first .. last - 1``, as far as they are known."""
+        n_prompt = len(self.prompt_token_ids)
+        if last <= n_prompt:
+            return self.prompt_token_ids[first:last]
+        output = self.output_token_ids[max(first - n_prompt, 0) : last - n_prompt]
+        return self.prompt_token_ids[first:] + output
 
     def token_at(self, position: int) -> int:
         n_prompt = len(self.prompt_token_ids)

@@ -141,6 +141,9 @@ class StepLoop:
         self._scheduler.drop_adapter(ref)
         self._metrics.adapter_freed(ref)
 
+    def version_freed(self, ref: AdapterRef) -> None:
+        self._scheduler.forget_version(ref.version)
+
     def step(self) -> bool:
         """Plan and compute one step; whether there was anything to compute."""
         plan: StepPlan | None = None
@@ -270,7 +273,10 @@ class StepLoop:
         del self.live[request.request_id]
         n_prompt, n_output = len(request.prompt_token_ids), len(request.output_token_ids)
         times = RequestTimes(request.arrival_time, live.scheduled, live.first_token, self._clock())
-        self._deliver(live, FinishEvent(reason, stop, n_prompt, n_output, error, is_unavailable, times, is_refusal))
+        finish = FinishEvent(
+            reason, stop, n_prompt, n_output, error, is_unavailable, times, is_refusal, request.num_cached
+        )
+        self._deliver(live, finish)
         self._on_ended(request.request_id)
         if error is not None:
             _log.warning("request %s ended with an error: %s", request.request_id, error)

@@ -1,4 +1,5 @@
-"""The scheduling rules again, slowly: everything is recomputed from plain lists at each step, pages are only counted.
+"""The scheduling rules again, slowly: everything is recomputed from plain lists at each step; pages are those of
+reference_pages.py.
 
 Written from the text atop server/engine/scheduling/scheduler.py, accounts.py and slot_turns.py, to be compared with
 them plan by plan.
@@ -7,13 +8,14 @@ them plan by plan.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
 from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.scheduling.scheduler import SchedulerConfig, Slots
 from manylora.server.engine.tenant import EVERYBODY, Tenant
+from tests.engine.reference_pages import Holder, ReferencePages
 
 Row = tuple[str, int, int, tuple[int, ...]]
 """Request id, start, count, slots."""
@@ -43,17 +45,22 @@ class Job:
     priority: int
     number: int
     tag: int
-    tokens: int
-    light: bool
+    kv: Holder
+    light: bool = False
+    queued: int = 0
+    """What there was to compute when it was queued."""
     computed: int = 0
     charged: int = 0
-    pages: int = 0
     last_turn: int = 0
     running: bool = False
     preempted: bool = False
     denied_before: bool = False
     slots: tuple[int, ...] = ()
     scored: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return len(self.kv.tokens)
 
     @property
     def left(self) -> int:
@@ -82,6 +89,7 @@ class ReferenceScheduler:
         self.slots = slots
         self.now = now
         self.jobs: list[Job] = []
+        self.kv = ReferencePages(config.num_pages, config.page_size, caching=config.prefix_cache)
         self.parties: list[Party] = []
         self.n_added = self.n_started = self.n_claims = self.n_turns = 0
         self.holder: Party | None = None
@@ -118,23 +126,20 @@ class ReferenceScheduler:
         hungry = [other.clock for other in self.hungry if other is not party]
         return all(party.clock <= clock + self.config.max_batch_tokens / party.share for clock in hungry)
 
-    def pages_for(self, tokens: int) -> int:
-        return (tokens + self.config.page_size - 1) // self.config.page_size
-
-    def free_pages(self) -> int:
-        return self.config.num_pages - sum(job.pages for job in self.jobs)
+    def pages_of(self, jobs: Collection[Job]) -> int:
+        return self.kv.held_by([job.kv for job in jobs])
 
     def has_room(self, job: Job, without: Collection[Job] = ()) -> bool:
         others = [other for other in self.running() if other not in without]
-        owed = sum(self.pages_for(other.tokens) - other.pages for other in others)
-        freed = sum(other.pages for other in without)
-        return owed + len(others) + self.pages_for(job.tokens) <= self.free_pages() + freed
+        owed = sum(self.kv.pages_for(other.tokens) - other.kv.count for other in others)
+        gone = [other.kv for other in without]
+        return owed + len(others) + self.kv.to_take(job.kv, gone) <= self.kv.free(gone)
 
     # --- what comes and goes --------------------------------------------------------------------------------------
 
     def add(
-        self, name: str, adapters: list[AdapterRef], flow: set[str], priority: int, n_prompt: int,
-        tenant: Tenant = EVERYBODY, *, scored: bool = False,
+        self, name: str, adapters: list[AdapterRef], flow: set[str], priority: int, prompt: Sequence[int],
+        tenant: Tenant = EVERYBODY, *, scored: bool = False, root: object = None,
     ) -> None:  # fmt: skip
         party = next((one for one in self.parties if one.name == tenant.name), None)
         if party is None:
@@ -148,43 +153,67 @@ class ReferenceScheduler:
                 party.clock = max(party.clock, min(hungry) if hungry else max(others))
         ahead = [job.tag for job in self.waiting(party) if job.flow == flow]
         tag = max([party.virtual_time, *ahead]) + 1
-        unfinished = sum(job.left for job in self.jobs if job.party is party and (job.left > 1 or not job.running))
-        light = unfinished == 0 or unfinished + n_prompt <= self.config.max_batch_tokens
-        self.jobs.append(Job(name, party, adapters, flow, priority, self.n_added, tag, n_prompt, light))
-        self.jobs[-1].scored = scored
+        unfinished = sum(
+            job.left if job.running else job.queued
+            for job in self.jobs
+            if job.party is party and (job.left > 1 or not job.running)
+        )
+        holder = Holder(root, list(prompt), frozenset(flow), takes=self.config.prefix_cache and not scored)
+        job = Job(name, party, adapters, flow, priority, self.n_added, tag, holder, scored=scored)
+        self.set_queued(job)
+        job.light = unfinished == 0 or unfinished + job.queued <= self.config.max_batch_tokens
+        self.jobs.append(job)
+        self.kv.holders.append(holder)
         self.n_added += 1
+
+    def set_queued(self, job: Job) -> None:
+        job.queued = job.tokens - len(self.kv.there(job.kv)) * self.config.page_size
+        self.seen["found when queued"] += job.queued < job.tokens
 
     def stop(self, job: Job) -> None:
         if job.running:
             for ref in job.adapters:
                 self.slots.release(ref)
-        job.running, job.pages, job.computed, job.slots = False, 0, 0, ()
+            self.kv.release(job.kv)
+        job.running, job.computed, job.slots = False, 0, ()
 
     def preempt(self, job: Job) -> None:
         self.stop(job)
         job.preempted, job.light, job.tag = True, False, job.party.virtual_time
+        self.set_queued(job)
 
     def finish(self, name: str) -> None:
         job = next(job for job in self.jobs if job.name == name)
         self.stop(job)
         self.jobs.remove(job)
+        self.kv.holders.remove(job.kv)
         job.party.seen = self.now()
         self.wants_no_more(job)
 
     def start(self, job: Job, slots: tuple[int, ...]) -> None:
         job.running, job.slots = True, slots
+        job.computed = self.kv.start(job.kv)
+        job.charged = max(job.charged, job.computed)
+        self.seen["started behind a prefix"] += job.computed > 0
+        self.seen["came back to a prefix"] += job.computed > 0 and job.preempted
+        if job.kv.takes and not job.preempted:
+            self.kv.n_queries += job.tokens
+            self.kv.n_hits += job.computed
         job.party.virtual_time = max(job.party.virtual_time, job.tag)
         self.n_started += 1
         job.party.started = self.n_started
         self.wants_no_more(job)
 
-    def commit(self, rows: list[Row]) -> None:
+    def commit(self, rows: list[Row], drawn: Mapping[str, int]) -> None:
+        """``drawn``: the token of each row that samples."""
         for name, _start, count, _slots in rows:
             job = next(job for job in self.jobs if job.name == name)
             job.computed += count
             job.party.clock += max(0, job.computed - job.charged) / job.party.share
             job.charged = max(job.charged, job.computed)
-            job.tokens += job.computed == job.tokens
+            self.kv.computed(job.kv, job.computed)
+            if job.computed == job.tokens:
+                job.kv.tokens.append(drawn[name])
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
@@ -247,7 +276,7 @@ class ReferenceScheduler:
         for party in self.active() if has_row else []:
             waiting = self.waiting(party)
             if any(not job.denied_before for job in waiting):
-                prompts += sum(job.tokens for job in waiting)
+                prompts += sum(job.queued for job in waiting)
         guarded = self.config.tokens_if_guarded
         places = guarded - min(guarded // 2, prompts)
         if len(decodes) <= places:
@@ -304,14 +333,14 @@ class ReferenceScheduler:
                 count = 0
             if count == 0:
                 continue
-            needed = self.pages_for(job.computed + count)
-            while job.running and needed - job.pages > self.free_pages():
+            needed = self.kv.pages_for(job.computed + count)
+            while job.running and needed - job.kv.count > self.kv.free():
                 victim = self.memory_victim()
                 counts.pop(victim, None)
                 self.preempt(victim)
                 any_preempted = True
             if job.running:
-                job.pages = max(job.pages, needed)
+                self.kv.grow(job.kv, needed)
                 counts[job] = count
         return any_preempted
 
@@ -324,7 +353,7 @@ class ReferenceScheduler:
         self.seen["memory of several"] += 1
         return max(
             (job for job in last_ones if job is not kept),
-            key=lambda job: (sum(one.pages for one in self.running(job.party)) / job.party.share, job.party.name),
+            key=lambda job: (self.pages_of(self.running(job.party)) / job.party.share, job.party.name),
         )
 
     def choose_express(self, scan: Scan) -> Party | None:
@@ -358,14 +387,16 @@ class ReferenceScheduler:
 
     def in_the_way(self, job: Job) -> list[Job] | None:
         victims: list[Job] = []
-        own = sum(one.pages for one in self.running(job.party)) + self.pages_for(job.tokens)
+        own = self.pages_of(self.running(job.party)) + self.kv.to_take(job.kv)
         while True:
             others = [one for one in self.running() if one not in victims]
             if len(others) >= self.config.max_rows:
                 amount = {party: len([one for one in others if one.party is party]) for party in self.active()}
                 total = self.config.max_rows
             elif not self.has_room(job, victims):
-                amount = {party: sum(one.pages for one in others if one.party is party) for party in self.active()}
+                amount = {
+                    party: self.pages_of([one for one in others if one.party is party]) for party in self.active()
+                }
                 total = self.config.num_pages
                 if own > self.share(job.party, total):
                     return None
@@ -407,7 +438,7 @@ class ReferenceScheduler:
             if slots is not None:
                 self.start(job, slots)
                 counts[job] = self.capped(job, min(tokens, job.left))
-                job.pages = self.pages_for(counts[job])
+                self.kv.grow(job.kv, self.kv.pages_for(job.computed + counts[job]))
 
     # --- slots ----------------------------------------------------------------------------------------------------
 

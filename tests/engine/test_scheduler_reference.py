@@ -13,7 +13,10 @@ from manylora.server.engine.request import AdapterUse, Request, StepPlan
 from manylora.server.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from manylora.server.engine.tenant import EVERYBODY, Tenant
 from tests.engine.reference_scheduler import ReferenceScheduler, Row
-from tests.fakes import FakeSlots, adapter, request
+from tests.fakes import FakeMerge, FakeSlots, adapter, request
+
+DRAWN = 1
+"""The token that every row samples; prompts are mostly of it, so that outputs are found again as prompts."""
 
 
 @dataclass
@@ -24,15 +27,18 @@ class Workload:
     arrivals: dict[int, list[Request]]
     """By step."""
     aborts: dict[int, list[str]]
+    retired: dict[int, str]
+    """By step: adapter versions that are gone, should nobody use them then."""
 
     @property
     def requests(self) -> list[Request]:
         return [request for requests in self.arrivals.values() for request in requests]
 
 
-def random_workload(seed: int, *, tenants: bool = False) -> Workload:
+def random_workload(seed: int, *, tenants: bool = False, cached: bool = False) -> Workload:
     """Small limits, so that every one of them is hit: rows, budget, pages, slots. With ``tenants``, several, whose
-    shares are powers of two: sums and quotients by them are exact."""
+    shares are powers of two: sums and quotients by them are exact. With ``cached``, there is a prefix cache, and
+    prompts begin alike."""
     rng = random.Random(seed)
     page_size = rng.randint(1, 4)
     max_rows = rng.randint(1, 5)
@@ -45,9 +51,12 @@ def random_workload(seed: int, *, tenants: bool = False) -> Workload:
         page_size=page_size,
         max_context=largest,
         max_overtake=rng.choice([0, 1, 4]),
+        prefix_cache=cached,
     )
     who = [EVERYBODY]
     scored = [None]
+    if cached:
+        scored = [None, None, None, None, 0]
     if tenants and rng.random() < 0.15:  # prompts so long that it matters whether they are scored
         scored, largest = [None, 0], 150
         max_batch_tokens = max_rows + 150
@@ -73,6 +82,9 @@ def random_workload(seed: int, *, tenants: bool = False) -> Workload:
     weights = [rng.random() for _ in compositions]
     arrivals: dict[int, list[Request]] = {}
     aborts: dict[int, list[str]] = {}
+    retired: dict[int, str] = {}
+    stems = [[rng.randrange(2) for _ in range(largest)] for _ in range(2)] if cached else []
+    merges = [FakeMerge("first"), FakeMerge("second")]
     for i in range(rng.randint(1, 30)):
         n_prompt = rng.randint(1, largest - 1)
         made = request(
@@ -84,6 +96,13 @@ def random_workload(seed: int, *, tenants: bool = False) -> Workload:
             priority=rng.choice([0, 0, 0, 1, -1]),
             prompt_logprobs=scored[i % len(scored)],
         )
+        if cached:
+            stem = rng.choice(stems)[: rng.randint(0, largest)]
+            made.prompt_token_ids = (stem + [DRAWN if rng.random() < 0.8 else 3 for _ in range(n_prompt)])[:n_prompt]
+            made.cache_salt = rng.choice([None, None, None, "salt"])
+            made.merged = rng.choice(merges) if made.merged is not None else None
+            if rng.random() < 0.2 and adapters:
+                retired[rng.randint(0, 40)] = rng.choice(adapters).version
         if tenants:
             made.tenant = rng.choices(who, busy)[0]
         step = rng.choice([0, rng.randint(0, 40)])
@@ -92,7 +111,7 @@ def random_workload(seed: int, *, tenants: bool = False) -> Workload:
         arrivals.setdefault(step, []).append(made)
         if rng.random() < 0.1:
             aborts.setdefault(step + rng.randint(0, 20), []).append(made.request_id)
-    return Workload(config, rng.randint(1, 3), rng.choice([0, 0, 3]), arrivals, aborts)
+    return Workload(config, rng.randint(1, 3), rng.choice([0, 0, 3]), arrivals, aborts, retired)
 
 
 class Run:
@@ -137,13 +156,17 @@ class Run:
                 needed,
                 flow,
                 new.priority,
-                len(new.prompt_token_ids),
+                new.prompt_token_ids,
                 new.tenant,
                 scored=new.params.prompt_logprobs is not None,
+                root=root_of(new),
             )
         for request_id in self.workload.aborts.get(step, []):
             if request_id in self.live:
                 self.end(request_id)
+        if step in self.workload.retired:
+            self.scheduler.forget_version(self.workload.retired[step])
+            self.reference.kv.forget(self.workload.retired[step])
 
     def end(self, request_id: str) -> None:
         self.scheduler.finish(self.live.pop(request_id))
@@ -157,9 +180,9 @@ class Run:
         self.check(plan)
         sampling = [row.request for row in plan.rows if row.sample]
         self.scheduler.commit(plan)
-        self.reference.commit(rows)
+        self.reference.commit(rows, {sampled.request_id: DRAWN for sampled in sampling})
         for sampled in sampling:
-            sampled.output_token_ids.append(7)
+            sampled.output_token_ids.append(DRAWN)
             if len(sampled.output_token_ids) == sampled.params.max_tokens:
                 self.end(sampled.request_id)
 
@@ -171,20 +194,34 @@ class Run:
         assert len({row.request for row in plan.rows}) == len(plan.rows)
         order = [(row.request.merged is not None, row.request.slots) for row in plan.rows]
         assert order == sorted(order)
+        pool, expected = self.scheduler.pool, self.reference.kv
+        assert (pool.num_free, len(pool.cache)) == (expected.free(), len(expected.cached))
         pages = [page for running in self.scheduler.running() for page in running.pages]
-        assert len(set(pages)) == len(pages), "a page belongs to two requests"
+        if not config.prefix_cache:
+            assert len(set(pages)) == len(pages), "a page belongs to two requests"
         version_in: dict[int, str] = {}
         for row in plan.rows:
             one = row.request
             assert row.count >= 1
             assert row.start == one.num_computed
             assert row.start + row.count <= min(one.num_tokens, len(one.pages) * config.page_size)
+            for page in one.pages[row.start // config.page_size :]:
+                assert pool.users(page) == 1, "a page is written to that others read"
+                assert page not in pool.cache, "a page is written to that others may come to read"
             needed = needed_by(one)
             for slot, version in zip(one.slots, needed, strict=True):
                 assert version_in.setdefault(slot, version) == version, "two adapters on one slot"
         # All of a request's slots while it runs, none while it waits.
         held = Counter(version for one in self.scheduler.running() for version in needed_by(one))
         assert +self.slots.references == held
+
+
+def root_of(one: Request) -> object:
+    """What computes its keys and values, and who may know of them, whatever order it is asked for in."""
+    scales: Counter[str] = Counter()
+    for use in one.adapters:
+        scales[use.ref.version] += use.scale  # type: ignore[assignment]  # exact: halves
+    return one.tenant.name, one.cache_salt, id(one.merged), frozenset(scales.items())
 
 
 def needed_by(one: Request) -> list[str]:
@@ -233,6 +270,24 @@ def test_random_workloads_of_several_tenants() -> None:
         >= 100
     ), seen
     assert min(seen[rule] for rule in ("memory of several", "preempted for a light one", "scored slowly")) >= 5, seen
+
+
+@pytest.mark.parametrize("tenants", [False, True])
+def test_random_workloads_that_begin_alike(tenants: bool) -> None:
+    """With a prefix cache. Who may share what, and which page makes room, shows in where requests start."""
+    seen: Counter[str] = Counter()
+    for seed in range(250):
+        run = run_to_the_end(random_workload(seed, tenants=tenants, cached=True))
+        kv, expected = run.scheduler.kv, run.reference.kv
+        assert (kv.num_queries, kv.num_hits) == (expected.n_queries, expected.n_hits)
+        assert run.scheduler.pool.num_evicted == expected.n_evicted
+        seen += run.reference.seen + expected.seen
+        seen["evicted"] += expected.n_evicted
+    rules = ["started behind a prefix", "found when queued", "came back to a prefix", "shared with running ones"]
+    rules += ["computed twice", "forgotten", "evicted"]
+    rules += ["express", "guarded", "put forward"] if tenants else []
+    assert min(seen[rule] for rule in rules) >= 20, seen
+    assert not tenants or seen["preempted for a light one"] >= 5, seen
 
 
 def test_the_workloads_hit_every_limit() -> None:

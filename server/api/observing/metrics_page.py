@@ -43,6 +43,7 @@ share `_other`. Status 499 is a client that left before it was answered. What th
 _SECTIONS: Final[dict[str, tuple[str, ...]]] = {
     "vLLM's names": ("vllm:",),
     "Steps of the engine": ("manylora_step_",),
+    "Prefix cache": ("manylora_prefix_",),
     "By adapter": ("manylora_adapter_",),
     "By tenant": ("manylora_tenant_",),
     "HTTP": ("manylora_http_", "manylora_rejected"),

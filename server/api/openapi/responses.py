@@ -37,10 +37,17 @@ class ErrorResponse(Answer):
     error: ErrorDetail
 
 
+class PromptTokensDetails(Answer):
+    cached_tokens: int = Field(ge=1, description="Of the prompt tokens, how many the prefix cache had.")
+
+
 class Usage(Answer):
     prompt_tokens: int = Field(ge=0, description="Each prompt once, however many choices continue it.")
     completion_tokens: int = Field(ge=0)
     total_tokens: int = Field(ge=0)
+    prompt_tokens_details: PromptTokensDetails | None = Field(
+        default=None, description="If the prefix cache had some of the prompt when its first choice began."
+    )
 
 
 StopReason = int | str | None

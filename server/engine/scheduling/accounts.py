@@ -2,7 +2,8 @@
 
 A tenant's clock shows the tokens that were computed for it, divided by its share (virtual token counters, Sheng et al.
 2024, with start-time fair queueing's rule for those who were away). A token counts once, however often a preemption has
-it computed. The clocks never go back, and they are put forward in two cases, so that nobody saves up for later:
+it computed, and not at all if it was found in the prefix cache. The clocks never go back, and they are put forward in
+two cases, so that nobody saves up for later:
 
 - *On arrival*: to a tenant of which nothing waits, the time that it did not use is lost. Its clock becomes that of the
   least served of those who do want more, if it was behind; if nobody does, that of the most served one: what somebody
@@ -60,7 +61,7 @@ class Account:
 
     @property
     def num_pages(self) -> int:
-        return sum(len(entry.request.pages) for entry in self.running)
+        return num_pages(self.running)
 
     @property
     def wants_more(self) -> bool:
@@ -90,7 +91,7 @@ class Account:
 
     def queue(self, entry: Entry) -> None:
         insort(self.waiting, entry)
-        self.waiting_tokens += entry.request.num_tokens
+        self.waiting_tokens += entry.queued_tokens
         self.num_missed += entry.missed_slot
 
     def miss(self, entry: Entry) -> None:
@@ -105,7 +106,7 @@ class Account:
 
     def leave_queue(self, entry: Entry) -> None:
         self.waiting.remove(entry)
-        self.waiting_tokens -= entry.request.num_tokens
+        self.waiting_tokens -= entry.queued_tokens
         self.num_missed -= entry.missed_slot
         self._forget_tag(entry)
 
@@ -119,6 +120,13 @@ class Account:
             self.last_tags[flow] = last
         else:
             self.last_tags.pop(flow, None)
+
+
+def num_pages(entries: Sequence[Entry]) -> int:
+    """KV pages that these running requests hold; one that they share counts once."""
+    if len(entries) == 1:
+        return len(entries[0].request.pages)
+    return len({page for entry in entries for page in entry.request.pages})
 
 
 class Shares:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.request import Request
+from manylora.server.engine.scheduling.prefix_cache import PageKeys
 
 if TYPE_CHECKING:
     from manylora.server.engine.scheduling.accounts import Account
@@ -35,20 +36,33 @@ class Entry:
     ``is_light``: it may go before other tenants' requests (rule 7 in scheduler.py), once. ``charged``: how many of its
     tokens its tenant's clock has counted; a preemption makes no token count twice. ``last_turn``: when it had
     its last turn to decode, in turns of all requests.
+
+    ``keys``: of its pages, None without a prefix cache; ``takes_cached``: it may start with cached ones. Of its pages,
+    the first ``num_shown`` are cached; ``is_second``: the next one is not, as another with its key was there before.
+    ``queued_tokens``: how many it had to compute when it was queued.
     """
 
-    __slots__ = ("account", "charged", "flow", "is_light", "last_turn", "missed_slot", "needed", "rank", "request")
+    __slots__ = (
+        "account", "charged", "flow", "is_light", "is_second", "keys", "last_turn", "missed_slot", "needed",
+        "num_shown", "queued_tokens", "rank", "request", "takes_cached",
+    )  # fmt: skip
 
-    def __init__(self, request: Request, rank: Rank, flow: Flow, account: Account, *, is_light: bool) -> None:
+    def __init__(self, request: Request, rank: Rank, flow: Flow, account: Account, keys: PageKeys | None) -> None:
         self.request = request
         self.rank = rank
         self.flow = flow
         self.account = account
-        self.is_light = is_light
+        self.is_light = False
         self.needed = needed_adapters(request)
         self.missed_slot = False
         self.charged = 0
         self.last_turn = 0
+        self.keys = keys
+        # Whose prompt is scored computes all of it: no cached page has its tokens' log-probabilities.
+        self.takes_cached = request.params.prompt_logprobs is None
+        self.num_shown = 0
+        self.is_second = False
+        self.queued_tokens = request.num_tokens
 
     def __lt__(self, other: Entry) -> bool:
         return self.rank < other.rank

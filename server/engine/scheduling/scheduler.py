@@ -5,9 +5,9 @@ Torch-free. Rules 1 to 5 are for the requests of one tenant; on a server with on
 1. **Running requests first**, most important first (lower ``priority``, then earlier submission): those that decode,
    one token each, then those still prefilling, as many tokens as the budget leaves.
 2. **Memory.** A running request that needs a page and finds none preempts the least important running one (perhaps
-   itself), which gives up pages and slot and waits at the front of its priority. It will be computed again from its
-   first token, prompt and output alike. The most important one is never preempted and each fits alone (checked at
-   submission), so there is always progress. A step that preempted admits nobody.
+   itself), which gives up pages and slot and waits at the front of its priority. It will be computed again, prompt and
+   output alike, but for what is still cached then (rule 10). The most important one is never preempted and each fits
+   alone (checked at submission), so there is always progress. A step that preempted admits nobody.
 3. **Admission**, in the order of *priority, preempted before new, fair tag, submission*. It stops at the first request
    that does not fit into rows, budget or memory, so that a large request is not starved by small ones behind it.
 4. **Fairness** (start-time fair queueing, Goyal et al. 1996, with every request at unit cost). Each set of adapters
@@ -59,6 +59,18 @@ Between tenants (a request's priority means nothing here; clocks and shares are 
 9. **Dear prompts.** A prompt whose tokens are scored (``prompt_logprobs``) is computed in chunks of 64 tokens at most
    (step_draft.py) while others run.
 
+And with a prefix cache (``prefix_cache``; what may be shared, and why it is never the wrong page, is in
+prefix_cache.py):
+
+10. **Cached prefixes.** A page that a committed step has filled is cached, prompt and output alike, and stays so when
+    its last user lets it go, until its place is needed: pages that hold nothing are taken first, then the least
+    recently used of those that nobody uses, whoever filled them. So a cached page without a user counts as free in rule
+    2 and in every count of free pages, and one with a user is never taken. A request that starts, for the first time or
+    after a preemption, begins behind the longest cached beginning of its known tokens, but for the last of these, which
+    is computed: the others cost no budget, and nothing on its tenant's clock (rule 6). Where a waiting request's size
+    matters (rules 7 and 8) it is what there was to compute for it when it was queued. A page that several requests of a
+    tenant use counts once for it. Prompts that are scored (rule 9) are computed in full, and cached.
+
 Nobody starves. (a) An express step is followed by one that is not. So at least every second step is an ordinary one, in
 which rules 1 to 6 hold for all and every decoding row advances or takes its turn to (rule 8); it waits for less
 important ones in none, and for its tenant's more important ones until they end. (b) A light request preempts others at
@@ -93,7 +105,7 @@ from manylora.adapters.errors import AdapterError
 from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.request import Request, RequestState, StepPlan
 from manylora.server.engine.scheduling.accounts import Accounts
-from manylora.server.engine.scheduling.block_pool import BlockPool
+from manylora.server.engine.scheduling.kv_pages import KvPages
 from manylora.server.engine.scheduling.preemption import Room, in_the_way, least_important
 from manylora.server.engine.scheduling.queue_entry import Entry, Rank, needed_adapters
 from manylora.server.engine.scheduling.scheduler_config import SchedulerConfig
@@ -123,7 +135,8 @@ class Scheduler:
         self, config: SchedulerConfig, slots: Slots | None = None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.config = config
-        self.pool = BlockPool(config.num_pages, config.page_size)
+        self.kv = KvPages(config)
+        self.pool = self.kv.pool
         self.counts = SchedulerCounts()
         self._slots = slots
         self._slot_turns = SlotTurns(slots, config.max_overtake)
@@ -175,9 +188,10 @@ class Scheduler:
         flow = tuple(version for version, _scale in request.composition)
         account = self._accounts.arrive(request.tenant)
         rank = Rank(request.priority, True, account.next_tag(flow), self._num_added)
+        entry = Entry(request, rank, flow, account, self.kv.keys_of(request))
+        entry.queued_tokens = self.kv.num_to_compute(entry)
         ahead = account.tokens_ahead()
-        is_light = not ahead or ahead + request.num_tokens <= self.config.max_batch_tokens
-        entry = Entry(request, rank, flow, account, is_light=is_light)
+        entry.is_light = not ahead or ahead + entry.queued_tokens <= self.config.max_batch_tokens
         self._num_added += 1
         self._entries[request.request_id] = entry
         request.state = RequestState.WAITING
@@ -213,6 +227,7 @@ class Scheduler:
             row.request.num_computed += row.count
             entry = self._entries[row.request.request_id]
             entry.account.charge(entry)
+            self.kv.computed(entry)
 
     def take_failed(self) -> list[tuple[Request, str]]:
         """Requests whose adapter could not be brought onto the device, and why; they have been finished here."""
@@ -234,6 +249,10 @@ class Scheduler:
         if self._slots is not None:
             self._slots.drop(ref)
 
+    def forget_version(self, version: str) -> None:
+        """An adapter version is gone for good: what is cached of it will not be asked for again."""
+        self.pool.forget(version)
+
     def resident_adapters(self) -> list[AdapterRef]:
         """Versions on the device."""
         return self._slots.resident() if self._slots is not None else []
@@ -244,7 +263,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError, with the numbers, if pages, slots or queues disagree."""
-        self.pool.check_integrity(expected_used=sum(len(entry.request.pages) for entry in self._running))
+        self.kv.check_integrity(self._running)
         waiting = [entry for account in self._accounts for entry in account.waiting]
         running = sum(len(account.running) for account in self._accounts)
         if len(waiting) + len(self._running) != len(self._entries) or running != len(self._running):
@@ -284,7 +303,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is entry:
                 return False
-        self._take_pages(entry.request, needed)
+        self.kv.extend(entry.request, num_tokens)
         return True
 
     def _preempt(self, entry: Entry) -> None:
@@ -297,6 +316,7 @@ class Scheduler:
         # Its old tag may lie far back by now, and rule 5 would stop every other adapter at once: it counts from here.
         entry.rank = Rank(entry.rank.priority, False, entry.account.virtual_time, entry.rank.number)
         entry.is_light = False
+        entry.queued_tokens = self.kv.num_to_compute(entry)
         entry.account.queue(entry)
 
     # --- light requests (rule 7) ---------------------------------------------------------------------------------
@@ -317,8 +337,8 @@ class Scheduler:
                 if not self._slot_turns.may_try(entry):
                     continue
                 if room is None:
-                    room = Room(self.pool, self._running, step.shares)
-                victims = in_the_way(entry, room, step.shares, self.pool, self.config)
+                    room = Room(self.kv, self._running, step.shares)
+                victims = in_the_way(entry, room, step.shares, self.kv, self.config)
                 if victims is None:
                     break
                 if self._take_slots(entry):
@@ -339,7 +359,7 @@ class Scheduler:
         queues = [iter(account.waiting.copy()) for account in accounts]
         turns = [(step.turn_of(account), i) for i, account in enumerate(accounts)]
         heapify(turns)
-        room = Room(self.pool, self._running, step.shares)
+        room = Room(self.kv, self._running, step.shares)
         while turns and len(self._running) < max_rows and step.budget > 0:
             turn, i = heappop(turns)
             account, claim = accounts[i], step.claim
@@ -355,7 +375,7 @@ class Scheduler:
             if self._take_slots(entry):
                 self._start(entry)
                 tokens = step.chunk(entry, max(allowed, 1))
-                self._take_pages(entry.request, self.pool.pages_for(tokens))
+                self.kv.extend(entry.request, entry.request.num_computed + tokens)
                 step.add(entry, tokens)
                 room.start(entry)
                 turn = step.turn_of(account)
@@ -386,6 +406,7 @@ class Scheduler:
 
     def _start(self, entry: Entry) -> None:
         entry.request.state = RequestState.RUNNING
+        self.kv.start(entry)
         entry.account.start(entry)
         self._slot_turns.wants_no_more(entry)
         insort(self._running, entry, key=lambda e: e.importance)
@@ -396,21 +417,12 @@ class Scheduler:
         entry.account.leave_queue(entry)
         self._slot_turns.wants_no_more(entry)
 
-    # --- pages and slots -----------------------------------------------------------------------------------------
-
-    def _take_pages(self, request: Request, number: int) -> None:
-        pages = self.pool.allocate(max(number, 0))
-        if pages is None:  # both callers have just counted the free ones
-            raise RuntimeError(f"{number} KV pages were wanted, {self.pool.num_free} are free")
-        request.pages.extend(pages)
-
     def _stop(self, entry: Entry) -> None:
         """Take back the row, the pages and the slots of a request that ran."""
         request = entry.request
         self._running.remove(entry)
         entry.account.running.remove(entry)
-        self.pool.free(request.pages)
-        request.pages = []
+        self.kv.release(entry)
         if request.slots and self._slots is not None:
             for use in request.adapters:
                 self._slots.release(use.ref)

@@ -17,6 +17,8 @@ class SchedulerConfig:
     ``guarded_tokens``: rule 8's tokens of prompts in a step; None for an eighth of ``max_batch_tokens``. The fewer, the
     sooner a request of another tenant is begun, and the less is gained by computing many tokens at once.
     ``reserved_rows``: rule 8's rows; None for one in 32. ``lately_s``: for how many seconds a tenant is expected back.
+
+    ``prefix_cache``: rule 10. Off unless it is asked for: the server's own default is in ``server.config``.
     """
 
     max_rows: int = 32
@@ -29,6 +31,7 @@ class SchedulerConfig:
     guarded_tokens: int | None = None
     reserved_rows: int | None = None
     lately_s: float = 60.0
+    prefix_cache: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_batch_tokens", "num_pages", "page_size", "max_context", "max_waiting"):
