@@ -25,9 +25,9 @@ def adapter(name: str, version: str | None = None) -> AdapterRef:
 def request(
     request_id: str = "r0", prompt: Sequence[int] = (1, 2, 3), *, adapter: AdapterRef | None = None, **kwargs: Any
 ) -> Request:
-    """A request. ``adapter`` is short for one in ``adapters``; ``adapters``, ``merged``, ``priority``, ``tenant`` and
-    ``arrival_time`` are the request's, everything else is a sampling parameter."""
-    names = ("adapters", "merged", "priority", "tenant", "arrival_time")
+    """A request. ``adapter`` is short for one in ``adapters``; ``adapters``, ``merged``, ``priority``, ``tenant``,
+    ``drafter`` and ``arrival_time`` are the request's, everything else is a sampling parameter."""
+    names = ("adapters", "merged", "priority", "tenant", "drafter", "arrival_time")
     own = {key: kwargs.pop(key) for key in names if key in kwargs}
     if adapter is not None:
         own["adapters"] = (AdapterUse(adapter),)
@@ -115,12 +115,18 @@ class FakeRunner:
             assert row.request.num_computed == row.start
             assert len(row.request.slots) == (len(row.request.adapters) if row.request.merged is None else 0)
             for position in range(row.start, row.start + row.count):
-                self._kv[self._place(row.request, position)] = row.request.token_at(position)
+                self._kv[self._place(row.request, position)] = row.token_at(position)
         for row in plan.rows:
             if row.sample:
-                tokens = [self._kv[self._place(row.request, p)] for p in range(row.start + row.count)]
-                sampled[row.request.request_id] = self.model(row.request, tokens)
+                sampled[row.request.request_id] = self._next(row.request)
         return sampled
+
+    def draw_on(self, requests: Sequence[Request]) -> Mapping[str, Sampled]:
+        return {request.request_id: self._next(request) for request in requests}
+
+    def _next(self, request: Request) -> Sampled:
+        """Given what the pages hold of its known tokens: drafts that were accepted were computed with the others."""
+        return self.model(request, [self._kv[self._place(request, p)] for p in range(request.num_tokens)])
 
     def _place(self, request: Request, position: int) -> tuple[int, int]:
         return request.pages[position // self.page_size], position % self.page_size

@@ -58,6 +58,11 @@ Between tenants (a request's priority means nothing here; clocks and shares are 
    ``reserved_rows`` are left free for light requests, so that these rarely need to preempt.
 9. **Dear prompts.** A prompt whose tokens are scored (``prompt_logprobs``) is computed in chunks of 64 tokens at most
    (step_draft.py) while others run.
+10. **Drafts** (drafts.py). A decoding row whose request speculates computes guesses at its next tokens, too, with what
+    nobody else wants of the step: not in an express step, nor while a decoding row rests or a prompt is not finished
+    with the step; up to ``drafts_up_to`` tokens in all, to ``guarded_tokens`` in a guarded step; in free pages. They
+    are never the reason for a preemption: after the step, pages that hold no accepted token are given back, so that a
+    request then has those that it would have without drafts.
 
 Nobody starves. (a) An express step is followed by one that is not. So at least every second step is an ordinary one, in
 which rules 1 to 6 hold for all and every decoding row advances or takes its turn to (rule 8); it waits for less
@@ -84,7 +89,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import count
@@ -94,6 +99,7 @@ from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.request import Request, RequestState, StepPlan
 from manylora.server.engine.scheduling.accounts import Accounts
 from manylora.server.engine.scheduling.block_pool import BlockPool
+from manylora.server.engine.scheduling.drafts import add_drafts, settle_drafts
 from manylora.server.engine.scheduling.preemption import Room, in_the_way, least_important
 from manylora.server.engine.scheduling.queue_entry import Entry, Rank, needed_adapters
 from manylora.server.engine.scheduling.scheduler_config import SchedulerConfig
@@ -203,16 +209,28 @@ class Scheduler:
         if step.express is None and self.counts.preemptions == preempted:
             self._admit(step)
         self._slot_turns.end_step(self._accounts)
+        if self.config.drafts_up_to:
+            add_drafts(step, self._running, self.pool)
         # ``sorted`` is stable: within a slot, decoding rows stay before prefilling ones.
         rows = sorted(step.rows.values(), key=lambda row: (row.request.merged is not None, row.request.slots))
         return StepPlan(tuple(rows))
 
-    def commit(self, plan: StepPlan) -> None:
-        """Record that the step's tokens have been computed; to be called before what it sampled is appended."""
+    def commit(self, plan: StepPlan, accepted: Mapping[str, int] | None = None) -> None:
+        """Record that the step's tokens have been computed; to be called before any of its requests is finished.
+
+        ``accepted``: by request id, how many of a row's drafts were drawn, one after the other from the first; these
+        have been appended. ``num_computed`` then counts them and nothing that was guessed wrong: what lies in the pages
+        behind it is garbage that the next step overwrites, and may not be shared.
+        """
         for row in plan.rows:
-            row.request.num_computed += row.count
-            entry = self._entries[row.request.request_id]
-            entry.account.charge(entry)
+            request = row.request
+            entry = self._entries[request.request_id]
+            num_accepted = (accepted or {}).get(request.request_id, 0)
+            num_rejected = len(row.drafts) - num_accepted
+            request.num_computed += row.count - num_rejected
+            entry.account.charge(entry, num_rejected)
+            if row.drafts:
+                settle_drafts(row, num_accepted, self.pool)
 
     def take_failed(self) -> list[tuple[Request, str]]:
         """Requests whose adapter could not be brought onto the device, and why; they have been finished here."""
