@@ -82,7 +82,7 @@ class StepDraft:
     @property
     def room_for_drafts(self) -> int:
         """Tokens that nobody else wants: none in an express step, or while anybody rests or has a prompt left."""
-        if self.express is not None or self._decoding is not None:
+        if self.express is not None:
             return 0
         for account in self.shares.active:
             for entry in account.running:
