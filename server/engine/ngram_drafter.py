@@ -61,7 +61,8 @@ class NgramDrafter:
         place = self._match()
         if not place:
             return ()
-        tokens, draft = self._tokens, []
+        tokens = self._tokens
+        draft: list[int] = []
         for at in range(place, place + min(limit, self._length)):
             # Of a text that repeats itself, the draft goes on with its own beginning.
             draft.append(tokens[at] if at < n else draft[at - n])
