@@ -5,7 +5,8 @@
 
 Cases are texts that repeat their prompt (copied, code that is edited, records taken out of it, summaries) and texts
 that do not (stories, greedy and sampled). With and without take turns (without, with, with, without, ...) in one
-process; the ratio of each pair is what is reported. Every answer must be the same with drafts as without, or the run
+process; the ratio of each pair is what is reported, of the whole (prompts included) and of the time between each row's
+first and last token. Every answer must be the same with drafts as without, or the run
 fails. First, the time of a step of one row with so many drafts: what a draft costs that is not accepted. Appends JSON
 lines to bench/results/speculation.jsonl.
 """
@@ -100,9 +101,8 @@ class Bench:
 
     def _request(self, case: Case, row: int, *, speculates: bool) -> Request:
         text = case.about[row % len(case.about)]
-        if row >= len(case.about):  # the same texts from another sentence on, so that no two rows are alike
-            half = text.index(" ", len(text) // 2) + 1
-            text = text[half:] + " " + text[:half]
+        if row >= len(case.about):  # two of them, so that no two rows are alike
+            text += "\n" + case.about[(row + 1) % len(case.about)]
         serving = self._running.serving
         chat = serving.tokenizer.render_chat_template([{"role": "user", "content": case.ask.format(text)}])
         adapters = () if case.adapter is None else (AdapterUse(serving.registry.acquire(case.adapter)),)
@@ -114,13 +114,16 @@ class Bench:
             drafter=NgramDrafter(self._drafts) if speculates else None,
         )
 
-    async def seconds(self, case: Case, rows: int, *, speculates: bool) -> tuple[float, list[tuple[int, ...]]]:
-        """Of all rows at once, their prompts included; and their tokens."""
+    async def run(self, case: Case, rows: int, *, speculates: bool) -> tuple[float, float, list[tuple[int, ...]]]:
+        """Seconds of all rows at once, their prompts included; from first to last token, added up; and the tokens."""
         requests = [self._request(case, row, speculates=speculates) for row in range(rows)]
         began = time.perf_counter()
         streams = [self._running.engine.submit(request) for request in requests]
-        tokens = [(await stream.result())[0].token_ids for stream in streams]
-        return time.perf_counter() - began, tokens
+        ended = [await stream.result() for stream in streams]
+        took = time.perf_counter() - began
+        times = [finish.times for _, finish in ended if finish.times is not None]
+        decoding = sum(one.ended - one.first_token for one in times if one.first_token is not None)
+        return took, decoding, [tokens.token_ids for tokens, _ in ended]
 
     def counts(self) -> tuple[int, int]:
         """Tokens drafted and accepted until now."""
@@ -133,18 +136,20 @@ class Bench:
 
     async def case(self, name: str, rows: int, pairs: int) -> dict[str, Any]:
         case = CASES[name]
-        without = []
-        ratios = []
-        _, expected = await self.seconds(case, rows, speculates=False)
+        without: list[float] = []
+        ratios: list[float] = []
+        decoding_ratios: list[float] = []
+        _, _, expected = await self.run(case, rows, speculates=False)
         before = self.counts()
         for pair in range(pairs):
-            took = {}
+            took, decoding = {}, {}
             for speculates in (False, True) if pair % 2 == 0 else (True, False):
-                took[speculates], tokens = await self.seconds(case, rows, speculates=speculates)
+                took[speculates], decoding[speculates], tokens = await self.run(case, rows, speculates=speculates)
                 if tokens != expected:
                     raise RuntimeError(f"{name}: other tokens {'with' if speculates else 'without'} drafts")
             without.append(took[False])
             ratios.append(took[False] / took[True])
+            decoding_ratios.append(decoding[False] / decoding[True])
         drafted, accepted = (after - was for after, was in zip(self.counts(), before, strict=True))
         n_tokens = sum(map(len, expected))
         return {
@@ -155,6 +160,8 @@ class Bench:
             "tokens_per_s_without": round(n_tokens / statistics.median(without), 1),
             "ratio": round(statistics.median(ratios), 3),
             "ratios": [round(ratio, 3) for ratio in ratios],
+            "decoding_ratio": round(statistics.median(decoding_ratios), 3),
+            "decoding_ratios": [round(ratio, 3) for ratio in decoding_ratios],
             "drafted_per_token": round(drafted / pairs / n_tokens, 3),
             "accepted": round(accepted / drafted, 3) if drafted else None,
         }
@@ -183,7 +190,7 @@ async def measure(options: argparse.Namespace, running: Running, results: Result
     running.engine.start()
     bench = Bench(running, options.drafts)
     try:
-        await bench.seconds(CASES["story"], max(options.rows), speculates=True)  # to warm up
+        await bench.run(CASES["story"], max(options.rows), speculates=True)  # to warm up
         for rows, name in itertools.product(options.rows, options.cases):
             one = await bench.case(name, rows, options.pairs if rows == 1 else max(options.pairs - 2, 1))
             results.keep(one)
@@ -191,7 +198,8 @@ async def measure(options: argparse.Namespace, running: Running, results: Result
             accepted = "-" if one["accepted"] is None else f"{one['accepted']:.0%}"
             print(
                 f"{name:12}{rows:3} rows {one['tokens']:5} tokens {one['tokens_per_s_without']:7.1f} tokens/s without; "
-                f"with: x {one['ratio']:.2f} ({spread}); {one['drafted_per_token']:.2f} drafted a token, "
+                f"with: x {one['ratio']:.2f} ({spread}), decoding alone x {one['decoding_ratio']:.2f}; "
+                f"{one['drafted_per_token']:.2f} drafted a token, "
                 f"{accepted} accepted",
                 flush=True,
             )

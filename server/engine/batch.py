@@ -28,11 +28,12 @@ def build_batch(plan: StepPlan, device: torch.device | str = "cpu") -> ForwardBa
     at = 0
     for i, row in enumerate(rows):
         request, last = row.request, row.start + row.count
+        token_at = row.token_at if row.drafts else request.token_at
         if row.count == 1:
-            ids[at] = row.token_at(row.start)
+            ids[at] = token_at(row.start)
             positions[at] = row.start
         else:
-            ids[at : at + row.count] = [row.token_at(position) for position in range(row.start, last)]
+            ids[at : at + row.count] = [token_at(position) for position in range(row.start, last)]
             positions[at : at + row.count] = np.arange(row.start, last)
         contexts[i] = last
         pages = request.pages[: KVCache.pages_for(last)]

@@ -99,7 +99,7 @@ class LiveRequest:
         return text, reason, stop
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)  # one for each row of a step
 class Advance:
     """What a step gave one request: the tokens drawn for it, and its end if it has come."""
 

@@ -13,11 +13,14 @@ from manylora.server.engine.scheduling.step_draft import StepDraft
 def add_drafts(step: StepDraft, running: Iterable[Entry], pool: BlockPool) -> None:
     """Give drafts to decoding rows of a step that is otherwise complete. Rows share what there is equally; what one
     does not use is left to those after it. Pages are taken only if they are free."""
+    speculating = [entry for entry in running if entry.request.drafter is not None]
+    if not speculating:
+        return
     room = step.room_for_drafts
     if room <= 0:
         return
     proposals: list[tuple[Entry, Sequence[int]]] = []
-    for entry in running:
+    for entry in speculating:
         tokens = _proposed(entry, room)
         if tokens:
             proposals.append((entry, tokens))
