@@ -84,6 +84,36 @@ def test_wrong_guesses_ask_for_longer_matches_and_wait() -> None:
     assert 0 < tried < 90, tried
 
 
+def test_the_pause_doubles_with_each_wrong_guess() -> None:
+    """However long the match is: tokens until the next try."""
+    text = list(range(50)) * 9
+    drafter, output = NgramDrafter(4), []
+    pauses = []
+    for _ in range(7):
+        drafter.propose(text, output, 9)
+        drafter.judge(1, 0)
+        waited = 0
+        output.append(len(output) % 50)
+        while not drafter.propose(text, output, 9):
+            output.append(len(output) % 50)
+            waited += 1
+        pauses.append(waited)
+    assert pauses == [0, 2, 6, 14, 30, 62, 62]
+    drafter.judge(1, 1)
+    assert drafter.propose(text, [*output, len(output) % 50], 9), "one right guess, and it goes on"
+
+
+def test_each_wrong_guess_asks_for_one_more_token_that_matches() -> None:
+    text = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    for misses, needed in ((0, 2), (1, 3), (3, 5), (6, 7)):
+        for n_matching in range(2, 9):
+            drafter = NgramDrafter(2, longest=7)
+            for _ in range(misses):
+                drafter.judge(1, 0)
+            prompt = [*text, *range(100, 200), *text[8 - n_matching : 8]]  # long enough for any pause
+            assert bool(drafter.propose(prompt, [], 2)) == (n_matching >= needed), (misses, n_matching)
+
+
 def test_a_copy_after_free_text_is_found() -> None:
     """Having guessed wrong does not keep it from guessing once there is something to copy."""
     rng = random.Random(5)
