@@ -137,6 +137,7 @@ def serve_config(arguments: argparse.Namespace) -> ServeConfig:
             upload_dir=None if state_dir is None else state_dir / "uploads",
             allow_request_chat_template=arguments.allow_request_chat_template,
             tool_call_parser=arguments.tool_call_parser,
+            max_speculative_tokens=arguments.max_speculative_tokens,
             max_body_bytes=parse_size(arguments.max_body, "--max-body"),
             max_upload_bytes=parse_size(arguments.max_upload, "--max-upload"),
             otlp_endpoint=arguments.otlp_endpoint,

@@ -117,6 +117,14 @@ def add_serve(commands: Commands) -> argparse.ArgumentParser:
         help="drop a client that sends its request, or takes its answer, too slowly (default: %(default)g)",
     )
     add("--max-body", metavar="BYTES", default="16MiB", help="largest body of other requests (default: %(default)s)")
+    add(
+        "--max-speculative-tokens",
+        metavar="N",
+        type=int,
+        default=8,
+        help="the most that a request may have guessed at once by its speculative_config; 0 to take none (default: "
+        "%(default)s)",
+    )
     add("--allow-request-chat-template", action="store_true", help="let requests bring their own chat template")
     add(
         "--tool-call-parser",

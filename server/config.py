@@ -169,6 +169,8 @@ class ApiConfig:
     max_upload_bytes: int = 1024 * _MIB
     max_choices: int = 128
     """Choices of one request: ``n`` times its prompts."""
+    max_speculative_tokens: int = 8
+    """Drafts at once that a request may ask for; 0: there is no speculation."""
     request_timeout: float | None = 600.0
     """Seconds from a request's arrival to the end of its answer; then it is aborted. ``None``: any."""
     client_timeout: float = 60.0
@@ -205,6 +207,7 @@ class ApiConfig:
         _between("--max-body", self.max_body_bytes, 1024, 1 << 40)
         _between("--max-upload", self.max_upload_bytes, 1024, 1 << 40)
         _between("--max-choices", self.max_choices, 1, 4096)
+        _between("--max-speculative-tokens", self.max_speculative_tokens, 0, 64)
         if self.request_timeout is not None and not 0.1 <= self.request_timeout <= 7 * 86400:
             raise ConfigError("--request-timeout", f"expected 0.1 to 604800 seconds, got {self.request_timeout:g}")
         if not 0.1 <= self.client_timeout <= 86400:

@@ -47,6 +47,11 @@ logger = logging.getLogger(__name__)
 
 _MIB = 1 << 20
 
+_DRAFTS_UP_TO_CPU = 16
+"""Tokens of a step that drafts may fill it up to. A step of one token waits for memory; one of 16 computes (measured by
+bench/speculation.py)."""
+_DRAFTS_UP_TO_CUDA = 64
+
 _UPLOAD_THREADS = 2
 """Copies to the device at once: they are bound by the bus, and by the interpreter."""
 _READ_THREADS = 3
@@ -169,6 +174,11 @@ def choose_sizes(config: EngineConfig, spec: ModelSpec, ops: Ops) -> Sizes:
     )
 
 
+def _drafts_up_to(device: torch.device, max_rows: int) -> int:
+    """See ``SchedulerConfig``. There are decode graphs for ``max_rows`` tokens."""
+    return _DRAFTS_UP_TO_CPU if device.type == "cpu" else min(_DRAFTS_UP_TO_CUDA, max_rows)
+
+
 def _base_bytes(spec: ModelSpec) -> int:
     """Of the base on a device: NF4 with nested scales, 16-bit tables."""
     shapes = spec.lora_shapes()
@@ -273,6 +283,7 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
             max_context=sizes.max_context,
             max_waiting=config.engine.max_queue,
             prefix_cache=config.engine.prefix_cache,
+            drafts_up_to=_drafts_up_to(device, sizes.max_rows) if config.api.max_speculative_tokens else 0,
         ),
         slots,
     )

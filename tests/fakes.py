@@ -26,8 +26,8 @@ def request(
     request_id: str = "r0", prompt: Sequence[int] = (1, 2, 3), *, adapter: AdapterRef | None = None, **kwargs: Any
 ) -> Request:
     """A request. ``adapter`` is short for one in ``adapters``; ``adapters``, ``merged``, ``priority``, ``tenant``,
-    ``cache_salt`` and ``arrival_time`` are the request's, everything else is a sampling parameter."""
-    names = ("adapters", "merged", "priority", "tenant", "cache_salt", "arrival_time")
+    ``drafter``, ``cache_salt`` and ``arrival_time`` are the request's, everything else is a sampling parameter."""
+    names = ("adapters", "merged", "priority", "tenant", "drafter", "cache_salt", "arrival_time")
     own = {key: kwargs.pop(key) for key in names if key in kwargs}
     if adapter is not None:
         own["adapters"] = (AdapterUse(adapter),)
@@ -127,15 +127,21 @@ class FakeRunner:
             assert len(row.request.slots) == (len(row.request.adapters) if row.request.merged is None else 0)
             for position in range(row.start, row.start + row.count):
                 place = self._place(row.request, position)
-                self._kv[place] = row.request.token_at(position)
+                self._kv[place] = row.token_at(position)
                 self._made_by[place] = self._weights(row.request)
         for row in plan.rows:
             if row.sample:
-                places = [self._place(row.request, p) for p in range(row.start + row.count)]
-                tokens = [self._kv[place] for place in places]
-                assert {self._made_by[place] for place in places} == {self._weights(row.request)}
-                sampled[row.request.request_id] = self.model(row.request, tokens)
+                sampled[row.request.request_id] = self._next(row.request)
         return sampled
+
+    def draw_on(self, requests: Sequence[Request]) -> Mapping[str, Sampled]:
+        return {request.request_id: self._next(request) for request in requests}
+
+    def _next(self, request: Request) -> Sampled:
+        """Given what the pages hold of its known tokens: drafts that were accepted were computed with the others."""
+        places = [self._place(request, p) for p in range(request.num_tokens)]
+        assert {self._made_by[place] for place in places} == {self._weights(request)}
+        return self.model(request, [self._kv[place] for place in places])
 
     @staticmethod
     def _weights(request: Request) -> object:

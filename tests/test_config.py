@@ -111,6 +111,8 @@ def test_each_row_needs_a_token_of_the_step() -> None:
         ({"max_body_bytes": 1}, "--max-body"),
         ({"max_upload_bytes": 1}, "--max-upload"),
         ({"max_choices": 0}, "--max-choices"),
+        ({"max_speculative_tokens": 65}, "--max-speculative-tokens"),
+        ({"max_speculative_tokens": -1}, "--max-speculative-tokens"),
         ({"shutdown_grace": -1}, "--shutdown-grace"),
         ({"shutdown_grace": float("nan")}, "--shutdown-grace"),
     ],

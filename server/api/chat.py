@@ -23,7 +23,15 @@ from manylora.server.api.on_demand import admit
 from manylora.server.api.on_demand import lease as lease_of
 from manylora.server.api.openapi.document import GENERATING, describes, events_of, json_of
 from manylora.server.api.openapi.responses import ChatCompletion, ChatCompletionChunk
-from manylora.server.api.prompts import chat_ids, check_read_logprobs, fit, sampling_params, template_of, token_rules
+from manylora.server.api.prompts import (
+    chat_ids,
+    check_read_logprobs,
+    check_speculation,
+    fit,
+    sampling_params,
+    template_of,
+    token_rules,
+)
 from manylora.server.api.state import AppState, state_of
 from manylora.server.api.streaming import EventStreamResponse
 from manylora.server.api.structured import grammar_of
@@ -109,6 +117,7 @@ async def _plan(
 ) -> tuple[PromptPlan, ToolCalling | None]:
     """What a conversation is by ``template``. Takes as long as a template and a grammar may take."""
     serving = state.serving
+    check_speculation(state.config.max_speculative_tokens, body)
     wanted = body.max_completion_tokens or body.max_tokens
     calling = await tool_calling(state, body, template, caller)
     grammar = await grammar_of(state, body, caller) if calling is None else calling.grammar

@@ -23,6 +23,7 @@ from manylora.server.api.openapi.responses import Completion, CompletionChunk
 from manylora.server.api.prompts import (
     INLINE_TOKENS,
     check_read_logprobs,
+    check_speculation,
     fit,
     prompt_ids,
     sampling_params,
@@ -122,6 +123,7 @@ async def create_completion(request: Request) -> Response:
 
 async def _plans(state: AppState, body: CompletionRequest, caller: Caller) -> list[PromptPlan]:
     serving = state.serving
+    check_speculation(state.config.max_speculative_tokens, body)
     grammar = await token_rules(state, body, await grammar_of(state, body, caller), caller)
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     plans = []

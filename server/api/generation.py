@@ -76,6 +76,7 @@ def submit_all(
                     priority=body.priority,
                     tenant=context.caller.tenant,
                     cache_salt=body.cache_salt,
+                    drafter=None if body.speculative_config is None else body.speculative_config.drafter(),
                     constraint=None if plan.grammar is None else plan.grammar.start(),
                     arrival_time=time.monotonic(),
                 )

@@ -200,6 +200,24 @@ def sampling_params(
     )
 
 
+def check_speculation(limit: int, body: GenerationRequest) -> None:
+    """Raise ApiError if the request asks for more than ``limit`` (``--max-speculative-tokens``) drafts at once."""
+    wanted = body.speculative_config
+    if wanted is None:
+        return
+    if limit == 0:
+        raise bad_request(
+            "`speculative_config`: speculation is off on this server (--max-speculative-tokens 0).",
+            "speculative_config",
+        )
+    if wanted.num_speculative_tokens > limit:
+        raise bad_request(
+            f"`speculative_config.num_speculative_tokens` is {wanted.num_speculative_tokens}; at most {limit} are "
+            "taken on this server (--max-speculative-tokens).",
+            "speculative_config.num_speculative_tokens",
+        )
+
+
 def check_read_logprobs(body: GenerationRequest, n_prompt_tokens: int) -> None:
     """Raise ApiError if the log-probabilities of prompts of so many tokens together would be too large an answer."""
     if body.read_logprobs is None:

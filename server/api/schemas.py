@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from manylora.server.api.schema_base import Body as Body  # re-exported: this is where all bodies are found
 from manylora.server.api.schema_base import FieldError as FieldError
+from manylora.server.api.speculation_schemas import SpeculativeConfig
 from manylora.server.api.structured_schemas import StructuredFields
 
 MAX_STOPS = 16
@@ -182,6 +183,9 @@ class GenerationRequest(ModelChoice, StructuredFields):
         max_length=MAX_SALT,
         description="Requests with different salts share no cached keys and values, so that none can tell from its "
         "speed what others have sent.",
+    )
+    speculative_config: SpeculativeConfig | None = Field(
+        default=None, description="Guess at tokens and check several at a time; off without it."
     )
     spaces_between_special_tokens: bool = True
     allowed_token_ids: list[int] | None = Field(

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -18,7 +18,7 @@ from manylora.adapters.errors import AdapterError
 from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.errors import EngineRefusal
 from manylora.server.engine.merges import MODES, MergeInfo, MergeMode
-from manylora.server.engine.request import ScheduledRow
+from manylora.server.engine.request import Request, ScheduledRow
 
 _log = logging.getLogger(__name__)
 
@@ -74,11 +74,13 @@ class TokenShares:
 
     def count(self, rows: Sequence[ScheduledRow]) -> None:
         """Those of a step that were sampled."""
+        self.count_for(row.request for row in rows if row.sample)
+
+    def count_for(self, requests: Iterable[Request]) -> None:
+        """One token of each."""
         counts = self._counts
-        for row in rows:
-            if not row.sample:
-                continue
-            uses = row.request.adapters
+        for request in requests:
+            uses = request.adapters
             if len(uses) == 1 and uses[0].scale == 1.0:
                 ref = uses[0].ref
                 counts[ref.version] += 1

@@ -15,7 +15,8 @@ from manylora.server.model.kv_cache import KVCache
 
 
 def build_batch(plan: StepPlan, device: torch.device | str = "cpu") -> ForwardBatch:
-    """The tensors of a plan with at least one row. See ``adapter_segments``."""
+    """The tensors of a plan with at least one row. See ``adapter_segments``. Of a row that samples, the logits of its
+    last known token are asked for, and those of each of its drafts."""
     rows, tokens = plan.rows, plan.num_tokens
     width = max(KVCache.pages_for(row.start + row.count) for row in rows)
     ids = np.empty(tokens, np.int64)
@@ -27,19 +28,19 @@ def build_batch(plan: StepPlan, device: torch.device | str = "cpu") -> ForwardBa
     at = 0
     for i, row in enumerate(rows):
         request, last = row.request, row.start + row.count
+        token_at = row.token_at if row.drafts else request.token_at
         if row.count == 1:
-            ids[at] = request.token_at(row.start)
+            ids[at] = token_at(row.start)
             positions[at] = row.start
         else:
-            ids[at : at + row.count] = [request.token_at(position) for position in range(row.start, last)]
+            ids[at : at + row.count] = [token_at(position) for position in range(row.start, last)]
             positions[at : at + row.count] = np.arange(row.start, last)
         contexts[i] = last
         pages = request.pages[: KVCache.pages_for(last)]
         tables[i, : len(pages)] = pages
         at += row.count
         starts[i + 1] = at
-        if row.sample:
-            sampled.append(at - 1)
+        sampled.extend(range(at - row.num_sampled, at))
 
     def there(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)

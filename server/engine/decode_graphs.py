@@ -178,7 +178,7 @@ class DecodeGraphs:
 
     def _fill(self, rows: Sequence[ScheduledRow], bucket: int) -> None:
         host, count = self._host, len(rows)
-        host.token_ids[:count] = torch.tensor([row.request.token_at(row.start) for row in rows])
+        host.token_ids[:count] = torch.tensor([row.token_at(row.start) for row in rows])
         positions = torch.tensor([row.start for row in rows], dtype=torch.int32)
         host.positions[:count] = positions
         host.contexts[:count] = positions + 1

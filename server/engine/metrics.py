@@ -88,6 +88,7 @@ class Metrics(Collector):
         self._stats: Callable[[], EngineStats] | None = None
         self._prompt_tokens = 0
         self._generation_tokens = 0
+        self._drafts = self._drafted = self._accepted = 0
         self._finished: Counter[str] = Counter()
         self._ttft = Histogram(TTFT_BUCKETS)
         self._inter_token = Histogram(INTER_TOKEN_BUCKETS)
@@ -113,10 +114,26 @@ class Metrics(Collector):
 
     # --- recording -----------------------------------------------------------------------------------------------
 
-    def step(self, seconds: float, *, rows: int, prefill_rows: int, tokens: int, adapters: int, generated: int) -> None:
-        """One step was executed: its rows, those of them that prefilled, the tokens it computed, its distinct
-        adapters, the tokens it generated."""
+    def step(
+        self,
+        seconds: float,
+        *,
+        rows: int,
+        prefill_rows: int,
+        tokens: int,
+        adapters: int,
+        generated: int,
+        drafts: int = 0,
+        drafted: int = 0,
+        accepted: int = 0,
+    ) -> None:
+        """One step was executed: its rows, those of them that prefilled, the tokens it computed (drafts, too), its
+        distinct adapters, the tokens it generated; the rows with drafts, the tokens drafted, and those of them that
+        were drawn."""
         self._generation_tokens += generated
+        self._drafts += drafts
+        self._drafted += drafted
+        self._accepted += accepted
         phase = "decode" if prefill_rows == 0 else "prefill" if prefill_rows == rows else "mixed"
         self._steps[phase].observe(seconds)
         self._batch_rows.observe(rows)
@@ -128,9 +145,10 @@ class Metrics(Collector):
         self._ttft.observe(seconds)
         self._prompt_tokens += prompt_tokens
 
-    def inter_token(self, seconds: float) -> None:
-        """A later token of a request came ``seconds`` after the one before."""
-        self._inter_token.observe(seconds)
+    def inter_token(self, seconds: float, tokens: int = 1) -> None:
+        """So many later tokens of a request came, each ``seconds`` after the one before: of those that came in one
+        step, the mean."""
+        self._inter_token.observe(seconds, tokens)
 
     def request_ended(
         self,
@@ -192,6 +210,12 @@ class Metrics(Collector):
             "vllm:prompt_tokens", "Prompt tokens whose first output token came.", by, [(model, self._prompt_tokens)]
         )
         yield counter("vllm:generation_tokens", "Tokens generated.", by, [(model, self._generation_tokens)])
+        for name, text, count in (
+            ("num_drafts", "Rows that were computed with drafts, one for each step.", self._drafts),
+            ("num_draft_tokens", "Tokens that were drafted and checked.", self._drafted),
+            ("num_accepted_tokens", "Drafted tokens that were drawn.", self._accepted),
+        ):
+            yield counter(f"vllm:spec_decode_{name}", text, by, [(model, count)])
         yield counter(
             "vllm:request_success",
             "Requests that ended, one for each choice, by reason.",

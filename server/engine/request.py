@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 
 from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.constraint import Constraint
+from manylora.server.engine.drafter import Drafter
 from manylora.server.engine.tenant import EVERYBODY, Tenant
 
 
@@ -186,6 +187,9 @@ class Request:
     tenant: Tenant = EVERYBODY
     constraint: Constraint | None = None
     """What the output must match; its own, not shared with other requests."""
+    drafter: Drafter | None = None
+    """Guesses at its next tokens, which are then computed in one step and checked; without one there is no speculation.
+    What is drawn does not depend on it. Its own, too."""
     cache_salt: str | None = None
     """Requests with different ones must not share cached keys and values, although they be equal."""
     arrival_time: float = 0.0
@@ -245,16 +249,29 @@ class Request:
 class ScheduledRow:
     """One request's share of a step: compute tokens ``start .. start + count - 1``.
 
-    ``sample`` is true if they are its last known tokens, so that the step's logits give its next one.
+    ``drafts``: guesses at the tokens behind the request's known ones; the last of those computed. ``sample`` is true if
+    the others are its last known tokens, so that the step's logits give its next one, and, of each draft that turns out
+    to be right, the one after it. Both hold until a token is appended.
     """
 
     request: Request
     start: int
     count: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def sample(self) -> bool:
-        return self.start + self.count == self.request.num_tokens
+        return self.start + self.count - len(self.drafts) == self.request.num_tokens
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens whose logits are asked for: the last known one and each draft, as far as they are of this row."""
+        return min(self.count, 1 + len(self.drafts)) if self.sample else 0
+
+    def token_at(self, position: int) -> int:
+        """One of the tokens to compute, drafts among them."""
+        known = self.request.num_tokens
+        return self.drafts[position - known] if position >= known else self.request.token_at(position)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Final
 import torch
 
 from manylora.adapters.versions import AdapterRef
-from manylora.kernels.lora_segments import LoraSegments
 from manylora.server.engine.auto_merge import TokenShares
 from manylora.server.engine.batch import adapter_segments, build_batch
 from manylora.server.engine.decode_graphs import DecodeGraphs
@@ -40,7 +39,10 @@ class ModelRunner:
     """The engine's ``Runner`` over a decoder and its KV cache.
 
     With ``graphs``, rows that decode one token are computed apart from prompts: replayed from a captured graph, and by
-    kernels whose results do not depend on a prompt that happens to be computed in the same step.
+    kernels whose results do not depend on a prompt that happens to be computed in the same step. There, a row with
+    drafts is as many rows of one token, which share their pages (keys and values of all of them are stored before any
+    is attended to): the kernels, and so the bits, are those of a row without. On the CPU it is one short chunk, whose
+    bits are the same however it is cut.
 
     Rows of requests with merged weights (``Request.merged``) are computed by that decoder, all others by the base's, as
     if they were steps of their own: both write to the same KV cache. ``shares`` counts what is generated for whom.
@@ -57,18 +59,25 @@ class ModelRunner:
     ) -> None:
         self._decoder, self._cache, self._sampler, self._graphs = decoder, cache, sampler, graphs
         self._shares = shares
+        self._drafted: dict[str, tuple[int, torch.Tensor]] = {}
+        """Of the last step's rows with drafts, by request id: the tokens that were known, and the drafts' logits."""
         self._scorer = PromptScorer(decoder.spec.vocab_size)
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
-        """Compute the plan's tokens; fp32 logits ``[rows that sample, vocab]``, in the order of the plan."""
+        """Compute the plan's tokens; fp32 logits ``[rows that sample, vocab]``, in the order of the plan; of a row with
+        drafts, those of each draft behind its own."""
         groups = _by_model(plan.rows)
         if len(groups) == 1:
             return self._forward(*groups[0])
-        places = {row.request: i for i, row in enumerate(row for row in plan.rows if row.sample)}
-        out = torch.empty(len(places), self._decoder.spec.vocab_size, device=self._decoder.ops.device)
+        places: dict[Request, range] = {}
+        total = 0
+        for row in plan.rows:
+            places[row.request] = range(total, total + row.num_sampled)
+            total += row.num_sampled
+        out = torch.empty(total, self._decoder.spec.vocab_size, device=self._decoder.ops.device)
         for model, rows in groups:
-            out[[places[row.request] for row in rows if row.sample]] = self._forward(model, rows)
+            out[[place for row in rows for place in places[row.request]]] = self._forward(model, rows)
         return out
 
     @torch.inference_mode()
@@ -76,28 +85,45 @@ class ModelRunner:
         """See ``step_loop.Runner``."""
         if self._shares is not None:
             self._shares.count(plan.rows)
+        self._drafted.clear()
         sampled: dict[str, SampledToken | SampleFailed] = {}
         for model, rows in _by_model(plan.rows):
             sampled |= self._execute(model, rows)
         return sampled
 
+    @torch.inference_mode()
+    def draw_on(self, requests: Sequence[Request]) -> dict[str, SampledToken | SampleFailed]:
+        """See ``step_loop.Runner``."""
+        if self._shares is not None:
+            self._shares.count_for(requests)
+        rows = []
+        for request in requests:
+            known, logits = self._drafted[request.request_id]
+            rows.append(logits[request.num_tokens - known - 1])
+        return self._draw(torch.stack(rows), requests)
+
     def _execute(
         self, model: MergedModel | None, rows: Sequence[ScheduledRow]
     ) -> dict[str, SampledToken | SampleFailed]:
         graphs = self._graphs_of(model)
-        decoding, segments = _decoding(rows, graphs)
+        decoding = [] if graphs is None else [row for row in rows if _decodes(row)]
         if graphs is None or not decoding:
             return self._execute_eagerly(model, rows)
+        singles = [single for row in decoding for single in _single(row)]
+        segments = adapter_segments(singles)  # on the host: graphs have their own lists
+        if not graphs.takes(singles, segments):
+            return self._execute_eagerly(model, [single for row in rows for single in _single(row)], rows)
         # Prompts first: their rows are sampled while nothing else waits for the graph's output.
         rest = [row for row in rows if not _decodes(row)]
         sampled = self._execute_eagerly(model, rest) if rest else {}
-        return sampled | self._sample(graphs.run(decoding, segments), decoding)
+        return sampled | self._sample(graphs.run(singles, segments), decoding)
 
     def _execute_eagerly(
-        self, model: MergedModel | None, rows: Sequence[ScheduledRow]
+        self, model: MergedModel | None, rows: Sequence[ScheduledRow], whole: Sequence[ScheduledRow] | None = None
     ) -> dict[str, SampledToken | SampleFailed]:
+        """``whole``: the rows that ``rows`` are parts of, if they are."""
         decoder, batch, hidden = self._hidden(model, rows)
-        sampled = self._sample(decoder.logits(hidden, batch, batch.sample_rows), rows)
+        sampled = self._sample(decoder.logits(hidden, batch, batch.sample_rows), whole or rows)
         return sampled | self._scorer.score(decoder, hidden, batch, rows)
 
     def _forward(self, model: MergedModel | None, rows: Sequence[ScheduledRow]) -> torch.Tensor:
@@ -150,8 +176,22 @@ class ModelRunner:
         logger.info("prompt kernels ready in %.1f s", time.monotonic() - began)
 
     def _sample(self, logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> dict[str, SampledToken | SampleFailed]:
-        """``logits`` has a row for each of ``rows`` that samples."""
-        requests = [row.request for row in rows if row.sample]
+        """``logits`` has ``num_sampled`` rows for each of ``rows``; the drafts' are put aside for ``draw_on``."""
+        rows = [row for row in rows if row.sample]
+        if any(row.drafts for row in rows):
+            firsts: list[int] = []
+            at = 0
+            for row in rows:
+                firsts.append(at)
+                if row.drafts:
+                    # A copy: other rows of this step may be computed into the same memory.
+                    drafted = logits[at + 1 : at + row.num_sampled].clone()
+                    self._drafted[row.request.request_id] = row.request.num_tokens, drafted
+                at += row.num_sampled
+            logits = logits[firsts]
+        return self._draw(logits, [row.request for row in rows])
+
+    def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> dict[str, SampledToken | SampleFailed]:
         return {r.request_id: token for r, token in zip(requests, self._sampler.sample(logits, requests), strict=True)}
 
 
@@ -165,17 +205,14 @@ def _by_model(rows: Sequence[ScheduledRow]) -> list[tuple[MergedModel | None, Se
     return sorted(groups.items(), key=lambda group: group[0] is not None)
 
 
-def _decoding(
-    rows: Sequence[ScheduledRow], graphs: DecodeGraphs | None
-) -> tuple[list[ScheduledRow], LoraSegments | None]:
-    """The rows for the graphs, with their adapters; none if they cannot be run there."""
-    if graphs is None:
-        return [], None
-    decoding = [row for row in rows if _decodes(row)]
-    segments = adapter_segments(decoding) if decoding else None  # on the host: graphs have their own lists
-    return (decoding, segments) if graphs.takes(decoding, segments) else ([], None)
-
-
 def _decodes(row: ScheduledRow) -> bool:
-    """Whether a row is a decode step: one token, whose logits are wanted. A prompt's chunk may have one token too."""
-    return row.count == 1 and row.sample
+    """Whether a row is a decode step: one token besides drafts, whose logits are wanted. A prompt's chunk may have one
+    token too."""
+    return row.count - len(row.drafts) == 1 and row.sample
+
+
+def _single(row: ScheduledRow) -> list[ScheduledRow]:
+    """A row with drafts as rows of one token, each behind the drafts before it; any other as it is."""
+    if not row.drafts:
+        return [row]
+    return [ScheduledRow(row.request, row.start + i, 1, row.drafts[:i]) for i in range(row.count)]

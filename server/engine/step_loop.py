@@ -6,8 +6,8 @@ Only the step loop's thread comes here; ``engine.Engine`` is the half that other
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from manylora.adapters.versions import AdapterRef
@@ -23,8 +23,10 @@ from manylora.server.engine.request import (
     RequestTimes,
     SampledToken,
     SampleFailed,
+    ScheduledRow,
     StepPlan,
     TokenEvent,
+    TokenLogprobs,
 )
 from manylora.server.engine.scheduling.scheduler import Scheduler
 from manylora.server.engine.stream import Delivery, Mailbox, RequestStream
@@ -41,6 +43,10 @@ class Runner(Protocol):
     def execute(self, plan: StepPlan) -> Mapping[str, SampledToken | SampleFailed]:
         """Run the step; by request id, the next token of each row that has ``sample``, and a failure for any row that
         cannot go on. Adds to ``Request.prompt_logprobs`` of those that ask for them. May raise anything."""
+
+    def draw_on(self, requests: Sequence[Request]) -> Mapping[str, SampledToken | SampleFailed]:
+        """The token after the last one of each, which was drawn from this step's logits, was the row's draft for that
+        place, and has been appended; by request id. May raise anything."""
 
 
 class Releaser(Protocol):
@@ -91,6 +97,33 @@ class LiveRequest:
         if detokenizer.stop is not None:
             reason, stop = "stop", detokenizer.stop
         return text, reason, stop
+
+
+@dataclass(eq=False, slots=True)  # one for each row of a step
+class Advance:
+    """What a step gave one request: the tokens drawn for it, and its end if it has come."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    is_beginning: bool = False
+    """Whether its output begins with them."""
+    reason: FinishReason | None = None
+    stop: str | int | None = None
+    error: str | None = None
+    is_refusal: bool = False
+
+    def fail(self, error: str, *, is_refusal: bool = False) -> None:
+        self.reason, self.error, self.is_refusal = "error", error, is_refusal
+
+    def num_accepted(self, drafts: Sequence[int]) -> int:
+        """How many of the drafts were drawn."""
+        n = 0
+        for drawn, draft in zip(self.token_ids, drafts, strict=False):
+            if drawn != draft:
+                break
+            n += 1
+        return n
 
 
 class StepLoop:
@@ -205,15 +238,21 @@ class StepLoop:
 
     def _compute(self, plan: StepPlan) -> None:
         start = self._clock()
-        n_prefill = n_generated = 0
+        n_prefill = n_drafted = 0
         for row in plan.rows:
             live = self.live[row.request.request_id]
             if live.scheduled is None:
                 live.scheduled = start
-            n_generated += row.sample and row.request.params.max_tokens > 0
-            n_prefill += row.count > 1 or row.start < len(row.request.prompt_token_ids)
-        tokens = self._runner.execute(plan)
-        self._scheduler.commit(plan)
+            n_drafts = len(row.drafts)
+            n_prefill += row.count - n_drafts > 1 or row.start < len(row.request.prompt_token_ids)
+            n_drafted += n_drafts
+        advances = self._draw(plan)
+        accepted = {
+            row.request.request_id: advances[row.request.request_id].num_accepted(row.drafts)
+            for row in plan.rows
+            if row.drafts
+        }
+        self._scheduler.commit(plan, accepted)
         now = self._clock()
         self._metrics.step(
             now - start,
@@ -221,42 +260,93 @@ class StepLoop:
             prefill_rows=n_prefill,
             tokens=plan.num_tokens,
             adapters=len({slot for row in plan.rows for slot in row.request.slots}),
-            generated=n_generated,
+            generated=sum(len(advance.token_ids) for advance in advances.values()),
+            drafts=len(accepted),
+            drafted=n_drafted,
+            accepted=sum(accepted.values()),
         )
-        for row in plan.rows:
-            live, result = self.live[row.request.request_id], tokens.get(row.request.request_id)
-            if isinstance(result, SampleFailed):
-                self._end(live, "error", error=result.message, is_refusal=result.is_refusal)
-            elif result is not None:
-                self._append(live, result, now)
-            elif row.sample:
-                self._end(live, "error", error=STEP_FAILED)
+        for request_id, advance in advances.items():
+            self._tell(self.live[request_id], advance, now)
 
-    def _append(self, live: LiveRequest, sampled: SampledToken, now: float) -> None:
-        if live.first_token is None:
-            live.first_token = now
-            self._metrics.first_token(now - live.request.arrival_time, len(live.request.prompt_token_ids))
-        else:
-            self._metrics.inter_token(now - live.last_token)
-        live.last_token = now
-        prompt_logprobs = () if live.request.output_token_ids else tuple(live.request.prompt_logprobs)
+    def _draw(self, plan: StepPlan) -> dict[str, Advance]:
+        """Compute the step and append what is drawn, token by token: each draft that was right lets its request draw
+        another, from the logits that were computed behind it, as the next step would have without drafts."""
+        sampling = [row for row in plan.rows if row.sample]  # asked for now: it changes with what is appended
+        results = self._runner.execute(plan)
+        advances: dict[str, Advance] = {}
+        for row in plan.rows:
+            request_id = row.request.request_id
+            failed = results.get(request_id)
+            if isinstance(failed, SampleFailed):  # perhaps a prompt that cannot be scored, which samples nothing
+                advances[request_id] = Advance()
+                advances[request_id].fail(failed.message, is_refusal=failed.is_refusal)
+        going_on: list[ScheduledRow] = []
+        for row in sampling:
+            request_id = row.request.request_id
+            if request_id not in advances:
+                advance = advances[request_id] = Advance()
+                self._append(self.live[request_id], advance, results.get(request_id))
+                if row.drafts and advance.reason is None and advance.token_ids[0] == row.drafts[0]:
+                    going_on.append(row)
+        n_drawn = 1
+        while going_on:
+            results = self._runner.draw_on([row.request for row in going_on])
+            for row in going_on:
+                request_id = row.request.request_id
+                self._append(self.live[request_id], advances[request_id], results.get(request_id))
+            going_on = [
+                row
+                for row in going_on
+                if (advance := advances[row.request.request_id]).reason is None
+                and n_drawn < len(row.drafts)
+                and advance.token_ids[n_drawn] == row.drafts[n_drawn]
+            ]
+            n_drawn += 1
+        return advances
+
+    def _append(self, live: LiveRequest, advance: Advance, result: SampledToken | SampleFailed | None) -> None:
+        """Append what was drawn; nothing is told or ended yet."""
+        if not isinstance(result, SampledToken):
+            message = STEP_FAILED if result is None else result.message
+            advance.fail(message, is_refusal=result is not None and result.is_refusal)
+            return
+        if not live.request.output_token_ids:
+            advance.is_beginning = True
         if live.request.params.max_tokens == 0:  # the prompt was all that was asked for
-            self._deliver(live, TokenEvent("", (), (), prompt_logprobs))
-            self._end(live, "length")
+            advance.reason = "length"
             return
         try:
-            text, reason, stop = live.append(sampled.token_id, self._eos)
+            text, advance.reason, advance.stop = live.append(result.token_id, self._eos)
         except ConstraintFailed as error:
-            self._end(live, "error", error=str(error), is_refusal=True)
+            advance.fail(str(error), is_refusal=True)
             return
         except BaseException:  # noqa: BLE001 - one request's output must not end the others; a Rust panic is no Exception
-            _log.exception("request %s: its token %d could not be appended", live.request.request_id, sampled.token_id)
-            self._end(live, "error", error=STEP_FAILED)
+            _log.exception("request %s: its token %d could not be appended", live.request.request_id, result.token_id)
+            advance.fail(STEP_FAILED)
             return
-        logprobs = (sampled.logprobs,) if sampled.logprobs is not None else ()
-        self._deliver(live, TokenEvent(text, (sampled.token_id,), logprobs, prompt_logprobs))
-        if reason is not None:
-            self._end(live, reason, stop=stop)
+        advance.token_ids.append(result.token_id)
+        advance.text += text
+        if result.logprobs is not None:
+            advance.logprobs.append(result.logprobs)
+
+    def _tell(self, live: LiveRequest, advance: Advance, now: float) -> None:
+        """Deliver what a step gave a request, and end it if that was the end."""
+        request = live.request
+        if advance.error is None or advance.token_ids:
+            num_tokens, elapsed = len(advance.token_ids), now - live.last_token
+            if live.first_token is None:
+                live.first_token = now
+                self._metrics.first_token(now - request.arrival_time, len(request.prompt_token_ids))
+                num_tokens, elapsed = num_tokens - 1, 0.0
+            if num_tokens > 0:
+                self._metrics.inter_token(elapsed / num_tokens, num_tokens)
+            live.last_token = now
+            prompt_logprobs = tuple(request.prompt_logprobs) if advance.is_beginning else ()
+            self._deliver(
+                live, TokenEvent(advance.text, tuple(advance.token_ids), tuple(advance.logprobs), prompt_logprobs)
+            )
+        if advance.reason is not None:
+            self._end(live, advance.reason, stop=advance.stop, error=advance.error, is_refusal=advance.is_refusal)
 
     def _end(
         self,

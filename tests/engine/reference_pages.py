@@ -1,7 +1,7 @@
 """The KV pages again, slowly: a cached page *is* the tokens up to its end and what computed them, nothing is hashed,
 and who holds what is recomputed from plain lists at each question.
 
-Written from rule 10 atop server/engine/scheduling/scheduler.py and the text of prefix_cache.py.
+Written from rule 11 atop server/engine/scheduling/scheduler.py and the text of prefix_cache.py.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ class ReferencePages:
 
     def free(self, without: Collection[Holder] = ()) -> int:
         return self.num_pages - self.held_by([holder for holder in self.holders if holder not in without])
+
+    def empty(self) -> int:
+        """Pages that hold nothing."""
+        return self.num_pages - len(self.cached) - sum(one.own for one in self.holders)
 
     def content(self, holder: Holder, i: int) -> Content:
         return holder.root, tuple(holder.tokens[: (i + 1) * self.page_size])

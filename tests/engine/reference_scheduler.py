@@ -84,8 +84,18 @@ class Scan:
 
 
 class ReferenceScheduler:
-    def __init__(self, config: SchedulerConfig, slots: Slots, now: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        slots: Slots,
+        now: Callable[[], float] = lambda: 0.0,
+        guesses: Callable[[str], int] = lambda _name: 0,
+    ) -> None:
         self.config = config
+        self.guesses = guesses
+        """How many tokens a request that decodes would draft now."""
+        self.drafts: dict[str, int] = {}
+        """By request, how many it drafts in this step."""
         self.slots = slots
         self.now = now
         self.jobs: list[Job] = []
@@ -204,16 +214,19 @@ class ReferenceScheduler:
         job.party.started = self.n_started
         self.wants_no_more(job)
 
-    def commit(self, rows: list[Row], drawn: Mapping[str, int]) -> None:
-        """``drawn``: the token of each row that samples."""
+    def commit(self, rows: list[Row], accepted: Mapping[str, int], token: int) -> None:
+        """``accepted``: how many drafts of which row; ``token`` is what was drawn, every time."""
         for name, _start, count, _slots in rows:
             job = next(job for job in self.jobs if job.name == name)
-            job.computed += count
-            job.party.clock += max(0, job.computed - job.charged) / job.party.share
+            drafted, right = self.drafts.get(name, 0), accepted.get(name, 0)
+            job.computed += count - drafted + right
+            job.party.clock += (max(0, job.computed - job.charged) + drafted - right) / job.party.share
             job.charged = max(job.charged, job.computed)
+            if job.computed == job.tokens + right:
+                job.kv.tokens += [token] * (right + 1)
+            if drafted:
+                job.kv.own = self.kv.pages_for(job.computed) - len(job.kv.shown)
             self.kv.computed(job.kv, job.computed)
-            if job.computed == job.tokens:
-                job.kv.tokens.append(drawn[name])
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
@@ -238,9 +251,35 @@ class ReferenceScheduler:
         if express is None and not any_preempted:
             self.admit(counts, guarded, scan)
         self.pass_the_claim_on()
+        self.drafts = {} if express is not None else self.draft(counts, guarded)
+        self.seen["drafts"] += bool(self.drafts)
+        self.seen["drafts in a guarded step"] += bool(self.drafts) and guarded
         self.seen["express"] += express is not None
         self.seen["guarded"] += guarded
-        return [(job.name, job.computed, count, job.slots) for job, count in counts.items()]
+        return [
+            (job.name, job.computed, count + self.drafts.get(job.name, 0), job.slots) for job, count in counts.items()
+        ]
+
+    def draft(self, counts: dict[Job, int], guarded: bool) -> dict[str, int]:
+        if any(counts.get(job, 0) < job.left for job in self.running()):
+            return {}
+        config, used = self.config, sum(counts.values())
+        left = min(config.max_batch_tokens, config.drafts_up_to, config.tokens_if_guarded if guarded else used + 10**9)
+        left -= used
+        if left <= 0:
+            return {}
+        guessing = [job for job in self.running() if job.left == 1 and self.guesses(job.name) > 0]
+        drafts: dict[str, int] = {}
+        for i, job in enumerate(guessing):
+            most = min(self.guesses(job.name), left // (len(guessing) - i))
+            while most > 0 and self.kv.pages_for(job.computed + 1 + most) - job.kv.count > self.kv.empty():
+                most -= 1
+                self.seen["fewer drafts for want of pages"] += 1
+            if most > 0:
+                self.kv.grow(job.kv, self.kv.pages_for(job.computed + 1 + most))
+                drafts[job.name] = most
+                left -= most
+        return drafts
 
     def put_clocks_forward(self) -> None:
         hungry = [party.clock for party in self.active() if self.wants_more(party)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -33,6 +34,35 @@ class Workload:
     @property
     def requests(self) -> list[Request]:
         return [request for requests in self.arrivals.values() for request in requests]
+
+
+class Guesser:
+    """Drafts as many tokens as chance will have it, for a request that speculates."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.judged: list[tuple[int, int]] = []
+
+    def number(self, n_output: int) -> int:
+        return max(random.Random(f"{self.name} {n_output}").randint(-2, 7), 0)
+
+    def propose(self, prompt: Sequence[int], output: Sequence[int], limit: int) -> list[int]:
+        assert limit > 0
+        return [9] * min(self.number(len(output)), limit)
+
+    def judge(self, drafted: int, accepted: int) -> None:
+        self.judged.append((drafted, accepted))
+
+
+def speculating(workload: Workload, seed: int) -> Workload:
+    """Some of its requests speculate, in most of the workloads."""
+    rng = random.Random(f"drafts {seed}")
+    config = workload.config
+    workload.config = replace(config, drafts_up_to=rng.choice([0, 2, config.max_rows + 3, 100]))
+    for one in workload.requests:
+        if rng.random() < 0.7:
+            one.drafter = Guesser(one.request_id)
+    return workload
 
 
 def random_workload(seed: int, *, tenants: bool = False, cached: bool = False) -> Workload:
@@ -123,11 +153,19 @@ class Run:
         self.now = 0
         self.scheduler = Scheduler(workload.config, self.slots, clock=lambda: self.now)
         self.reference = ReferenceScheduler(
-            workload.config, FakeSlots(workload.max_slots, latency=workload.latency), lambda: self.now
+            workload.config, FakeSlots(workload.max_slots, latency=workload.latency), lambda: self.now, self.guesses
         )
         self.live: dict[str, Request] = {}
         self.ended: list[str] = []
         self.refused: list[str] = []
+
+    def guesses(self, request_id: str) -> int:
+        """So many that none of them is beyond the last token."""
+        one = self.live[request_id]
+        if not isinstance(one.drafter, Guesser):
+            return 0
+        n_output = len(one.output_token_ids)
+        return min(one.drafter.number(n_output), one.params.max_tokens - n_output - 1)
 
     def to_the_end(self) -> None:
         # Alone, one after the other, they would take this many steps; each may also wait for a few uploads.
@@ -178,13 +216,30 @@ class Run:
         rows: list[Row] = [(row.request.request_id, row.start, row.count, row.request.slots) for row in plan.rows]
         assert sorted(rows) == sorted(self.reference.schedule())
         self.check(plan)
-        sampling = [row.request for row in plan.rows if row.sample]
-        self.scheduler.commit(plan)
-        self.reference.commit(rows, {sampled.request_id: DRAWN for sampled in sampling})
-        for sampled in sampling:
-            sampled.output_token_ids.append(DRAWN)
-            if len(sampled.output_token_ids) == sampled.params.max_tokens:
-                self.end(sampled.request_id)
+        sampling = [row for row in plan.rows if row.sample]
+        drawn: dict[str, int] = {}
+        for row in plan.rows:
+            rng = random.Random(f"{row.request.request_id} {row.start}")
+            if row.drafts:
+                drawn[row.request.request_id] = rng.randint(0, len(row.drafts))
+        ended: list[str] = []
+        for row in sampling:
+            one = row.request
+            accepted = drawn.get(one.request_id, 0)
+            ends = accepted > 0 and random.Random(f"end {one.request_id} {row.start}").random() < 0.05
+            one.output_token_ids += [DRAWN] * (accepted + (not ends))  # a stop may be in the last accepted draft
+            if ends or len(one.output_token_ids) == one.params.max_tokens:
+                ended.append(one.request_id)
+        self.scheduler.commit(plan, drawn)
+        self.reference.commit(rows, drawn, DRAWN)
+        for row in plan.rows:
+            if row.drafts:
+                assert isinstance(row.request.drafter, Guesser)
+                assert row.request.drafter.judged.pop() == (len(row.drafts), drawn[row.request.request_id])
+        for one in self.scheduler.running():
+            assert len(one.pages) <= self.scheduler.pool.pages_for(max(one.num_computed, 1)), "a page of drafts is kept"
+        for request_id in ended:
+            self.end(request_id)
 
     def check(self, plan: StepPlan) -> None:
         config = self.workload.config
@@ -204,10 +259,15 @@ class Run:
             one = row.request
             assert row.count >= 1
             assert row.start == one.num_computed
-            assert row.start + row.count <= min(one.num_tokens, len(one.pages) * config.page_size)
+            assert row.start + row.count - len(row.drafts) <= one.num_tokens
+            assert row.start + row.count <= len(one.pages) * config.page_size
             for page in one.pages[row.start // config.page_size :]:
                 assert pool.users(page) == 1, "a page is written to that others read"
                 assert page not in pool.cache, "a page is written to that others may come to read"
+            if row.drafts:
+                assert row.sample
+                assert plan.num_tokens <= config.drafts_up_to
+                assert len(one.output_token_ids) + len(row.drafts) < one.params.max_tokens
             needed = needed_by(one)
             for slot, version in zip(one.slots, needed, strict=True):
                 assert version_in.setdefault(slot, version) == version, "two adapters on one slot"
@@ -242,6 +302,22 @@ def run_to_the_end(workload: Workload) -> Run:
 def test_random_workloads(block: int) -> None:
     for seed in range(block * 50, block * 50 + 50):
         run_to_the_end(random_workload(seed))
+
+
+def test_random_workloads_with_drafts() -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(200):
+        seen += run_to_the_end(speculating(random_workload(seed), seed)).reference.seen
+    assert seen["drafts"] >= 500, seen
+    assert seen["fewer drafts for want of pages"] >= 10, seen
+
+
+def test_drafts_of_several_tenants() -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(100):
+        seen += run_to_the_end(speculating(random_workload(seed, tenants=True), seed)).reference.seen
+    assert seen["drafts in a guarded step"] >= 100, seen
+    assert seen["express"] >= 50, seen
 
 
 def test_random_workloads_of_several_tenants() -> None:
@@ -288,6 +364,18 @@ def test_random_workloads_that_begin_alike(tenants: bool) -> None:
     rules += ["express", "guarded", "put forward"] if tenants else []
     assert min(seen[rule] for rule in rules) >= 20, seen
     assert not tenants or seen["preempted for a light one"] >= 5, seen
+
+
+@pytest.mark.parametrize("tenants", [False, True])
+def test_drafts_beside_a_prefix_cache(tenants: bool) -> None:
+    """Accepted drafts are cached, wrong ones never, and no cached page makes room for a guess."""
+    seen: Counter[str] = Counter()
+    for seed in range(100):
+        run = run_to_the_end(speculating(random_workload(seed, tenants=tenants, cached=True), seed))
+        assert run.scheduler.pool.num_evicted == run.reference.kv.n_evicted
+        seen += run.reference.seen
+    assert min(seen["drafts"], seen["started behind a prefix"]) >= 50, seen
+    assert seen["fewer drafts for want of pages"] >= 10, seen
 
 
 def test_the_workloads_hit_every_limit() -> None:

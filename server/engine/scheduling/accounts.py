@@ -2,8 +2,9 @@
 
 A tenant's clock shows the tokens that were computed for it, divided by its share (virtual token counters, Sheng et al.
 2024, with start-time fair queueing's rule for those who were away). A token counts once, however often a preemption has
-it computed, and not at all if it was found in the prefix cache. The clocks never go back, and they are put forward in
-two cases, so that nobody saves up for later:
+it computed (that is not its tenant's doing), and not at all if it was found in the prefix cache. To speculate is its
+tenant's doing: a draft counts whether it is accepted or not, and who guesses badly pays for it. The clocks never go
+back, and they are put forward in two cases, so that nobody saves up for later:
 
 - *On arrival*: to a tenant of which nothing waits, the time that it did not use is lost. Its clock becomes that of the
   least served of those who do want more, if it was behind; if nobody does, that of the most served one: what somebody
@@ -72,12 +73,11 @@ class Account:
             return True
         return self.num_missed < len(self.waiting)
 
-    def charge(self, entry: Entry) -> None:
-        """Count those of its tokens that have been computed for the first time."""
-        new = entry.request.num_computed - entry.charged
-        if new > 0:
-            self.clock += new / self.share
-            entry.charged = entry.request.num_computed
+    def charge(self, entry: Entry, num_rejected: int = 0) -> None:
+        """Count those of its tokens that have been computed for the first time, and drafts that were wrong."""
+        new = max(entry.request.num_computed - entry.charged, 0)
+        entry.charged += new
+        self.clock += (new + num_rejected) / self.share
 
     def tokens_ahead(self) -> int:
         """Tokens of prompts that wait or are being computed."""

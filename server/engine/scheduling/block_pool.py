@@ -36,6 +36,11 @@ class BlockPool:
         return len(self._free) + len(self._idle)
 
     @property
+    def num_empty(self) -> int:
+        """Pages that hold nothing."""
+        return len(self._free)
+
+    @property
     def num_used(self) -> int:
         return self.num_pages - self.num_free
 

@@ -1,5 +1,5 @@
 """The KV pages of the scheduler's requests: what a request finds cached when it starts, what it takes as it goes on,
-what it leaves for others (rule 10 in scheduler.py). Torch-free; only the step-loop thread calls it."""
+what it leaves for others (rule 11 in scheduler.py). Torch-free; only the step-loop thread calls it."""
 
 from __future__ import annotations
 

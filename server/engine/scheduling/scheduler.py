@@ -6,7 +6,7 @@ Torch-free. Rules 1 to 5 are for the requests of one tenant; on a server with on
    one token each, then those still prefilling, as many tokens as the budget leaves.
 2. **Memory.** A running request that needs a page and finds none preempts the least important running one (perhaps
    itself), which gives up pages and slot and waits at the front of its priority. It will be computed again, prompt and
-   output alike, but for what is still cached then (rule 10). The most important one is never preempted and each fits
+   output alike, but for what is still cached then (rule 11). The most important one is never preempted and each fits
    alone (checked at submission), so there is always progress. A step that preempted admits nobody.
 3. **Admission**, in the order of *priority, preempted before new, fair tag, submission*. It stops at the first request
    that does not fit into rows, budget or memory, so that a large request is not starved by small ones behind it.
@@ -58,11 +58,16 @@ Between tenants (a request's priority means nothing here; clocks and shares are 
    ``reserved_rows`` are left free for light requests, so that these rarely need to preempt.
 9. **Dear prompts.** A prompt whose tokens are scored (``prompt_logprobs``) is computed in chunks of 64 tokens at most
    (step_draft.py) while others run.
+10. **Drafts** (drafts.py). A decoding row whose request speculates computes guesses at its next tokens, too, with what
+    nobody else wants of the step: not in an express step, nor while a decoding row rests or a prompt is not finished
+    with the step; up to ``drafts_up_to`` tokens in all, to ``guarded_tokens`` in a guarded step; in pages that hold
+    nothing. They are never the reason for a preemption: after the step, pages that hold no accepted token are given
+    back, so that a request then has those that it would have without drafts.
 
 And with a prefix cache (``prefix_cache``; what may be shared, and why it is never the wrong page, is in
 prefix_cache.py):
 
-10. **Cached prefixes.** A page that a committed step has filled is cached, prompt and output alike, and stays so when
+11. **Cached prefixes.** A page that a committed step has filled is cached, prompt and output alike, and stays so when
     its last user lets it go, until its place is needed: pages that hold nothing are taken first, then the least
     recently used of those that nobody uses, whoever filled them. So a cached page without a user counts as free in rule
     2 and in every count of free pages, and one with a user is never taken. A request that starts, for the first time or
@@ -96,7 +101,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import count
@@ -105,6 +110,7 @@ from manylora.adapters.errors import AdapterError
 from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.request import Request, RequestState, StepPlan
 from manylora.server.engine.scheduling.accounts import Accounts
+from manylora.server.engine.scheduling.drafts import add_drafts, settle_drafts
 from manylora.server.engine.scheduling.kv_pages import KvPages
 from manylora.server.engine.scheduling.preemption import Room, in_the_way, least_important
 from manylora.server.engine.scheduling.queue_entry import Entry, Rank, needed_adapters
@@ -217,16 +223,28 @@ class Scheduler:
         if step.express is None and self.counts.preemptions == preempted:
             self._admit(step)
         self._slot_turns.end_step(self._accounts)
+        if self.config.drafts_up_to:
+            add_drafts(step, self._running, self.pool)
         # ``sorted`` is stable: within a slot, decoding rows stay before prefilling ones.
         rows = sorted(step.rows.values(), key=lambda row: (row.request.merged is not None, row.request.slots))
         return StepPlan(tuple(rows))
 
-    def commit(self, plan: StepPlan) -> None:
-        """Record that the step's tokens have been computed; to be called before what it sampled is appended."""
+    def commit(self, plan: StepPlan, accepted: Mapping[str, int] | None = None) -> None:
+        """Record that the step's tokens have been computed; to be called before any of its requests is finished.
+
+        ``accepted``: by request id, how many of a row's drafts were drawn, one after the other from the first; these
+        have been appended. ``num_computed`` then counts them and nothing that was guessed wrong: what lies in the pages
+        behind it is garbage that the next step overwrites, and may not be shared.
+        """
         for row in plan.rows:
-            row.request.num_computed += row.count
-            entry = self._entries[row.request.request_id]
-            entry.account.charge(entry)
+            request = row.request
+            entry = self._entries[request.request_id]
+            num_accepted = (accepted or {}).get(request.request_id, 0)
+            num_rejected = len(row.drafts) - num_accepted
+            request.num_computed += row.count - num_rejected
+            entry.account.charge(entry, num_rejected)
+            if row.drafts:
+                settle_drafts(row, num_accepted, self.pool)
             self.kv.computed(entry)
 
     def take_failed(self) -> list[tuple[Request, str]]:

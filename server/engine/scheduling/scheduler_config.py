@@ -16,9 +16,11 @@ class SchedulerConfig:
 
     ``guarded_tokens``: rule 8's tokens of prompts in a step; None for an eighth of ``max_batch_tokens``. The fewer, the
     sooner a request of another tenant is begun, and the less is gained by computing many tokens at once.
+    ``drafts_up_to``: rule 10's tokens of a step; 0: no speculation. A step of few tokens takes hardly longer for some
+    more, as long as it waits for the weights to be read; how many, depends on the device.
     ``reserved_rows``: rule 8's rows; None for one in 32. ``lately_s``: for how many seconds a tenant is expected back.
 
-    ``prefix_cache``: rule 10. Off unless it is asked for: the server's own default is in ``server.config``.
+    ``prefix_cache``: rule 11. Off unless it is asked for: the server's own default is in ``server.config``.
     """
 
     max_rows: int = 32
@@ -32,6 +34,7 @@ class SchedulerConfig:
     reserved_rows: int | None = None
     lately_s: float = 60.0
     prefix_cache: bool = False
+    drafts_up_to: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_batch_tokens", "num_pages", "page_size", "max_context", "max_waiting"):
@@ -39,6 +42,8 @@ class SchedulerConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_overtake < 0:
             raise ValueError(f"max_overtake must not be negative, got {self.max_overtake}")
+        if self.drafts_up_to < 0:
+            raise ValueError(f"drafts_up_to must not be negative, got {self.drafts_up_to}")
         if self.max_batch_tokens < self.max_rows:
             raise ValueError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_rows ({self.max_rows}), so that "

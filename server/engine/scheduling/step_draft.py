@@ -32,6 +32,7 @@ class StepDraft:
         self._tokens_of: Counter[str] = Counter()
         self._num_tokens = 0
         self._guarded = config.tokens_if_guarded
+        self._drafts_up_to = config.drafts_up_to
         self._decoding: set[Entry] | None = None
 
     def expect_starts(self, claimant: Account | None) -> None:
@@ -71,6 +72,25 @@ class StepDraft:
     def add(self, entry: Entry, count: int) -> None:
         self.rows[entry.request] = ScheduledRow(entry.request, entry.request.num_computed, count)
         self._count(entry, count)
+
+    def speculate(self, entry: Entry, drafts: Sequence[int]) -> None:
+        """Give a decoding row of the step drafts, too."""
+        request = entry.request
+        self.rows[request] = ScheduledRow(request, request.num_computed, 1 + len(drafts), tuple(drafts))
+        self._count(entry, len(drafts))
+
+    @property
+    def room_for_drafts(self) -> int:
+        """Tokens that nobody else wants: none in an express step, or while anybody rests or has a prompt left."""
+        if self.express is not None:
+            return 0
+        for account in self.shares.active:
+            for entry in account.running:
+                row = self.rows.get(entry.request)
+                if row is None or row.count < entry.num_left:
+                    return 0
+        allowed = min(self.budget, self._drafts_up_to - self._num_tokens)
+        return min(allowed, self._guarded - self._num_tokens) if self.shares.is_guarded else allowed
 
     def drop(self, entry: Entry) -> None:
         row = self.rows.pop(entry.request, None)
