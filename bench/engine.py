@@ -65,7 +65,7 @@ class Ours:
             model=str(workload / "model"),
             adapters=adapters,
             served_model_name="base",
-            engine=EngineConfig(max_context=1024, max_rows=32),
+            engine=EngineConfig(max_context=1024, max_rows=32, prefix_cache=False),
         )
         self._config = config
         self._running = build(config, progress=False)

@@ -129,7 +129,7 @@ def main() -> None:
         model=str(options.workload / "model"),
         served_model_name="base",
         adapters=(AdapterSpec(NAME, str(options.workload / "adapters" / NAME)),),
-        engine=EngineConfig(max_context=1024, max_rows=32),
+        engine=EngineConfig(max_context=1024, max_rows=32, prefix_cache=False),
     )
     running = build(config)
     load_adapters(running, config)

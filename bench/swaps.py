@@ -260,6 +260,7 @@ def main() -> None:
                 max_rows=STEADY + CLIENTS,
                 max_device_adapters=options.slots,
                 max_host_adapters=options.host,
+                prefix_cache=False,
             ),
         )
         running = build(config)

@@ -94,12 +94,12 @@ class _Rows:
                 for _, accumulator in self._each():
                     b.store(constant(0.0), accumulator)
 
-    def multiply(self, position: Value, vectors: Sequence[Value], tile: int = 0) -> None:
-        """Add x[position] times the weights of that position (two vectors a tile, those of ``tile`` first)."""
+    def multiply(self, position: Value, vectors: Sequence[Value]) -> None:
+        """Add x[position] times the weights of that position (two vectors a tile)."""
         b = self._b
         for row, accumulators in zip(self._x, self._acc, strict=True):
             factor = splat(b, load(b, b.add(row, b.mul(position, i64(4))), F32, 4))
-            for accumulator, weights in zip(accumulators[2 * tile :], vectors, strict=False):
+            for accumulator, weights in zip(accumulators, vectors, strict=True):
                 b.store(b.call(self._fma, [factor, weights, b.load(accumulator)]), accumulator)
 
     def finish(self) -> None:
@@ -151,25 +151,24 @@ def _shuffle(b: Builder, left: Value, right: Value, mask: list[int]) -> Value:
     return b.shuffle_vector(left, right, ir.Constant(ir.VectorType(I32, len(mask)), mask))
 
 
-def _nf4_pair(b: Builder, address: Value, tables: list[Value], pair: int) -> list[tuple[Value, Value]]:
-    """The codes of two positions (the first two of a quad, or the last two) and 16 outputs, whose quad's 32 bytes lie
-    at ``address``: fp32, two vectors a position.
+def _nf4_quad(b: Builder, address: Value, tables: list[Value]) -> list[tuple[Value, Value]]:
+    """The codes of the four positions and 16 outputs whose 32 bytes lie at ``address``: fp32, two vectors a position.
 
     Four byte look-ups and two levels of interleaving give 32 exact codes: about three shuffles for eight weights.
     """
     pshufb = function(b, "llvm.x86.avx2.pshuf.b", V32B, V32B, V32B)
+    low_nibble = ir.Constant(V32B, [15] * 32)
     codes = load(b, address, V32B, 1)
-    if pair:
-        codes = b.bitcast(b.lshr(b.bitcast(codes, V16S), ir.Constant(V16S, [4] * 16)), V32B)
-    nibbles = b.and_(codes, ir.Constant(V32B, [15] * 32))
-    planes = [b.call(pshufb, [table, nibbles]) for table in tables]
+    shifted = b.bitcast(b.lshr(b.bitcast(codes, V16S), ir.Constant(V16S, [4] * 16)), V32B)
     positions = []
-    for high_bytes in (False, True):
-        mask = _unpack(32, high_bytes)
-        low16 = b.bitcast(_shuffle(b, planes[0], planes[1], mask), V16S)
-        high16 = b.bitcast(_shuffle(b, planes[2], planes[3], mask), V16S)
-        left, right = (b.bitcast(_shuffle(b, low16, high16, _unpack(16, high)), V8F) for high in (False, True))
-        positions.append((left, right))
+    for nibbles in (b.and_(codes, low_nibble), b.and_(shifted, low_nibble)):
+        planes = [b.call(pshufb, [table, nibbles]) for table in tables]
+        for high_bytes in (False, True):
+            mask = _unpack(32, high_bytes)
+            low16 = b.bitcast(_shuffle(b, planes[0], planes[1], mask), V16S)
+            high16 = b.bitcast(_shuffle(b, planes[2], planes[3], mask), V16S)
+            left, right = (b.bitcast(_shuffle(b, low16, high16, _unpack(16, high)), V8F) for high in (False, True))
+            positions.append((left, right))
     return positions
 
 
@@ -187,8 +186,7 @@ def decode_nf4(typingctx, packed, absmax, out, out_stride, quads):
         scales = [load(b, offset(b, absmax, 32 * v), V8F, 4) for v in range(2)]
         with cgutils.for_range(b, quads, intp=I64) as loop:
             row = b.add(out, b.mul(loop.index, b.mul(out_stride, i64(4))))
-            quad = b.add(packed, b.mul(loop.index, i64(32)))
-            for vectors in (*_nf4_pair(b, quad, tables, 0), *_nf4_pair(b, quad, tables, 1)):
+            for vectors in _nf4_quad(b, b.add(packed, b.mul(loop.index, i64(32))), tables):
                 for half, codes in enumerate(vectors):
                     store(b, b.fmul(codes, scales[half]), offset(b, row, 32 * half), 4)
                 row = b.add(row, out_stride)
@@ -198,12 +196,7 @@ def decode_nf4(typingctx, packed, absmax, out, out_stride, quads):
 
 
 def _fused_nf4(rows: int, tiles: int) -> Callable[..., Any]:
-    """Few rows: the weights go from the decode straight into the multiply, never through memory.
-
-    Two positions of one tile at a time, with a fence between them that no instruction is made of: left to itself, LLVM
-    decodes all of a quad first, and then spills accumulators and codes, which costs more than the decoding. For the
-    same reason the block's scales are read where they are used.
-    """
+    """Few rows: the weights go from the decode straight into the multiply, never through memory."""
 
     @intrinsic
     def fused(
@@ -218,17 +211,15 @@ def _fused_nf4(rows: int, tiles: int) -> Callable[..., Any]:
             scales = [b.add(absmax, b.mul(absmax_bytes, i64(t))) for t in range(tiles)]
             with cgutils.for_range(b, blocks, intp=I64) as block:
                 at = b.mul(block.index, i64(64))
+                factors = [load(b, offset(b, b.add(s, at), 32 * v), V8F, 4) for s in scales for v in range(2)]
                 first = b.mul(block.index, quads)
                 with cgutils.for_range(b, quads, intp=I64) as loop:
                     quad = b.add(first, loop.index)
-                    for pair in range(2):
-                        for t in range(tiles):
-                            decoded = _nf4_pair(b, b.add(weights[t], b.mul(quad, i64(32))), tables, pair)
-                            factors = [load(b, offset(b, b.add(scales[t], at), 32 * v), V8F, 4) for v in range(2)]
-                            for i, codes in enumerate(decoded):
-                                scaled = [b.fmul(code, factor) for code, factor in zip(codes, factors, strict=True)]
-                                state.multiply(b.add(b.mul(quad, i64(4)), i64(2 * pair + i)), scaled, tile=t)
-                            b.fence("acq_rel", targetscope="singlethread")
+                    decoded = [_nf4_quad(b, b.add(w, b.mul(quad, i64(32))), tables) for w in weights]
+                    for i in range(4):
+                        codes = [vector for tile in decoded for vector in tile[i]]
+                        scaled = [b.fmul(code, factor) for code, factor in zip(codes, factors, strict=True)]
+                        state.multiply(b.add(b.mul(quad, i64(4)), i64(i)), scaled)
             state.finish()
             return context.get_dummy_value()
 
