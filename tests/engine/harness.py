@@ -70,7 +70,7 @@ async def running(setup: Setup) -> AsyncIterator[Setup]:
 
 
 def go(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(main, timeout=60))
+    asyncio.run(asyncio.wait_for(main, timeout=200))
 
 
 async def events_of(stream: RequestStream) -> list[Event]:

@@ -72,6 +72,7 @@ class Merged:
 
     decoder: Decoder
     graphs: Any = None
+    identity: int = 1
 
     def release(self) -> None: ...
 
@@ -288,6 +289,22 @@ def test_preemption_in_the_middle(model: Model, seed: int) -> None:
     assert without.preemptions > 0
     assert drafting.preemptions > 0
     assert drafting.accepted > 0
+
+
+@pytest.mark.parametrize("pages", [120, 40], ids=["much memory", "little memory"])
+def test_beside_a_prefix_cache(model: Model, pages: int) -> None:
+    """Everything is asked twice, the second time as a next turn: what accepted drafts left in the cache is what the
+    tokens would have left there."""
+    first = everybody(model, 11)
+    without = run(model, first)
+    turns = [
+        replace(one, prompt=[*one.prompt, *tokens, 5, 6, 7]) for one, tokens in zip(first, without.tokens, strict=True)
+    ]
+    plain = run(model, [*first, *turns])
+    cached = run(model, [*first, *turns], liars(plain, 2, lies=15), num_pages=pages, prefix_cache=True)
+    assert [(t, replace(finish, cached_tokens=0)) for t, finish in cached.answers] == plain.answers
+    assert cached.accepted > 0
+    assert sum(finish.cached_tokens for _, finish in cached.answers) > 0
 
 
 def test_an_abort_in_the_middle(model: Model) -> None:
