@@ -294,7 +294,8 @@ def application(tmp_path: Path) -> Iterator[str]:
 
     engine.script = two_at_a_time
     config = ApiConfig(adapter_roots=(tmp_path,), upload_dir=tmp_path / "uploads")
-    server = uvicorn.Server(uvicorn.Config(create_app(serving, config), port=0, log_level="error"))
+    # uvicorn's own configuration of logging would outlive the test.
+    server = uvicorn.Server(uvicorn.Config(create_app(serving, config), port=0, log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
