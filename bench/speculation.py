@@ -219,7 +219,9 @@ def main() -> None:
     if model is None:
         parser.error("the demo base is not installed")
     logging.basicConfig(level=logging.WARNING)
-    config = ServeConfig(model=model, adapter_dir=ADAPTERS, engine=EngineConfig(max_rows=32, max_context=1024))
+    config = ServeConfig(
+        model=model, adapter_dir=ADAPTERS, engine=EngineConfig(max_rows=32, max_context=1024, prefix_cache=False)
+    )
     running = build(config, progress=False)
     load_adapters(running, config)
     results = ResultsFile("speculation", note=options.note, model=Path(model).name)
