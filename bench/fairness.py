@@ -7,8 +7,8 @@ A real server with two tenants of equal shares, on the demo base unless ``--mode
 ``--`` goes to ``manylora serve``. *probe* sends one request a second, somewhere within the second, and reads the time
 from sending it to its first event; *flood*, a process of its own, keeps 200 requests open (64 tokens in, 64 out)
 all the time. Idle and flooded take turns (idle, flood, flood, idle, ...), and the ratio of the p95s is the
-median of the rounds'. The server's very first flood counts like any other. Prompts are random token ids, no two alike.
-Appends a JSON line for each prompt length to bench/results/fairness.jsonl.
+median of the rounds'. The server's very first flood counts like any other. Prompts are random token ids, and
+nothing comes from a prefix cache. Appends a JSON line for each prompt length to bench/results/fairness.jsonl.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def server(model: str, flags: list[str]) -> Iterator[tuple[int, dict[str, str]]]
         keys = {name: add_key(tenants, name, {"adapters": ["*"]}) for name in ("flood", "probe")}
         log = Path(folder) / "log"
         command = [str(Path(sys.executable).parent / "manylora"), "serve", "--model", model, "--port", "0"]
-        command += ["--served-model-name", "base", "--keys", str(tenants), *flags]
+        command += ["--served-model-name", "base", "--keys", str(tenants), "--prefix-cache", "off", *flags]
         environment = {**os.environ, "XDG_STATE_HOME": folder}
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
