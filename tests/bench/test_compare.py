@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-sys.path.insert(0, str(BENCH))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 import compare
 from workload import Case
 
+PEERS = Path(compare.__file__).parent / "peers"
 RESIDENT = f"""
 import sys, time
-sys.path.insert(0, {str(BENCH / "peers")!r})
+sys.path.insert(0, {str(PEERS)!r})
 import resident
 def start():
     print("libraries print what they like")
@@ -58,7 +58,7 @@ def test_a_system_is_asked_and_stopped_in_between(system: compare.System, tmp_pa
 def test_a_system_that_ends_says_so(system: compare.System) -> None:
     with pytest.raises(RuntimeError, match="exit code 3"):
         system.measure(Case(8, 0))
-    with pytest.raises(RuntimeError, match="a peer has ended|exit code 3"):
+    with pytest.raises(RuntimeError, match=r"a peer has ended|exit code 3"):
         system.measure(Case(1, 0))
     system.end()
 
