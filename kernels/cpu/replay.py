@@ -16,7 +16,7 @@ import torch
 from manylora.kernels.cpu.threads import Recording, recorded
 
 _KEPT = 48
-"""Recordings of a thread; one is about 100 KiB. A server's steps have few shapes, each for many steps."""
+"""Recordings of a thread; one is about 100 KiB and its inputs. A server has steps of few shapes, many of each."""
 
 
 class Recordings(threading.local):
