@@ -16,7 +16,7 @@ import torch
 from manylora.kernels.cpu.threads import Recording, recorded
 
 _KEPT = 48
-"""Recordings of a thread; one is about 100 KiB. A server's steps have few shapes, each for many steps."""
+"""Recordings of a thread; one is about 100 KiB and its inputs. A server has steps of few shapes, many of each."""
 
 
 class Recordings(threading.local):
@@ -32,8 +32,7 @@ class Recordings(threading.local):
     ) -> torch.Tensor:
         """``compute(inputs)`` writes its result into the first input, by queued kernels only; a copy of that.
 
-        ``key`` stands for everything but the inputs' values that ``compute`` depends on, their shapes too. Of an input
-        that is smaller than it was when the key was recorded, the rest stays as it is.
+        ``key`` stands for everything but the inputs' values that ``compute`` depends on, their shapes too.
         """
         found = self._kept.get(key)
         if found is None:
@@ -42,7 +41,7 @@ class Recordings(threading.local):
             self._kept.move_to_end(key)
             own, recording = found
             for there, value in zip(own, inputs, strict=True):
-                (there if there.shape == value.shape else there[tuple(map(slice, value.shape))]).copy_(value)
+                there.copy_(value)
             if recording is None:
                 compute(own)
             else:

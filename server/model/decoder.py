@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,12 +15,10 @@ from manylora.server.model.families import ModelSpec
 from manylora.server.model.forward_batch import ForwardBatch
 from manylora.server.model.kv_cache import KVCache
 from manylora.server.model.linear import SiteLinear
+from manylora.server.model.recorded_shape import MOST_TOKENS, RecordedShape
 
 if TYPE_CHECKING:
     from manylora.kernels.cpu.replay import Recordings
-
-_TABLE_STEP: Final = 16
-"""Page tables of recorded steps are made wider in such steps: a recording lasts for 256 tokens of the longest row."""
 
 
 class _Layer:
@@ -87,33 +84,25 @@ class Decoder:
         return x
 
     def _may_be_recorded(self, batch: ForwardBatch) -> bool:
-        """A decode step, whose shape comes again, of adapters with pairs alone: what gains and biases need is laid out
-        on the host for each step."""
-        if batch.token_ids.numel() != batch.sequences.contexts.numel():
+        """A step of few tokens, of adapters with pairs alone: what gains and biases need is laid out on the host for
+        each step."""
+        if batch.token_ids.numel() > MOST_TOKENS:
             return False
         return batch.lora is None or self.lora is None or not self.lora.has_vectors(batch.lora)
 
     def _recorded(self, recordings: Recordings, x: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
-        sequences, lora = batch.sequences, batch.lora if self.lora is not None else None
-        tables = sequences.tables
-        width = -(-tables.shape[1] // _TABLE_STEP) * _TABLE_STEP
-        # The cache itself, not its address: a recording keeps the pages that it writes to.
-        key = cache, x.shape[0], width, None if lora is None else (lora.rows.numel(), len(lora.slot_list))
-        inputs = [x, sequences.starts, sequences.contexts, sequences.positions, tables]
-        if lora is not None:
-            inputs += [lora.rows, lora.scales, lora.slots, lora.offsets]
+        shape = RecordedShape.of(batch.sequences, batch.lora if self.lora is not None else None)
 
         def compute(own: Sequence[torch.Tensor]) -> None:
-            # As wide as the tables of any step with this key will be.
-            own[4].resize_(tables.shape[0], width)
-            own[4][:, : tables.shape[1]] = tables
+            sequences, segments = shape.rebuilt(own[1:], batch.lora)
             adapters = None
-            if lora is not None and self.lora is not None:
-                segments = replace(lora, rows=own[5], scales=own[6], slots=own[7], offsets=own[8])
+            if segments is not None and self.lora is not None:
                 adapters = self.lora.route(segments, x.shape[0])
-            self._compute(own[0], PagedSequences(own[1], own[2], own[4], own[3]), adapters, cache)
+            self._compute(own[0], sequences, adapters, cache)
 
-        return recordings.run(key, inputs, compute)
+        # The cache itself, not its address: a recording keeps the pages that it writes to.
+        inputs = shape.inputs(batch.sequences, batch.lora)
+        return recordings.run((cache, shape), [x, *inputs], compute)
 
     # --- the weights, dequantised: on any thread, beside the step loop ---------------------------------------------
 

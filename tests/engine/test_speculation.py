@@ -16,6 +16,7 @@ import torch
 
 from manylora.adapters.versions import AdapterRef
 from manylora.kernels.cpu import available
+from manylora.kernels.cpu.replay import Recordings
 from manylora.kernels.lora import BatchedLora
 from manylora.kernels.lora_pool import LoraPool
 from manylora.server.engine.constraint import Grammar
@@ -305,6 +306,33 @@ def test_beside_a_prefix_cache(model: Model, pages: int) -> None:
     assert [(t, replace(finish, cached_tokens=0)) for t, finish in cached.answers] == plain.answers
     assert cached.accepted > 0
     assert sum(finish.cached_tokens for _, finish in cached.answers) > 0
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["no prefix cache", "prefix cache"])
+def test_steps_with_drafts_are_run_from_recordings(model: Model, monkeypatch: pytest.MonkeyPatch, cached: bool) -> None:
+    """With the bits of steps that are queued anew, log-probabilities among them."""
+    asked = everybody(model, 60)
+    asked += [replace(one, prompt=[*one.prompt, 9, 9]) for one in asked]
+    without = run(model, asked, prefix_cache=cached)
+    hits = 0
+    record = Recordings.run
+
+    def watched(self: Recordings, *of_a_step: Any) -> torch.Tensor:
+        nonlocal hits
+        before = self.hits
+        result = record(self, *of_a_step)
+        hits += self.hits - before
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Recordings, "run", watched)
+        recorded = run(model, asked, liars(without, 5), prefix_cache=cached)
+    monkeypatch.setattr(Decoder, "_may_be_recorded", lambda self, batch: False)
+    queued = run(model, asked, liars(without, 5), prefix_cache=cached)
+    assert recorded.answers == queued.answers
+    assert recorded.tokens == without.tokens
+    # More than there are computations without drafts: two decoders, the base's and the merged one.
+    assert hits > 2 * sum(not any(row.drafts for row in plan.rows) for plan in recorded.plans)
 
 
 def test_an_abort_in_the_middle(model: Model) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from typing import Any
 
@@ -20,6 +21,7 @@ from manylora.server.model.decoder import Decoder
 from manylora.server.model.decoder_weights import DecoderWeights
 from manylora.server.model.forward_batch import ForwardBatch
 from manylora.server.model.kv_cache import KVCache
+from manylora.server.model.recorded_shape import MOST_TOKENS
 from manylora.server.model.synthetic import synthetic_adapter, synthetic_base, synthetic_spec
 
 if not available():
@@ -60,10 +62,12 @@ def plain(model: Model) -> Model:
     return model
 
 
-def rows(contexts: list[int], slots: list[tuple[int, ...]], *, count: int = 1, first_page: int = 0) -> StepPlan:
-    """Each row computes the last ``count`` tokens of its context; pages are in no order."""
+def rows(
+    contexts: list[int], slots: list[tuple[int, ...]], *, counts: list[int] | None = None, first_page: int = 0
+) -> StepPlan:
+    """Each row computes the last token of its context, or ``counts`` of them; pages are in no order."""
     found, page = [], first_page
-    for i, (context, own) in enumerate(zip(contexts, slots, strict=True)):
+    for i, (context, own, count) in enumerate(zip(contexts, slots, counts or [1] * len(slots), strict=True)):
         request = Request(f"r{i}", [(7 * i + 3 * j) % 320 for j in range(context)], SamplingParams())
         n = -(-context // 16)
         request.pages = list(range(page + n - 1, page - 1, -1))
@@ -88,10 +92,12 @@ STEPS = [
 
 
 def prefill(model: Model, plan: StepPlan) -> None:
-    """Keys and values of what a step's rows have behind them."""
+    """Keys and values of what a step's rows have behind them, without recordings."""
+    recordings, model.decoder._recordings = model.decoder._recordings, None
     for row in plan.rows:
         before = ScheduledRow(row.request, 0, row.start)
         model.hidden(build_batch(StepPlan((before,))))
+    model.decoder._recordings = recordings
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -110,6 +116,79 @@ def test_the_same_bits_as_without(threads: int) -> None:
         assert recording.hits >= len(STEPS), "the second time each shape is known"
     finally:
         torch.set_num_threads(before)
+
+
+def agree(recording: Model, other: Model, plan: StepPlan) -> None:
+    """The same last layer's outputs, keys and values."""
+    expected = other.hidden(build_batch(plan))
+    assert torch.isfinite(expected).all()
+    assert torch.equal(recording.hidden(build_batch(plan)), expected)
+    for ours, theirs in zip(recording.cache.layers, other.cache.layers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+PARTS: dict[str, list[tuple[list[int], list[tuple[int, ...]]]]] = {
+    # Each a step of eight tokens: of how many each row, and with which adapters.
+    "base": [([1] * 8, [()] * 8), ([5, 3], [()] * 2), ([8], [()]), ([1, 5, 1, 1], [()] * 4), ([2] * 4, [()] * 4)],
+    "one adapter": [([1] * 8, [(0,)] * 8), ([5, 3], [(), (1,)]), ([5, 3], [(1,), ()]), ([8], [(0,)]),
+                    ([1, 4, 3], [(), (1,), (1,)]), ([3, 1, 4], [(1,), (), ()])],
+    "two adapters": [([1] * 8, [(0,), (1,)] * 4), ([5, 3], [(0,), (1,)]), ([3, 5], [(1,), (2,)]),
+                     ([1, 6, 1], [(2,), (), (0,)]), ([7, 1], [(0,), (2,)])],
+    "several of a row": [([1] * 8, [(0, 1)] * 8), ([5, 3], [(0, 1), ()]), ([3, 5], [(1,), (0, 1)]), ([8], [(1, 2)])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("adapters", PARTS)
+def test_steps_of_as_many_tokens_share_recordings(adapters: str) -> None:
+    """However the tokens are divided among rows and adapters, in any order of such steps."""
+    rng = random.Random(adapters)
+    recording, other = Model(), plain(Model())
+    kinds = PARTS[adapters]
+    order = rng.sample(kinds, len(kinds)) + rng.choices(kinds, k=12)
+    for counts, slots in order:
+        plan = rows([count + rng.randrange(1, 60) for count in counts], slots, counts=counts)
+        for model in (recording, other):
+            prefill(model, plan)
+        agree(recording, other, plan)
+    assert recording.hits == len(order) - 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_that_grow_leave_and_join(seed: int) -> None:
+    """Sequences that decode, draft (a part of which is thrown away) and begin, as a server's do, every step against one
+    that is queued; one of them grows beyond the width of a recorded table."""
+    rng = random.Random(seed)
+    recording, other = Model(), plain(Model())
+    free = [list(range(i * 20, i * 20 + 20)) for i in range(10)]  # pages of as many sequences
+    running: list[tuple[Request, int]] = []
+    for number in range(60):
+        if free and rng.random() < (0.9 if number < 6 else 0.3):
+            request = Request(f"r{number}", [rng.randrange(320) for _ in range(320)], SamplingParams())
+            request.pages = free.pop()
+            request.slots = rng.choice([(), (), (0,), (1,), (2,), (0, 1), (2, 0)])
+            request.adapters = tuple(AdapterUse(AdapterRef(f"a{s}", f"{s:064d}"), 0.5 + s) for s in request.slots)
+            start = rng.choice([0, 0, 250])
+            if start:
+                for model in (recording, other):
+                    prefill(model, StepPlan((ScheduledRow(request, start, 1),)))
+            running.append((request, start))
+        if not running:
+            continue
+        stepped: list[ScheduledRow] = []
+        for request, start in running:
+            count = rng.randrange(2, 12) if start == 0 else rng.choice([0, 1, 1, 1, 2, 3, 5])
+            if count:
+                stepped.append(ScheduledRow(request, start, count))
+        if not stepped:
+            continue
+        agree(recording, other, StepPlan(tuple(sorted(stepped, key=lambda row: row.request.slots))))
+        advanced = {row.request: row.start + rng.randint(1, row.count) for row in stepped}
+        running = [(request, advanced.get(request, start)) for request, start in running]
+        for request, start in running:
+            if start > 300 or rng.random() < 0.08:
+                free.append(request.pages)
+        running = [(request, start) for request, start in running if request.pages not in free]
+    assert recording.hits > 5
 
 
 def test_a_result_is_not_written_over_by_the_next_step() -> None:
@@ -156,7 +235,8 @@ def test_an_adapter_that_was_replaced_is_read_anew() -> None:
 def test_what_cannot_be_recorded_is_computed_all_the_same(what: str) -> None:
     kind = "torch" if what == "torch adapters" else "cpu"
     recording, other = Model(kind), plain(Model(kind))
-    plan = rows([30, 17], [(3,) if what == "gains" else (0,), (1,)], count=5 if what == "prompt" else 1)
+    counts = [MOST_TOKENS, 1] if what == "prompt" else [1, 2]
+    plan = rows([90, 17], [(3,) if what == "gains" else (0,), (1,)], counts=counts)
     for model in (recording, other):
         prefill(model, plan)
     expected = other.hidden(build_batch(plan))
