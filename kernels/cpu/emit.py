@@ -234,7 +234,7 @@ def _permute_16(b: Builder, table: Value, index: Value) -> Value:
                 b.icmp_signed("<", b.shl(own, ir.Constant(V8I, [28] * 8)), ir.Constant(V8I, [0] * 8)), above, below
             )
         )
-    return _shuffle(b, *found, low + high)
+    return _shuffle(b, found[0], found[1], low + high)
 
 
 _nf4_group = _nf4_quad if TARGET.nf4_group == 4 else _nf4_octet

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 
 _LABEL = re.compile(r"^([.\w$]+):")
-_STACK = re.compile(r"\((%rsp|%rbp)|\[(rsp|rbp)\b")
+_STACK = re.compile(r"\(%rsp")
+"""rbp holds no frame in what numba compiles: it is a register like others."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,5 @@ def innermost_loops(listing: str) -> list[Loop]:
         jump = re.match(r"j\w+ ([.\w$]+)$", one)
         if jump is not None and labels.get(jump[1], at + 1) <= at:
             spans.append((labels[jump[1]], at + 1))
-    inner = {
-        one for one in spans if not any(one[0] <= other[0] and other[1] <= one[1] for other in spans if other != one)
-    }
+    inner = {a for a in spans if not any(a[0] <= b[0] and b[1] <= a[1] for b in spans if b != a)}
     return [Loop(tuple(instructions[first:last])) for first, last in sorted(inner)]
