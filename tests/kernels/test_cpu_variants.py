@@ -129,13 +129,15 @@ def test_codes_are_looked_up_sixteen_at_once(loops: dict[tuple[str, str], list[L
 def test_products_use_whole_registers_and_spill_none(
     loops: dict[tuple[str, str], list[Loop]], processor: str, kernel: str
 ) -> None:
-    products = [loop for loop in loops[processor, kernel] if loop.count(r"vfmadd.*%zmm")]
+    # What stores its sums is a loop over groups or tiles, which LLVM has laid out around its inner one.
+    storing = r"vmov\w+ %zmm\d+, (?!.*\(%rsp)"
+    products = [loop for loop in loops[processor, kernel] if loop.count("vfmadd.*%zmm") and not loop.count(storing)]
     assert len(products) >= 13  # 8 micro-kernels for one tile, 5 and more for several
     assert max(loop.count("vfmadd") for loop in products) >= 16
     for loop in products:
         assert loop.count("vfmadd") == loop.count(r"vfmadd.*%zmm")
         assert not [one for one in loop.stack if re.search(r"%[xyz]mm", one)]
-        assert len(loop.instructions) <= 3 * (loop.count("vfmadd") + loop.count(PERMUTE)) + 24
+        assert len(loop.instructions) <= 3 * (loop.count("vfmadd") + loop.count(PERMUTE)) + 8
 
 
 @slow
