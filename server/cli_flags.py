@@ -154,8 +154,8 @@ def add_serve(commands: Commands) -> argparse.ArgumentParser:
         "--cpu-kernels",
         default="auto",
         metavar="K",
-        help="auto, avx2 or torch: what a CPU computes with; auto tests the fastest kernels that it can run against "
-        "torch, and takes torch if they fail (default: %(default)s)",
+        help="auto, avx512, avx2 or torch: what a CPU computes with; auto tests the fastest kernels that it can run "
+        "against torch, and takes torch if they fail (default: %(default)s)",
     )
     add("--threads", type=int, metavar="N", help="CPU threads of the forward pass")
     add("--max-rows", type=int, metavar="N", help="requests computed together")

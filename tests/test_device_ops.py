@@ -24,6 +24,8 @@ __all__ = ["checkpoints"]  # a fixture
 
 CPU = torch.device("cpu")
 needs_avx2 = pytest.mark.skipif(not cpu.available(), reason="no AVX2 and FMA here")
+FASTEST: Any = getattr(cpu.best(), "name", "avx2")
+"""The variant that ``auto`` is here. A process has one, so others are tested in ``kernels/test_cpu_variants.py``."""
 
 
 def chosen(asked: CpuKernels = "auto", **changes: Any) -> ComputePath:
@@ -36,12 +38,13 @@ def test_the_flag_knows_every_variant() -> None:
 
 
 @needs_avx2
-@pytest.mark.parametrize("asked", ["auto", "avx2"])
+@pytest.mark.parametrize("asked", ["auto", FASTEST])
 def test_kernels_that_run_and_are_right_are_taken(asked: CpuKernels, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     path = chosen(asked)
     assert (path.ops.name, path.lora) == ("numba", "auto")
-    assert "CPU kernels (avx2): ready in" in caplog.text
+    assert f"CPU kernels ({FASTEST}): ready in" in caplog.text
+    assert cpu.in_use().name == FASTEST
     assert "tested against torch in" in caplog.text
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
@@ -81,8 +84,8 @@ def test_wrong_kernels_are_not_used_at_all(
     warning = next(record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
     assert "do not compute what torch does here" in warning
     assert named in warning
-    with pytest.raises(ConfigError, match=r"^--cpu-kernels: avx2: they do not compute what torch does here: .*differ"):
-        chosen("avx2")
+    with pytest.raises(ConfigError, match=f"^--cpu-kernels: {FASTEST}: they do not compute what torch does.*differ"):
+        chosen(FASTEST)
 
 
 @needs_avx2
@@ -114,6 +117,63 @@ def test_a_processor_without_the_features(
     check_cpu_kernels("torch")
 
 
+WIDE = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"})
+
+
+def test_the_widest_vectors_that_the_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def best_with(features: frozenset[str]) -> str | None:
+        monkeypatch.setattr(cpu, "_host_features", lambda: features)
+        return getattr(cpu.best(), "name", None)
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert best_with(WIDE) == "avx512"
+    for one in sorted(WIDE):
+        assert best_with(WIDE - {one}) == (None if one in ("avx2", "fma") else "avx2")
+
+
+def test_kernels_that_are_too_wide_for_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_host_features", lambda: frozenset({"avx2", "fma", "avx512f"}))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    lacking = "this processor has no avx512bw and no avx512dq and no avx512vl"
+    with pytest.raises(ConfigError, match=f"^--cpu-kernels: avx512 cannot run here: {lacking}; `auto` takes what can"):
+        chosen("avx512")
+
+
+def test_a_process_has_one_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, narrow = cpu.VARIANTS
+    monkeypatch.setattr(cpu, "_in_use", None)
+    monkeypatch.setattr(cpu, "_host_features", lambda: WIDE)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert cpu.in_use() is wide, "the fastest, unless one was chosen"
+    with pytest.raises(RuntimeError, match="the CPU kernels of this process are avx512's already, not avx2's"):
+        cpu.choose(narrow)
+    monkeypatch.setattr(cpu, "_in_use", None)
+    cpu.choose(narrow)
+    cpu.choose(narrow)
+    assert cpu.in_use() is narrow, "though others would run, too"
+    monkeypatch.setattr(cpu, "_in_use", None)
+    monkeypatch.setattr(cpu, "_host_features", frozenset)
+    with pytest.raises(RuntimeError, match=r"no CPU kernels avx512: .*no avx512f.*; no CPU kernels avx2: .*no avx2"):
+        cpu.in_use()
+
+
+def test_what_was_asked_for_is_what_the_kernels_are_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before they are imported: also where a wider variant could run."""
+    made: list[cpu.Variant] = []
+
+    def choose(variant: cpu.Variant) -> None:
+        made.append(variant)
+        raise OSError("far enough")
+
+    monkeypatch.setattr(cpu, "_host_features", lambda: WIDE)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(cpu, "choose", choose)
+    for asked in ("avx2", "avx512", "auto"):
+        with pytest.raises(OSError, match="far enough"):
+            chosen(asked)  # type: ignore[arg-type]
+    assert [one.name for one in made] == ["avx2", "avx512", "avx512"]
+
+
 def test_an_installation_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert not cpu.available()
@@ -127,8 +187,8 @@ def test_a_model_that_the_kernels_cannot_compute(caplog: pytest.LogCaptureFixtur
     path = chosen(**odd)
     assert isinstance(path.ops, TorchOps)
     assert "its head size 24 is no multiple of 16" in caplog.text
-    with pytest.raises(ConfigError, match=r"--cpu-kernels: avx2: .*head size 24"):
-        chosen("avx2", **odd)
+    with pytest.raises(ConfigError, match=f"--cpu-kernels: {FASTEST}: .*head size 24"):
+        chosen(FASTEST, **odd)
 
 
 def test_cpu_kernels_on_cuda_are_refused() -> None:
@@ -158,7 +218,7 @@ async def _greedy(running: Running) -> tuple[int, ...]:
 @needs_avx2
 def test_every_variant_serves_and_compiles_nothing_meanwhile(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     answers = {}
-    for asked in get_args(CpuKernels):
+    for asked in ("auto", FASTEST, "torch"):
         config = ServeConfig(
             model=str(checkpoints["llama"]),
             cache_dir=tmp_path,
@@ -172,4 +232,4 @@ def test_every_variant_serves_and_compiles_nothing_meanwhile(checkpoints: dict[s
         asyncio.run(running.close())
         assert listener.seen == [], "compiled while serving"
     assert len(answers["torch"]) == 8
-    assert answers["torch"] == answers["avx2"] == answers["auto"]
+    assert answers["torch"] == answers[FASTEST] == answers["auto"]

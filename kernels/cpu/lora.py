@@ -16,7 +16,7 @@ from manylora.kernels.cpu.emit import float32_at, int32_at
 from manylora.kernels.cpu.lora_tables import table_product
 from manylora.kernels.cpu.lora_vectors import add_vectors
 from manylora.kernels.cpu.threads import flush, launch
-from manylora.kernels.cpu.tiles import address_of, gemm_few_rows, gemm_rows, keep_alive, share
+from manylora.kernels.cpu.tiles import address_of, gemm_panel, gemm_rows, keep_alive, share
 from manylora.kernels.cpu.vectors import scale_16
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_segments import LoraSegments
@@ -90,32 +90,10 @@ def _expand_kernel(arguments, part, parts):
                 source = h + 4 * (j * h_width + 16 * page)
                 width = min(16, rank - 16 * page)
                 stride = 4 * a[p + 9]
-                if count <= 3:
-                    gemm_few_rows(
-                        count,
-                        last_tile - first_tile,
-                        source,
-                        ho + 8 * first,
-                        panel,
-                        stride,
-                        width,
-                        columns,
-                        yo + 8 * first,
-                        1,
-                    )
-                else:
-                    for t in range(last_tile - first_tile):
-                        gemm_rows(
-                            count,
-                            source,
-                            ho + 8 * first,
-                            panel + 64 * t,
-                            stride,
-                            width,
-                            columns + 64 * t,
-                            yo + 8 * first,
-                            1,
-                        )
+                gemm_panel(
+                    count, last_tile - first_tile, source, ho + 8 * first, panel, stride, width, columns,
+                    yo + 8 * first, 1,
+                )  # fmt: skip
     keep_alive(y_offsets)
     keep_alive(h_offsets)
 

@@ -1,4 +1,4 @@
-"""Loops over the micro-kernel shared by all CPU kernels: rows are cut into near-equal groups of at most six."""
+"""Loops over the micro-kernel shared by all CPU kernels: rows are cut into near-equal groups."""
 
 from __future__ import annotations
 
@@ -9,17 +9,12 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from manylora.kernels.cpu.emit import (
-    gemm_1x1,
-    gemm_1x4,
-    gemm_2x1,
-    gemm_2x2,
-    gemm_3x1,
-    gemm_3x2,
-    gemm_4x1,
-    gemm_5x1,
-    gemm_6x1,
-)
+from manylora.kernels.cpu.emit import gemm_tile, gemm_tiles
+from manylora.kernels.cpu.target import TARGET
+
+_GROUP = len(TARGET.gemm_tiles) - 1
+"""Rows of a micro-kernel at most."""
+_TILES_AT_ONCE = TARGET.gemm_tiles
 
 
 @njit(nogil=True, inline="never")
@@ -28,42 +23,32 @@ def gemm_rows(rows, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate
 
     Addresses and byte offsets are int64; ``x_offsets`` and ``c_offsets`` are addresses of int64 arrays ``[rows]``.
     """
-    groups = (rows + 5) // 6
+    groups = (rows + _GROUP - 1) // _GROUP
     done = 0
     for g in range(groups):
         # Near-equal groups: 8 rows are 4 + 4, not 6 + 2, because a small group starves the multipliers.
         size = (rows - done + groups - g - 1) // (groups - g)
-        xo, co = x_offsets + 8 * done, c_offsets + 8 * done
-        if size == 6:
-            gemm_6x1(x, xo, panel, stride, depth, c, co, accumulate)
-        elif size == 5:
-            gemm_5x1(x, xo, panel, stride, depth, c, co, accumulate)
-        elif size == 4:
-            gemm_4x1(x, xo, panel, stride, depth, c, co, accumulate)
-        elif size == 3:
-            gemm_3x1(x, xo, panel, stride, depth, c, co, accumulate)
-        elif size == 2:
-            gemm_2x1(x, xo, panel, stride, depth, c, co, accumulate)
-        else:
-            gemm_1x1(x, xo, panel, stride, depth, c, co, accumulate)
+        gemm_tile(size, x, x_offsets + 8 * done, panel, stride, depth, c, c_offsets + 8 * done, accumulate)
         done += size
 
 
 @njit(nogil=True, inline="never")
-def gemm_few_rows(rows, tiles, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate):
-    """The same for at most three rows and a panel of several tiles: more columns at once hide the FMA latency."""
+def gemm_panel(rows, tiles, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate):
+    """The same for a panel of several tiles: more columns at once hide the latency of the FMAs of few rows."""
+    at_once = _TILES_AT_ONCE[min(rows, _GROUP)]
     t = 0
-    if rows == 1:
-        while t + 4 <= tiles:
-            gemm_1x4(x, x_offsets, panel + 64 * t, stride, depth, c + 64 * t, c_offsets, accumulate)
-            t += 4
-    else:
-        while t + 2 <= tiles:
-            if rows == 2:
-                gemm_2x2(x, x_offsets, panel + 64 * t, stride, depth, c + 64 * t, c_offsets, accumulate)
-            else:
-                gemm_3x2(x, x_offsets, panel + 64 * t, stride, depth, c + 64 * t, c_offsets, accumulate)
-            t += 2
+    if at_once > 1:
+        groups = (rows + _GROUP - 1) // _GROUP
+        while t + at_once <= tiles:
+            done = 0
+            for g in range(groups):
+                size = (rows - done + groups - g - 1) // (groups - g)
+                gemm_tiles(
+                    size, x, x_offsets + 8 * done, panel + 64 * t, stride, depth, c + 64 * t, c_offsets + 8 * done,
+                    accumulate,
+                )  # fmt: skip
+                done += size
+            t += at_once
     while t < tiles:
         gemm_rows(rows, x, x_offsets, panel + 64 * t, stride, depth, c + 64 * t, c_offsets, accumulate)
         t += 1
