@@ -16,6 +16,7 @@ and the first token of a prompt of 512 tokens. Appends JSON lines to bench/resul
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -75,7 +76,8 @@ class System:
     def end(self) -> None:
         self._signal(signal.SIGCONT)
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what was written when it had ended already
+            self._process.stdin.close()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
@@ -104,6 +106,8 @@ def can(system: str, case: Case) -> bool:
     """Whether a system has what the case needs."""
     if system.startswith("llama.cpp"):
         return case.rows == 1 and not case.adapters
+    if system.endswith("bf16 adapters"):
+        return case.adapters > 0
     return not (case.adapters and "(lora off)" in system)
 
 

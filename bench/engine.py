@@ -33,7 +33,7 @@ from subprocess import PIPE
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from manylora.server.config import CpuKernels
+    from manylora.server.config import CpuKernels, LoraDtype
     from manylora.server.engine.stream import RequestStream
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -60,7 +60,7 @@ def line(peer: str, case: Case, seconds: float) -> dict[str, Any]:
 class Ours:
     """This project in one process: the engine, and the HTTP server of ``manylora serve`` around that same engine."""
 
-    def __init__(self, workload: Path, *, cpu_kernels: CpuKernels = "auto") -> None:
+    def __init__(self, workload: Path, *, cpu_kernels: CpuKernels = "auto", lora_dtype: LoraDtype = "auto") -> None:
         from manylora.server.config import AdapterSpec, EngineConfig, ServeConfig
         from manylora.server.serving import build, load_adapters
 
@@ -69,7 +69,9 @@ class Ours:
             model=str(workload / "model"),
             adapters=adapters,
             served_model_name="base",
-            engine=EngineConfig(max_context=1024, max_rows=32, prefix_cache=False, cpu_kernels=cpu_kernels),
+            engine=EngineConfig(
+                max_context=1024, max_rows=32, prefix_cache=False, cpu_kernels=cpu_kernels, lora_dtype=lora_dtype
+            ),
         )
         self._config = config
         self._running = build(config, progress=False)

@@ -1,7 +1,11 @@
-"""This project, without HTTP, as bench/compare.py asks its systems. usage: ours.py WORKLOAD [cpu kernels: auto]"""
+"""This project, without HTTP, as bench/compare.py asks its systems.
+
+usage: ours.py WORKLOAD [--cpu-kernels K] [--lora-dtype T], as those of ``manylora serve``
+"""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
 import sys
@@ -15,13 +19,17 @@ from workload import Case
 
 
 def main() -> None:
-    kernels = sys.argv[2] if len(sys.argv) > 2 else "auto"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workload", type=Path)
+    parser.add_argument("--cpu-kernels", default="auto")
+    parser.add_argument("--lora-dtype", default="auto")
+    options = parser.parse_args()
 
     def start() -> Callable[[Case], resident.Measured]:
         from manylora.server.http_server import new_loop
 
         logging.basicConfig(level=logging.ERROR)
-        ours = Ours(Path(sys.argv[1]), cpu_kernels=kernels)
+        ours = Ours(options.workload, cpu_kernels=options.cpu_kernels, lora_dtype=options.lora_dtype)
         runner = asyncio.Runner(loop_factory=new_loop)
         ours.start()
 
@@ -33,7 +41,8 @@ def main() -> None:
 
         return measure
 
-    resident.answer("manylora" if kernels == "auto" else f"manylora ({kernels})", start)
+    name = "manylora" if options.cpu_kernels == "auto" else f"manylora on {options.cpu_kernels}"
+    resident.answer(name + (", bf16 adapters" if options.lora_dtype == "bfloat16" else ""), start)
 
 
 if __name__ == "__main__":
