@@ -154,15 +154,15 @@ def add_serve(commands: Commands) -> argparse.ArgumentParser:
         "--cpu-kernels",
         default="auto",
         metavar="K",
-        help="auto, avx2 or torch: what a CPU computes with; auto tests the fastest kernels that it can run against "
-        "torch, and takes torch if they fail (default: %(default)s)",
+        help="auto, avx512, avx2 or torch: what a CPU computes with; auto tests the fastest kernels that it can run "
+        "against torch, and takes torch if they fail (default: %(default)s)",
     )
     add(
         "--lora-dtype",
         default="auto",
         metavar="T",
-        help="auto, float32 or bfloat16: what adapters are held in on the device; on a CPU auto is float32, and bfloat16 "
-        "reads half as many bytes in every step, rounding adapters that were not saved in it (default: %(default)s)",
+        help="auto, float32 or bfloat16: what adapters are held in on the device; on a CPU auto is float32; bfloat16 has "
+        "half as many bytes to read in every step, and rounds adapters that were not saved in it (default: %(default)s)",
     )
     add("--threads", type=int, metavar="N", help="CPU threads of the forward pass")
     add("--max-rows", type=int, metavar="N", help="requests computed together")

@@ -21,7 +21,7 @@ from manylora.server.logs import LogFormat
 from manylora.server.tenants_file import MAX_KEY_LENGTH, KeyFileError, TenantRules, hashed, read_tenants
 
 Device = Literal["auto", "cpu", "cuda"]
-CpuKernels = Literal["auto", "avx2", "torch"]
+CpuKernels = Literal["auto", "avx512", "avx2", "torch"]
 LoraDtype = Literal["auto", "float32", "bfloat16"]
 ToolCallParser = Literal["auto", "hermes", "llama3_json", "mistral", "mistral_args", "none"]
 LogLevel = Literal["debug", "info", "warning", "error"]

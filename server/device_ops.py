@@ -53,6 +53,7 @@ def choose_path(
     variant = cpu.best() if asked == "auto" else next(one for one in cpu.VARIANTS if one.name == asked)
     if variant is None:
         return _refused(device, weights, asked, "; ".join(f"{v.name}: {cpu.missing(v)}" for v in cpu.VARIANTS), "torch")
+    cpu.choose(variant)
     reason = _unsuited(spec, weights)
     if reason is not None:
         return _refused(device, weights, asked, f"they cannot compute this model: {reason}", "auto")

@@ -142,7 +142,7 @@ def test_what_adapters_are_held_in() -> None:
     assert lora_dtype("float32", fp32) == torch.float32
     assert lora_dtype("bfloat16", fp32) == torch.bfloat16
     assert lora_dtype("auto", half) == torch.bfloat16
-    with pytest.raises(ConfigError, match="^--lora-dtype: on cpu adapters are held in bfloat16, got float32"):
+    with pytest.raises(ConfigError, match=r"^--lora-dtype: on cpu adapters are held in bfloat16, got float32"):
         lora_dtype("float32", half)
 
 

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Variant:
     """Kernels for one kind of processor. ``features``: what it must have, by LLVM's names; ``make_ops`` imports what
-    they are made of, and gives the operations (nothing is compiled before it is used, or ``compiling.compile_all``)."""
+    they are made of, and gives the operations (nothing is compiled before it is used, or ``compiling.compile_all``).
+
+    Every variant gives the same bits: a wider one computes more outputs at once, each by the same chain of operations.
+    """
 
     name: str
     features: tuple[str, ...]
@@ -31,8 +34,13 @@ def _numba_ops() -> Ops:
     return NumbaOps()
 
 
-VARIANTS: Final = (Variant("avx2", ("avx2", "fma"), _numba_ops),)
+VARIANTS: Final = (
+    Variant("avx512", ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"), _numba_ops),
+    Variant("avx2", ("avx2", "fma"), _numba_ops),
+)
 """Fastest first."""
+
+_in_use: Variant | None = None
 
 
 @cache
@@ -56,6 +64,34 @@ def missing(variant: Variant) -> str | None:
 def best() -> Variant | None:
     """The fastest variant that this machine can run."""
     return next((variant for variant in VARIANTS if missing(variant) is None), None)
+
+
+def choose(variant: Variant) -> None:
+    """Fix the variant of this process. Raises RuntimeError if it has another already: the modules with kernels are made
+    for one as they are imported."""
+    global _in_use
+    if _in_use is not None and _in_use != variant:
+        raise RuntimeError(f"the CPU kernels of this process are {_in_use.name}'s already, not {variant.name}'s")
+    _in_use = variant
+
+
+def in_use() -> Variant:
+    """This process's variant: the chosen one; if none was, the fastest that the machine can run, from now on.
+
+    Raises RuntimeError if it can run none.
+    """
+    if _in_use is None:
+        variant = best()
+        if variant is None:
+            raise RuntimeError("; ".join(f"no CPU kernels {one.name}: {missing(one)}" for one in VARIANTS))
+        choose(variant)
+    assert _in_use is not None
+    return _in_use
+
+
+def host_has(feature: str) -> bool:
+    """Whether this processor has a feature, by LLVM's name."""
+    return feature in _host_features()
 
 
 def available() -> bool:

@@ -17,7 +17,15 @@ from numba import carray, njit
 from manylora.kernels.cpu.compiling import kernel
 from manylora.kernels.cpu.emit import int32_at
 from manylora.kernels.cpu.threads import launch
-from manylora.kernels.cpu.tiles import address_of, float32_from_bits, float32_view, gemm_rows, keep_alive, share
+from manylora.kernels.cpu.tiles import (
+    address_of,
+    float32_from_bits,
+    float32_view,
+    gemm_panel,
+    gemm_rows,
+    keep_alive,
+    share,
+)
 from manylora.kernels.cpu.vectors import scale_8, softmax_8, sum_8
 
 PAGE: int = 16
@@ -136,11 +144,10 @@ def _attend_kernel(arguments, part, parts):
                     panel = values + int32_at(table, p) * page_bytes + 64 * head * head_dim
                     # Rows of the last page beyond the newest token may hold anything: they are not read.
                     depth = min(16, top - 16 * p)
-                    for d in range(head_dim // 16):
-                        gemm_rows(
-                            rows, scores + 64 * p, so, panel + 64 * d, 4 * head_dim, depth, out + 64 * d, oo,
-                            1 if p > first_page else 0,
-                        )  # fmt: skip
+                    gemm_panel(
+                        rows, head_dim // 16, scores + 64 * p, so, panel, 4 * head_dim, depth, out, oo,
+                        1 if p > first_page else 0,
+                    )  # fmt: skip
     keep_alive(score_memory)
     keep_alive(q_offsets)
     keep_alive(s_offsets)

@@ -13,22 +13,25 @@ from typing import Any, Final
 import numba
 from numba import cfunc, types
 
+from manylora.kernels.cpu import in_use
+
 
 def _cache_dir() -> Path:
-    """Where compiled kernels are kept: a folder named after their sources.
+    """Where compiled kernels are kept: a folder named after their sources, in it one for each variant.
 
     numba looks only at the file a kernel stands in, not at the files it takes inner loops from; a change in one of
-    those would otherwise be served a stale kernel.
+    those would otherwise be served a stale kernel, or another variant's. It does look at the processor.
     """
     digest = hashlib.sha256(numba.__version__.encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "manylora" / "kernels" / digest.hexdigest()[:16]
+    named = os.environ.get("NUMBA_CACHE_DIR")
+    folder = Path(named) if named else Path(root) / "manylora" / "kernels"
+    return folder / digest.hexdigest()[:16] / in_use().name
 
 
-if not os.environ.get("NUMBA_CACHE_DIR"):
-    numba.config.CACHE_DIR = str(_cache_dir())
+numba.config.CACHE_DIR = str(_cache_dir())
 
 KERNEL = types.void(types.CPointer(types.int64), types.int64, types.int64)
 """A kernel: ``(arguments, part, parts)``; arguments are int64 values or addresses, ``part`` says which share to do."""

@@ -1,14 +1,15 @@
 """Inner loops as LLVM IR: the few places where a numba kernel needs vector registers and byte shuffles by name.
 
-Everything the CPU computes in bulk is one micro-kernel, ``gemm_tile``: R rows of x times a panel of 16·T columns,
-held in vector registers. NF4 and bf16 weights are first decoded into such a panel, small enough for the L1 cache; LoRA
+Everything the CPU computes in bulk is one micro-kernel, ``gemm_tile``: R rows of x times a panel of 16·T columns, held
+in vector registers. NF4 and bf16 weights are first decoded into such a panel, small enough for the L1 cache; LoRA
 pages and KV pages already have its shape. Addresses are passed as plain int64, offsets are in bytes.
 
 **Order of summation.** Each output element is ``fma(x[k], w[k, n], acc)`` for k = 0, 1, 2, … in one chain, whichever R
 and T are used and however k is cut into panels. A row's result therefore never depends on how many rows share the
 batch: bit for bit, not within a tolerance.
 
-The IR uses AVX2 and FMA (x86-64-v3). ``kernels.cpu.VARIANTS`` names what a processor must have.
+Nor does it depend on how wide vectors are, so every variant gives the same bits. ``target.TARGET`` says how wide, and
+which R and T there are; ``kernels.cpu.VARIANTS`` names what a processor must have.
 """
 
 from __future__ import annotations
@@ -21,20 +22,24 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from manylora.kernels.cpu.target import PERMUTES_512, TARGET
 from manylora.kernels.nf4_code import NF4_CODE
 
 Builder = Any
 Value = Any
 
-I8, I32, I64, F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 V8F, V8I, V16S, V32B = (
     ir.VectorType(F32, 8),
     ir.VectorType(I32, 8),
-    ir.VectorType(ir.IntType(16), 16),
+    ir.VectorType(I16, 16),
     ir.VectorType(I8, 32),
 )
+VF, VI = ir.VectorType(F32, TARGET.lanes), ir.VectorType(I32, TARGET.lanes)
+"""What fits a register."""
 TILE: Final = 16
-"""Columns of a panel tile: two 8-lane vectors."""
+"""Columns of a panel tile: one vector or two."""
+VECTORS: Final = TILE // TARGET.lanes
 
 
 def i64(value: int) -> Value:
@@ -49,9 +54,10 @@ def store(b: Builder, value: Value, address: Value, align: int) -> None:
     b.store(value, b.inttoptr(address, value.type.as_pointer()), align=align)
 
 
-def splat(b: Builder, scalar: Value) -> Value:
-    one = b.insert_element(ir.Constant(V8F, ir.Undefined), scalar, ir.Constant(I32, 0))
-    return b.shuffle_vector(one, ir.Constant(V8F, ir.Undefined), ir.Constant(V8I, [0] * 8))
+def splat(b: Builder, scalar: Value, kind: Any = V8F) -> Value:
+    undefined = ir.Constant(kind, ir.Undefined)
+    one = b.insert_element(undefined, scalar, ir.Constant(I32, 0))
+    return b.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count))
 
 
 def offset(b: Builder, address: Value, n_bytes: int) -> Value:
@@ -62,26 +68,48 @@ def function(b: Builder, name: str, result: Any, *arguments: Any) -> Value:
     return cgutils.get_or_insert_function(b.module, ir.FunctionType(result, list(arguments)), name)
 
 
-def constant(value: float) -> Value:
-    return ir.Constant(V8F, [value] * 8)
+def fused_multiply_add(b: Builder, kind: Any = V8F) -> Value:
+    """The function ``fma(x, y, z) = x * y + z``, rounded once, of every lane."""
+    return function(b, f"llvm.fma.v{kind.count}f32", kind, kind, kind, kind)
+
+
+def constant(value: float, kind: Any = V8F) -> Value:
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def _tile(b: Builder, address: Value) -> list[Value]:
+    """The 16 fp32 values at ``address``."""
+    return [load(b, offset(b, address, 4 * TARGET.lanes * v), VF, 4) for v in range(VECTORS)]
+
+
+def _half_tile(b: Builder, address: Value) -> list[Value]:
+    """The 16 bf16 values at ``address``, in their own order, as fp32; exact."""
+    halves = ir.VectorType(I16, TARGET.lanes)
+    words = [b.zext(load(b, offset(b, address, 2 * TARGET.lanes * v), halves, 2), VI) for v in range(VECTORS)]
+    return [b.bitcast(b.shl(word, ir.Constant(VI, [16] * TARGET.lanes)), VF) for word in words]
+
+
+def _store_tile(b: Builder, vectors: Sequence[Value], address: Value) -> None:
+    for v, vector in enumerate(vectors):
+        store(b, vector, offset(b, address, 4 * TARGET.lanes * v), 4)
 
 
 class _Rows:
-    """The accumulators of a fused kernel: ``rows`` x ``tiles`` x two vectors, and the rows' addresses."""
+    """The accumulators of a micro-kernel: ``rows`` x ``tiles`` x ``VECTORS``, and the rows' addresses."""
 
     def __init__(
         self, b: Builder, rows: int, tiles: int, x: Value, x_offsets: Value, c: Value, c_offsets: Value
     ) -> None:
         self._b = b
-        self._fma = function(b, "llvm.fma.v8f32", V8F, V8F, V8F, V8F)
+        self._fma = fused_multiply_add(b, VF)
         self._x = [b.add(x, load(b, offset(b, x_offsets, 8 * r), I64, 8)) for r in range(rows)]
         self._c = [b.add(c, load(b, offset(b, c_offsets, 8 * r), I64, 8)) for r in range(rows)]
-        self._acc = [[cgutils.alloca_once(b, V8F) for _ in range(2 * tiles)] for _ in range(rows)]
+        self._acc = [[cgutils.alloca_once(b, VF) for _ in range(VECTORS * tiles)] for _ in range(rows)]
 
     def _each(self) -> Iterator[tuple[Value, Value]]:
         for row, accumulators in zip(self._c, self._acc, strict=True):
             for v, accumulator in enumerate(accumulators):
-                yield offset(self._b, row, 32 * v), accumulator
+                yield offset(self._b, row, 4 * TARGET.lanes * v), accumulator
 
     def start(self, accumulate: Value) -> None:
         """From the values in memory if ``accumulate`` is not 0, else from zero."""
@@ -89,16 +117,16 @@ class _Rows:
         with b.if_else(b.icmp_signed("!=", accumulate, i64(0))) as (then, otherwise):
             with then:
                 for place, accumulator in self._each():
-                    b.store(load(b, place, V8F, 4), accumulator)
+                    b.store(load(b, place, VF, 4), accumulator)
             with otherwise:
                 for _, accumulator in self._each():
-                    b.store(constant(0.0), accumulator)
+                    b.store(constant(0.0, VF), accumulator)
 
     def multiply(self, position: Value, vectors: Sequence[Value]) -> None:
-        """Add x[position] times the weights of that position (two vectors a tile)."""
+        """Add x[position] times the weights of that position (``VECTORS`` a tile)."""
         b = self._b
         for row, accumulators in zip(self._x, self._acc, strict=True):
-            factor = splat(b, load(b, b.add(row, b.mul(position, i64(4))), F32, 4))
+            factor = splat(b, load(b, b.add(row, b.mul(position, i64(4))), F32, 4), VF)
             for accumulator, weights in zip(accumulators, vectors, strict=True):
                 b.store(b.call(self._fma, [factor, weights, b.load(accumulator)]), accumulator)
 
@@ -107,31 +135,54 @@ class _Rows:
             store(self._b, self._b.load(accumulator), place, 4)
 
 
-def _gemm_tile(rows: int, tiles: int) -> Callable[..., Any]:
-    """A micro-kernel for ``rows`` rows and ``16 * tiles`` columns; see ``gemm_tile`` for what it computes."""
+def _shapes(tiles_at_once: Sequence[int], several: bool) -> dict[int, int]:
+    """The micro-kernels, as rows: tiles, that take one tile, or ``several``."""
+    return {rows: tiles if several else 1 for rows, tiles in enumerate(tiles_at_once) if tiles > several}
+
+
+def _branches(b: Builder, rows: Value, shapes: dict[int, int]) -> Iterator[tuple[int, int]]:
+    """Branch on the number of rows, which must be one of ``shapes``: what is emitted while (rows, tiles) are at hand is
+    run for those rows."""
+    after = b.append_basic_block("after")
+    blocks = {count: b.append_basic_block(f"rows{count}") for count in shapes}
+    choice = b.switch(rows, blocks[min(shapes)])
+    for count, block in blocks.items():
+        if count != min(shapes):
+            choice.add_case(i64(count), block)
+        b.position_at_end(block)
+        yield count, shapes[count]
+        b.branch(after)
+    b.position_at_end(after)
+
+
+def _gemm(several: bool, *, half: bool = False) -> Callable[..., Any]:
+    """``c[r] (+)= x[r, 0:depth] @ panel[0:depth]`` for each of ``rows`` rows and the columns of one tile, or of as many
+    as ``TARGET.gemm_tiles`` says. ``x_offsets`` and ``c_offsets`` are addresses of int64 arrays ``[rows]``. The panel
+    is fp32, or with ``half`` bf16."""
+    load_tile, tile_bytes = (_half_tile, 32) if half else (_tile, 64)
+    shapes = _shapes(TARGET.gemm_tiles, several)
 
     @intrinsic
-    def tile(typingctx, x, x_offsets, panel, panel_stride, depth, c, c_offsets, accumulate):
-        signature = types.void(*[types.int64] * 8)
-
+    def gemm(typingctx, rows, x, x_offsets, panel, panel_stride, depth, c, c_offsets, accumulate):
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-            x, x_offsets, panel, panel_stride, depth, c, c_offsets, accumulate = args
-            state = _Rows(b, rows, tiles, x, x_offsets, c, c_offsets)
-            state.start(accumulate)
-            with cgutils.for_range(b, depth, intp=I64) as loop:
-                row = b.add(panel, b.mul(loop.index, panel_stride))
-                state.multiply(loop.index, [load(b, offset(b, row, 32 * v), V8F, 4) for v in range(2 * tiles)])
-            state.finish()
+            rows, x, x_offsets, panel, panel_stride, depth, c, c_offsets, accumulate = args
+            for count, tiles in _branches(b, rows, shapes):
+                state = _Rows(b, count, tiles, x, x_offsets, c, c_offsets)
+                state.start(accumulate)
+                with cgutils.for_range(b, depth, intp=I64) as loop:
+                    row = b.add(panel, b.mul(loop.index, panel_stride))
+                    places = [offset(b, row, tile_bytes * t) for t in range(tiles)]
+                    state.multiply(loop.index, [vector for place in places for vector in load_tile(b, place)])
+                state.finish()
             return context.get_dummy_value()
 
-        return signature, codegen
+        return types.void(*[types.int64] * 9), codegen
 
-    return tile  # type: ignore[no-any-return]
+    return gemm  # type: ignore[no-any-return]
 
 
-gemm_1x1, gemm_2x1, gemm_3x1 = _gemm_tile(1, 1), _gemm_tile(2, 1), _gemm_tile(3, 1)
-gemm_4x1, gemm_5x1, gemm_6x1 = _gemm_tile(4, 1), _gemm_tile(5, 1), _gemm_tile(6, 1)
-gemm_1x4, gemm_2x2, gemm_3x2 = _gemm_tile(1, 4), _gemm_tile(2, 2), _gemm_tile(3, 2)
+gemm_tile, gemm_tiles = _gemm(False), _gemm(True)
+half_gemm_tile, half_gemm_tiles = _gemm(False, half=True), _gemm(True, half=True)
 
 
 def _byte_tables() -> list[Value]:
@@ -151,7 +202,7 @@ def _shuffle(b: Builder, left: Value, right: Value, mask: list[int]) -> Value:
     return b.shuffle_vector(left, right, ir.Constant(ir.VectorType(I32, len(mask)), mask))
 
 
-def _nf4_quad(b: Builder, address: Value, tables: list[Value]) -> list[tuple[Value, Value]]:
+def _nf4_quad(b: Builder, address: Value) -> list[list[Value]]:
     """The codes of the four positions and 16 outputs whose 32 bytes lie at ``address``: fp32, two vectors a position.
 
     Four byte look-ups and two levels of interleaving give 32 exact codes: about three shuffles for eight weights.
@@ -162,107 +213,149 @@ def _nf4_quad(b: Builder, address: Value, tables: list[Value]) -> list[tuple[Val
     shifted = b.bitcast(b.lshr(b.bitcast(codes, V16S), ir.Constant(V16S, [4] * 16)), V32B)
     positions = []
     for nibbles in (b.and_(codes, low_nibble), b.and_(shifted, low_nibble)):
-        planes = [b.call(pshufb, [table, nibbles]) for table in tables]
+        planes = [b.call(pshufb, [table, nibbles]) for table in _byte_tables()]
         for high_bytes in (False, True):
             mask = _unpack(32, high_bytes)
             low16 = b.bitcast(_shuffle(b, planes[0], planes[1], mask), V16S)
             high16 = b.bitcast(_shuffle(b, planes[2], planes[3], mask), V16S)
-            left, right = (b.bitcast(_shuffle(b, low16, high16, _unpack(16, high)), V8F) for high in (False, True))
-            positions.append((left, right))
+            positions.append([b.bitcast(_shuffle(b, low16, high16, _unpack(16, high)), V8F) for high in (False, True)])
     return positions
 
 
-@intrinsic
-def decode_nf4(typingctx, packed, absmax, out, out_stride, quads):
-    """Decode ``4 * quads`` rows of a 16-column tile to fp32, times ``absmax[16]``: ``out[k, n] = code * absmax[n]``.
+def _nf4_octet(b: Builder, address: Value) -> list[list[Value]]:
+    """The same for eight positions and 64 bytes, one vector of 16 a position: a shift brings its codes to the low four
+    bits of each lane, which are all that ``vpermps`` looks at, and the 16 fp32 codes fit a register."""
+    words = load(b, address, VI, 1)
+    table = ir.Constant(VF, list(NF4_CODE))
+    return [[_permute_16(b, table, b.lshr(words, ir.Constant(VI, [4 * i] * 16)))] for i in range(8)]
 
-    ``packed`` holds 32 bytes a quad, in the order of ``kernels.cpu.linear.pack_nf4``.
+
+def _permute_16(b: Builder, table: Value, index: Value) -> Value:
+    """``table[index % 16]`` in each of 16 lanes."""
+    if PERMUTES_512:
+        return b.call(function(b, "llvm.x86.avx512.permvar.sf.512", VF, VF, VI), [table, index])
+    permute_8 = function(b, "llvm.x86.avx2.permps", V8F, V8F, V8I)
+    low, high = list(range(8)), list(range(8, 16))
+    found = []
+    for half in (low, high):
+        own = _shuffle(b, index, index, half)
+        below, above = (b.call(permute_8, [_shuffle(b, table, table, of), own]) for of in (low, high))
+        found.append(
+            b.select(
+                b.icmp_signed("<", b.shl(own, ir.Constant(V8I, [28] * 8)), ir.Constant(V8I, [0] * 8)), above, below
+            )
+        )
+    return _shuffle(b, *found, low + high)
+
+
+_nf4_group = _nf4_quad if TARGET.nf4_group == 4 else _nf4_octet
+_NF4_BYTES = 8 * TARGET.nf4_group
+
+
+@intrinsic
+def decode_nf4(typingctx, packed, absmax, out, out_stride, groups):
+    """Decode ``groups`` times ``TARGET.nf4_group`` rows of a 16-column tile to fp32, times ``absmax[16]``:
+    ``out[k, n] = code * absmax[n]``.
+
+    ``packed`` is in the order of ``kernels.cpu.linear.pack_nf4``.
     """
     signature = types.void(*[types.int64] * 5)
 
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        packed, absmax, out, out_stride, quads = args
-        tables = _byte_tables()
-        scales = [load(b, offset(b, absmax, 32 * v), V8F, 4) for v in range(2)]
-        with cgutils.for_range(b, quads, intp=I64) as loop:
-            row = b.add(out, b.mul(loop.index, b.mul(out_stride, i64(4))))
-            for vectors in _nf4_quad(b, b.add(packed, b.mul(loop.index, i64(32))), tables):
-                for half, codes in enumerate(vectors):
-                    store(b, b.fmul(codes, scales[half]), offset(b, row, 32 * half), 4)
+        packed, absmax, out, out_stride, groups = args
+        scales = _tile(b, absmax)
+        with cgutils.for_range(b, groups, intp=I64) as loop:
+            row = b.add(out, b.mul(loop.index, b.mul(out_stride, i64(TARGET.nf4_group))))
+            for vectors in _nf4_group(b, b.add(packed, b.mul(loop.index, i64(_NF4_BYTES)))):
+                _store_tile(b, [b.fmul(codes, scale) for codes, scale in zip(vectors, scales, strict=True)], row)
                 row = b.add(row, out_stride)
         return context.get_dummy_value()
 
     return signature, codegen
 
 
-def _fused_nf4(rows: int, tiles: int) -> Callable[..., Any]:
+def _fused_nf4(several: bool) -> Callable[..., Any]:
     """Few rows: the weights go from the decode straight into the multiply, never through memory."""
+    shapes = _shapes(TARGET.nf4_tiles, several)
 
     @intrinsic
     def fused(
-        typingctx, x, x_offsets, packed, tile_bytes, absmax, absmax_bytes, blocks, quads, c, c_offsets, accumulate
+        typingctx,
+        rows,
+        x,
+        x_offsets,
+        packed,
+        tile_bytes,
+        absmax,
+        absmax_bytes,
+        blocks,
+        groups,
+        c,
+        c_offsets,
+        accumulate,
     ):
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-            x, x_offsets, packed, tile_bytes, absmax, absmax_bytes, blocks, quads, c, c_offsets, accumulate = args
-            tables = _byte_tables()
-            state = _Rows(b, rows, tiles, x, x_offsets, c, c_offsets)
-            state.start(accumulate)
-            weights = [b.add(packed, b.mul(tile_bytes, i64(t))) for t in range(tiles)]
-            scales = [b.add(absmax, b.mul(absmax_bytes, i64(t))) for t in range(tiles)]
-            with cgutils.for_range(b, blocks, intp=I64) as block:
-                at = b.mul(block.index, i64(64))
-                factors = [load(b, offset(b, b.add(s, at), 32 * v), V8F, 4) for s in scales for v in range(2)]
-                first = b.mul(block.index, quads)
-                with cgutils.for_range(b, quads, intp=I64) as loop:
-                    quad = b.add(first, loop.index)
-                    decoded = [_nf4_quad(b, b.add(w, b.mul(quad, i64(32))), tables) for w in weights]
-                    for i in range(4):
-                        codes = [vector for tile in decoded for vector in tile[i]]
-                        scaled = [b.fmul(code, factor) for code, factor in zip(codes, factors, strict=True)]
-                        state.multiply(b.add(b.mul(quad, i64(4)), i64(i)), scaled)
-            state.finish()
+            rows, x, x_offsets, packed, tile_bytes, absmax, absmax_bytes, blocks, groups, c, c_offsets, accumulate = (
+                args
+            )
+            for count, tiles in _branches(b, rows, shapes):
+                state = _Rows(b, count, tiles, x, x_offsets, c, c_offsets)
+                state.start(accumulate)
+                weights = [b.add(packed, b.mul(tile_bytes, i64(t))) for t in range(tiles)]
+                scales = [b.add(absmax, b.mul(absmax_bytes, i64(t))) for t in range(tiles)]
+                with cgutils.for_range(b, blocks, intp=I64) as block:
+                    at = b.mul(block.index, i64(64))
+                    factors = [v for s in scales for v in _tile(b, b.add(s, at))]
+                    first = b.mul(block.index, groups)
+                    with cgutils.for_range(b, groups, intp=I64) as loop:
+                        group = b.add(first, loop.index)
+                        decoded = [_nf4_group(b, b.add(w, b.mul(group, i64(_NF4_BYTES)))) for w in weights]
+                        for i in range(TARGET.nf4_group):
+                            codes = [vector for tile in decoded for vector in tile[i]]
+                            scaled = [b.fmul(code, factor) for code, factor in zip(codes, factors, strict=True)]
+                            state.multiply(b.add(b.mul(group, i64(TARGET.nf4_group)), i64(i)), scaled)
+                state.finish()
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 11), codegen
+        return types.void(*[types.int64] * 12), codegen
 
     return fused  # type: ignore[no-any-return]
 
 
-fused_nf4_1x2, fused_nf4_2x2, fused_nf4_3x2 = _fused_nf4(1, 2), _fused_nf4(2, 2), _fused_nf4(3, 2)
-fused_nf4_1x1, fused_nf4_2x1, fused_nf4_3x1 = _fused_nf4(1, 1), _fused_nf4(2, 1), _fused_nf4(3, 1)
-fused_nf4_4x1 = _fused_nf4(4, 1)
+fused_nf4_tile, fused_nf4_tiles = _fused_nf4(False), _fused_nf4(True)
 
 
-def _bf16_row(b: Builder, address: Value) -> tuple[Value, Value]:
-    """The 16 bf16 values at ``address`` (order of ``pack_bf16``) as two fp32 vectors; exact."""
+def _bf16_row(b: Builder, address: Value) -> list[Value]:
+    """The 16 bf16 values at ``address`` (order of ``pack_bf16``) as fp32; exact."""
     words = load(b, address, V8I, 4)
-    low = b.shl(words, ir.Constant(V8I, [16] * 8))
-    high = b.and_(words, ir.Constant(V8I, [0xFFFF0000] * 8))
-    return b.bitcast(low, V8F), b.bitcast(high, V8F)
+    low = b.bitcast(b.shl(words, ir.Constant(V8I, [16] * 8)), V8F)
+    high = b.bitcast(b.and_(words, ir.Constant(V8I, [0xFFFF0000] * 8)), V8F)
+    return [low, high] if VECTORS == 2 else [_shuffle(b, low, high, list(range(16)))]
 
 
-def _fused_bf16(rows: int, tiles: int) -> Callable[..., Any]:
+def _fused_bf16(several: bool) -> Callable[..., Any]:
+    shapes = _shapes(TARGET.bf16_tiles, several)
+
     @intrinsic
-    def fused(typingctx, x, x_offsets, packed, tile_bytes, depth, c, c_offsets, accumulate):
+    def fused(typingctx, rows, x, x_offsets, packed, tile_bytes, depth, c, c_offsets, accumulate):
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-            x, x_offsets, packed, tile_bytes, depth, c, c_offsets, accumulate = args
-            state = _Rows(b, rows, tiles, x, x_offsets, c, c_offsets)
-            state.start(accumulate)
-            weights = [b.add(packed, b.mul(tile_bytes, i64(t))) for t in range(tiles)]
-            with cgutils.for_range(b, depth, intp=I64) as loop:
-                at = b.mul(loop.index, i64(32))
-                state.multiply(loop.index, [v for w in weights for v in _bf16_row(b, b.add(w, at))])
-            state.finish()
+            rows, x, x_offsets, packed, tile_bytes, depth, c, c_offsets, accumulate = args
+            for count, tiles in _branches(b, rows, shapes):
+                state = _Rows(b, count, tiles, x, x_offsets, c, c_offsets)
+                state.start(accumulate)
+                weights = [b.add(packed, b.mul(tile_bytes, i64(t))) for t in range(tiles)]
+                with cgutils.for_range(b, depth, intp=I64) as loop:
+                    at = b.mul(loop.index, i64(32))
+                    state.multiply(loop.index, [v for w in weights for v in _bf16_row(b, b.add(w, at))])
+                state.finish()
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 8), codegen
+        return types.void(*[types.int64] * 9), codegen
 
     return fused  # type: ignore[no-any-return]
 
 
-fused_bf16_1x1, fused_bf16_2x1, fused_bf16_3x1 = _fused_bf16(1, 1), _fused_bf16(2, 1), _fused_bf16(3, 1)
-fused_bf16_1x4, fused_bf16_2x2, fused_bf16_3x2 = _fused_bf16(1, 4), _fused_bf16(2, 2), _fused_bf16(3, 2)
-fused_bf16_4x1 = _fused_bf16(4, 1)
+fused_bf16_tile, fused_bf16_tiles = _fused_bf16(False), _fused_bf16(True)
 
 
 @intrinsic
@@ -274,8 +367,7 @@ def decode_bf16(typingctx, packed, out, out_stride, depth):
         packed, out, out_stride, depth = args
         with cgutils.for_range(b, depth, intp=I64) as loop:
             row = b.add(out, b.mul(loop.index, out_stride))
-            for half, values in enumerate(_bf16_row(b, b.add(packed, b.mul(loop.index, i64(32))))):
-                store(b, values, offset(b, row, 32 * half), 4)
+            _store_tile(b, _bf16_row(b, b.add(packed, b.mul(loop.index, i64(32)))), row)
         return context.get_dummy_value()
 
     return signature, codegen

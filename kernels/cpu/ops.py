@@ -98,7 +98,7 @@ def unsupported(weight: Nf4Tensor) -> str | None:
     n, k = weight.shape
     if n % TILE:
         return f"its {n} outputs are no multiple of {TILE}"
-    if weight.blocksize % 4 or k % weight.blocksize:
+    if weight.blocksize % linear.GROUP or k % weight.blocksize:
         return f"its {k} inputs are no multiple of the quantisation block of {weight.blocksize}"
     if not torch.equal(weight.quant_map.cpu(), torch.tensor(NF4_CODE)):
         return "its code is not the standard NF4 code"

@@ -1,6 +1,7 @@
 """Loops over a vector of fp32 values as LLVM IR: normalisation, softmax, SiLU, and what else is no product.
 
-Lengths are given in vectors of eight. Sums are taken lane by lane, then across the lanes, always in the same order.
+Lengths are given in vectors of eight. Sums are taken lane by lane, then across the lanes, always in the same order: in
+eight lanes also where registers have more, as the order is part of the result. What has no sum takes whole registers.
 """
 
 from __future__ import annotations
@@ -16,18 +17,41 @@ from manylora.kernels.cpu.emit import (
     F32,
     I32,
     I64,
+    TILE,
     V8F,
     V8I,
+    VF,
     Builder,
     Value,
     constant,
     function,
+    fused_multiply_add,
     i64,
     load,
     offset,
     splat,
     store,
 )
+from manylora.kernels.cpu.target import TARGET
+
+
+def _each_vector(b: Builder, vectors: Value, emit: Callable[[Any, Value], None]) -> None:
+    """Emit a loop over ``8 * vectors`` fp32 values, a register at a time, and the rest in eights: ``emit`` is given the
+    vector type and the offset in bytes."""
+    per_register = TARGET.lanes // 8
+    registers = vectors if per_register == 1 else b.sdiv(vectors, i64(per_register))
+    with cgutils.for_range(b, registers, intp=I64) as loop:
+        emit(VF, b.mul(loop.index, i64(4 * TARGET.lanes)))
+    if per_register > 1:
+        done = b.mul(registers, i64(per_register))
+        with cgutils.for_range(b, b.sub(vectors, done), intp=I64) as loop:
+            emit(V8F, b.mul(b.add(done, loop.index), i64(32)))
+
+
+def _splats(b: Builder, scalar: Value) -> Callable[[Any], Value]:
+    """A scalar in all lanes of the vector type that ``_each_vector`` gives, made outside of its loop."""
+    of = {kind.count: splat(b, scalar, kind) for kind in {8: V8F, TARGET.lanes: VF}.values()}
+    return lambda kind: of[kind.count]
 
 
 @intrinsic
@@ -35,37 +59,38 @@ def scale_16(typingctx, address, factor):
     """Multiply the 16 fp32 values at ``address`` by ``factor``, in place."""
 
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        factor = splat(b, args[1])
-        for half in range(2):
-            place = offset(b, args[0], 32 * half)
-            store(b, b.fmul(load(b, place, V8F, 4), factor), place, 4)
+        factor = splat(b, args[1], VF)
+        for v in range(TILE // TARGET.lanes):
+            place = offset(b, args[0], 4 * TARGET.lanes * v)
+            store(b, b.fmul(load(b, place, VF, 4), factor), place, 4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32), codegen
 
 
 def _exp(b: Builder, x: Value) -> Value:
-    """e^x of eight lanes, to about 2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a degree-6 polynomial for e^r, times 2^n.
+    """e^x of each lane, to about 2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a degree-6 polynomial for e^r, times 2^n.
 
     The reduction and coefficients are those of the Cephes library (expf). Arguments are clamped to [-87.3, 88.3], where
     fp32 neither underflows nor overflows; NaN stays NaN.
     """
-    fma = function(b, "llvm.fma.v8f32", V8F, V8F, V8F, V8F)
-    rint = function(b, "llvm.rint.v8f32", V8F, V8F)
-    low, high = constant(-87.3), constant(88.3)
+    kind, integers = x.type, ir.VectorType(I32, x.type.count)
+    fma = fused_multiply_add(b, kind)
+    rint = function(b, f"llvm.rint.v{kind.count}f32", kind, kind)
+    low, high = constant(-87.3, kind), constant(88.3, kind)
     x = b.select(b.fcmp_ordered("<", x, low), low, x)
     x = b.select(b.fcmp_ordered(">", x, high), high, x)
-    n = b.call(rint, [b.fmul(x, constant(1.44269504088896341))])
-    r = b.call(fma, [n, constant(-0.693359375), x])
-    r = b.call(fma, [n, constant(2.12194440e-4), r])
-    p = constant(1.9875691500e-4)
+    n = b.call(rint, [b.fmul(x, constant(1.44269504088896341, kind))])
+    r = b.call(fma, [n, constant(-0.693359375, kind), x])
+    r = b.call(fma, [n, constant(2.12194440e-4, kind), r])
+    p = constant(1.9875691500e-4, kind)
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        p = b.call(fma, [p, r, constant(coefficient)])
-    p = b.fadd(b.call(fma, [p, b.fmul(r, r), r]), constant(1.0))
+        p = b.call(fma, [p, r, constant(coefficient, kind)])
+    p = b.fadd(b.call(fma, [p, b.fmul(r, r), r]), constant(1.0, kind))
     # NaN has no integer: convert 0 there instead, p is NaN all the same.
-    exponent = b.fptosi(b.select(b.fcmp_ordered("ord", n, n), n, constant(0.0)), V8I)
-    bits = b.shl(b.add(exponent, ir.Constant(V8I, [127] * 8)), ir.Constant(V8I, [23] * 8))
-    return b.fmul(p, b.bitcast(bits, V8F))
+    exponent = b.fptosi(b.select(b.fcmp_ordered("ord", n, n), n, constant(0.0, kind)), integers)
+    biased = b.add(exponent, ir.Constant(integers, [127] * kind.count))
+    return b.fmul(p, b.bitcast(b.shl(biased, ir.Constant(integers, [23] * kind.count)), kind))
 
 
 def _reduce(b: Builder, vector: Value, combine: Callable[[Value, Value], Value]) -> Value:
@@ -92,11 +117,14 @@ def softmax_8(typingctx, address, vectors, scale):
         with cgutils.for_range(b, vectors, intp=I64) as loop:
             value = load(b, b.add(address, b.mul(loop.index, i64(32))), V8F, 4)
             b.store(_max(b, value, b.load(peak)), peak)
-        top = splat(b, _reduce(b, b.load(peak), lambda left, right: _max(b, left, right)))
-        factor = splat(b, scale)
-        with cgutils.for_range(b, vectors, intp=I64) as loop:
-            place = b.add(address, b.mul(loop.index, i64(32)))
-            store(b, _exp(b, b.fmul(b.fsub(load(b, place, V8F, 4), top), factor)), place, 4)
+        top = _splats(b, _reduce(b, b.load(peak), lambda left, right: _max(b, left, right)))
+        factor = _splats(b, scale)
+
+        def weigh(kind: Any, at: Value) -> None:
+            place = b.add(address, at)
+            store(b, _exp(b, b.fmul(b.fsub(load(b, place, kind, 4), top(kind)), factor(kind))), place, 4)
+
+        _each_vector(b, vectors, weigh)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32), codegen
@@ -122,10 +150,14 @@ def scale_8(typingctx, address, vectors, factor):
     """Multiply ``8 * vectors`` fp32 values by ``factor``, in place."""
 
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        factor = splat(b, args[2])
-        with cgutils.for_range(b, args[1], intp=I64) as loop:
-            place = b.add(args[0], b.mul(loop.index, i64(32)))
-            store(b, b.fmul(load(b, place, V8F, 4), factor), place, 4)
+        address, vectors, factor = args
+        factors = _splats(b, factor)
+
+        def scale(kind: Any, at: Value) -> None:
+            place = b.add(address, at)
+            store(b, b.fmul(load(b, place, kind, 4), factors(kind)), place, 4)
+
+        _each_vector(b, vectors, scale)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32), codegen
@@ -137,7 +169,7 @@ def rms_norm_8(typingctx, x, weight, out, vectors, epsilon):
 
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
         x, weight, out, vectors, epsilon = args
-        fma = function(b, "llvm.fma.v8f32", V8F, V8F, V8F, V8F)
+        fma = fused_multiply_add(b)
         sqrt = function(b, "llvm.sqrt.f32", F32, F32)
         total = cgutils.alloca_once(b, V8F)
         b.store(constant(0.0), total)
@@ -146,11 +178,13 @@ def rms_norm_8(typingctx, x, weight, out, vectors, epsilon):
             b.store(b.call(fma, [value, value, b.load(total)]), total)
         count = b.sitofp(b.mul(vectors, i64(8)), F32)
         mean = b.fdiv(_reduce(b, b.load(total), b.fadd), count)
-        factor = splat(b, b.fdiv(ir.Constant(F32, 1.0), b.call(sqrt, [b.fadd(mean, epsilon)])))
-        with cgutils.for_range(b, vectors, intp=I64) as loop:
-            step = b.mul(loop.index, i64(32))
-            value = b.fmul(load(b, b.add(x, step), V8F, 4), factor)
-            store(b, b.fmul(value, load(b, b.add(weight, step), V8F, 4)), b.add(out, step), 4)
+        factor = _splats(b, b.fdiv(ir.Constant(F32, 1.0), b.call(sqrt, [b.fadd(mean, epsilon)])))
+
+        def normalise(kind: Any, at: Value) -> None:
+            value = b.fmul(load(b, b.add(x, at), kind, 4), factor(kind))
+            store(b, b.fmul(value, load(b, b.add(weight, at), kind, 4)), b.add(out, at), 4)
+
+        _each_vector(b, vectors, normalise)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, types.int64, types.float32), codegen
@@ -162,11 +196,13 @@ def silu_mul_8(typingctx, gate, up, out, vectors):
 
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
         gate, up, out, vectors = args
-        with cgutils.for_range(b, vectors, intp=I64) as loop:
-            step = b.mul(loop.index, i64(32))
-            g = load(b, b.add(gate, step), V8F, 4)
-            silu = b.fdiv(g, b.fadd(constant(1.0), _exp(b, b.fneg(g))))
-            store(b, b.fmul(silu, load(b, b.add(up, step), V8F, 4)), b.add(out, step), 4)
+
+        def multiply(kind: Any, at: Value) -> None:
+            g = load(b, b.add(gate, at), kind, 4)
+            silu = b.fdiv(g, b.fadd(constant(1.0, kind), _exp(b, b.fneg(g))))
+            store(b, b.fmul(silu, load(b, b.add(up, at), kind, 4)), b.add(out, at), 4)
+
+        _each_vector(b, vectors, multiply)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen

@@ -1,0 +1,43 @@
+"""What the variant in use has and its processors can do: the width of a vector, and how many of them fit registers.
+
+Read by the modules with kernels when they are imported, so a process has one target (``kernels.cpu.choose``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from manylora.kernels.cpu import host_has, in_use
+
+
+@dataclass(frozen=True)
+class Target:
+    """``lanes``: fp32 values of a vector. The rest is about micro-kernels, which hold rows x tiles of outputs (a tile
+    is 16 columns) in registers: enough chains of FMAs to hide their latency (8 to 10), without spilling any.
+
+    ``*_tiles[rows]``: tiles that so many rows take at once, in the GEMM and in the micro-kernels that decode weights as
+    they multiply; tiles that are left over are taken one by one, rows beyond the table in near-equal groups.
+    ``panel_tiles``: tiles of a decoded panel. ``nf4_group``: positions whose codes come from one load.
+    """
+
+    lanes: int
+    gemm_tiles: tuple[int, ...]
+    nf4_tiles: tuple[int, ...]
+    bf16_tiles: tuple[int, ...]
+    panel_tiles: int
+    nf4_group: int
+
+
+_TARGETS: Final = {
+    # 16 registers, a tile is two.
+    "avx2": Target(8, (0, 4, 2, 2, 1, 1, 1), (0, 2, 2, 2, 1), (0, 4, 2, 2, 1), panel_tiles=1, nf4_group=4),
+    # 32 registers, a tile is one.
+    "avx512": Target(16, (0, 4, 4, 4, 2, 2, 2, 2, 2), (0, 4, 4, 4, 4), (0, 4, 4, 4, 4), panel_tiles=2, nf4_group=8),
+}
+
+TARGET: Final = _TARGETS[in_use().name]
+
+PERMUTES_512: Final = host_has("avx512f")
+"""Whether the processor has ``vpermps`` for 16 lanes. Without, wide kernels are run by the tests alone, which want them
+on any machine: LLVM splits wide vectors into what there is, but leaves instructions that are asked for by name."""
