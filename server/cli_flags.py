@@ -161,8 +161,8 @@ def add_serve(commands: Commands) -> argparse.ArgumentParser:
         "--lora-dtype",
         default="auto",
         metavar="T",
-        help="auto, float32 or bfloat16: what adapters are held in on the device; on a CPU auto is float32; bfloat16 has "
-        "half as many bytes to read in every step, and rounds adapters that were not saved in it (default: %(default)s)",
+        help="auto, float32 or bfloat16: what adapters are held in on the device. On a CPU auto is float32; bfloat16 "
+        "halves the bytes that a step reads of them, but rounds adapters that were saved in more (default: %(default)s)",
     )
     add("--threads", type=int, metavar="N", help="CPU threads of the forward pass")
     add("--max-rows", type=int, metavar="N", help="requests computed together")
