@@ -162,7 +162,7 @@ def add_serve(commands: Commands) -> argparse.ArgumentParser:
         default="auto",
         metavar="T",
         help="auto, float32 or bfloat16: what adapters are held in on the device. On a CPU auto is float32; bfloat16 "
-        "halves the bytes that a step reads of them, but rounds adapters that were saved in more (default: %(default)s)",
+        "halves what a step reads of them, but rounds adapters that were saved in more (default: %(default)s)",
     )
     add("--threads", type=int, metavar="N", help="CPU threads of the forward pass")
     add("--max-rows", type=int, metavar="N", help="requests computed together")
