@@ -83,6 +83,7 @@ class LoraPool:
     take. ``write`` may run on other threads than the reader's, several at once for different slots: it touches only
     free pages and its own slot.
 
+    ``dtype``: what the adapters are computed in; ``page_dtype``: what A and B are held in, the same unless given.
     ``vectors``: keep room for a gain and a bias in every slot: 8 bytes for each output of each layer (11 MB a slot for
     a Llama of 8 billion). On the CPU the system commits it only where an adapter that has some is written; on other
     devices it is taken at once, and the fused kernel is compiled with them. Without, adapters that have some are
@@ -98,6 +99,7 @@ class LoraPool:
         max_pages: int,
         max_rank: int = MAX_RANK,
         dtype: torch.dtype = torch.float32,
+        page_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         vectors: bool = True,
         table_bytes: int = 0,
@@ -109,6 +111,7 @@ class LoraPool:
             )
         self.shapes, self.max_slots, self.max_pages, self.max_rank = shapes, max_slots, max_pages, max_rank
         self.dtype, self.device, self.vectors, self.table_bytes = dtype, torch.device(device), vectors, table_bytes
+        self.page_dtype = dtype if page_dtype is None else page_dtype
         self.pages_per_slot = -(-max_rank // RANK_PAGE)
         self.a: dict[str, torch.Tensor] = {}
         self.b: dict[str, torch.Tensor] = {}
@@ -145,8 +148,8 @@ class LoraPool:
         n, row = columns[-1], self.max_pages * layers * RANK_PAGE
         vectors = (self.max_slots, layers, n) if self.vectors else (0,)
         store = SiteStore(
-            a=_zeros((count, self.max_pages, layers, k, RANK_PAGE), self.dtype, device),
-            b=_zeros((row * n,), self.dtype, device),
+            a=_zeros((count, self.max_pages, layers, k, RANK_PAGE), self.page_dtype, device),
+            b=_zeros((row * n,), self.page_dtype, device),
             page_table=torch.full((count, self.max_slots, self.pages_per_slot), -1, dtype=torch.int32, device=device),
             ranks=torch.zeros((count, self.max_slots, layers), dtype=torch.int32, device=device),
             scaling=torch.zeros((count, self.max_slots, layers), dtype=torch.float32, device=device),
@@ -164,8 +167,10 @@ class LoraPool:
     @property
     def suits_cpu_kernels(self) -> bool:
         """Whether the numba kernels can compute with this pool."""
-        on_cpu = self.device.type == "cpu" and self.dtype == torch.float32 and cpu_kernels_available()
-        return on_cpu and all(n % RANK_PAGE == 0 for p, n in self.shapes.out_features.items() if p != "embed")
+        if self.device.type != "cpu" or self.dtype != torch.float32 or not cpu_kernels_available():
+            return False
+        readable = self.page_dtype in (torch.float32, torch.bfloat16)
+        return readable and all(n % RANK_PAGE == 0 for p, n in self.shapes.out_features.items() if p != "embed")
 
     # --- what there is room for ----------------------------------------------------------------------------------
 
@@ -207,7 +212,7 @@ class LoraPool:
         parts: list[tuple[str, str, torch.Tensor, torch.dtype]] = []
         for (projection, layer), pair in weights.pairs.items():
             where = f"`{projection}` of layer {layer}"
-            parts += [(where, "A", pair.a, self.dtype), (where, "B", pair.b, self.dtype)]
+            parts += [(where, "A", pair.a, self.page_dtype), (where, "B", pair.b, self.page_dtype)]
             parts.append((where, "the scale", torch.tensor(pair.scale, dtype=torch.float64), torch.float32))
         for (projection, layer), vectors in weights.vectors.items():
             for name, vector in (("the gain", vectors.gain), ("the bias", vectors.bias)):

@@ -110,6 +110,7 @@ def serve_config(arguments: argparse.Namespace) -> ServeConfig:
         engine=EngineConfig(
             device=arguments.device,
             cpu_kernels=arguments.cpu_kernels,
+            lora_dtype=arguments.lora_dtype,
             max_rows=arguments.max_rows,
             max_device_adapters=arguments.max_device_adapters,
             max_host_adapters=arguments.max_host_adapters,

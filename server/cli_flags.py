@@ -157,6 +157,13 @@ def add_serve(commands: Commands) -> argparse.ArgumentParser:
         help="auto, avx512, avx2 or torch: what a CPU computes with; auto tests the fastest kernels that it can run "
         "against torch, and takes torch if they fail (default: %(default)s)",
     )
+    add(
+        "--lora-dtype",
+        default="auto",
+        metavar="T",
+        help="auto, float32 or bfloat16: what adapters are held in on the device. On a CPU auto is float32; bfloat16 "
+        "halves what a step reads of them, but rounds adapters that were saved in more (default: %(default)s)",
+    )
     add("--threads", type=int, metavar="N", help="CPU threads of the forward pass")
     add("--max-rows", type=int, metavar="N", help="requests computed together")
     add("--max-batch-tokens", type=int, metavar="N", help="tokens computed in one step; longer prompts go in chunks")

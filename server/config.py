@@ -22,6 +22,7 @@ from manylora.server.tenants_file import MAX_KEY_LENGTH, KeyFileError, TenantRul
 
 Device = Literal["auto", "cpu", "cuda"]
 CpuKernels = Literal["auto", "avx512", "avx2", "torch"]
+LoraDtype = Literal["auto", "float32", "bfloat16"]
 ToolCallParser = Literal["auto", "hermes", "llama3_json", "mistral", "mistral_args", "none"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -89,6 +90,10 @@ class EngineConfig:
     cpu_kernels: CpuKernels = "auto"
     """Which kernels a CPU computes with, by ``kernels.cpu.VARIANTS``; ``auto``: the fastest that it can run and that do
     what torch does; ``torch``: none."""
+    lora_dtype: LoraDtype = "auto"
+    """What adapters' A and B are held in on the device. ``auto``: what is computed in, so nothing of an adapter is lost
+    on a CPU. ``bfloat16`` on a CPU: half the bytes to read in each step and to hold; adapters saved in fp32 or fp16 are
+    rounded to it, those saved in bf16 lose nothing."""
     max_rows: int | None = None
     """Requests computed together in one step."""
     max_device_adapters: int | None = None
@@ -117,6 +122,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _one_of("--device", self.device, get_args(Device))
         _one_of("--cpu-kernels", self.cpu_kernels, get_args(CpuKernels))
+        _one_of("--lora-dtype", self.lora_dtype, get_args(LoraDtype))
         if self.device == "cuda" and self.cpu_kernels != "auto":
             raise ConfigError(
                 "--cpu-kernels", f"{self.cpu_kernels} was asked for, but --device cuda uses no CPU kernels"

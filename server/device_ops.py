@@ -12,7 +12,7 @@ from manylora.kernels import cpu
 from manylora.kernels.lora import Implementation
 from manylora.kernels.ops import PAGE_SIZE, AttentionShape, Ops
 from manylora.kernels.torch_ops import TorchOps
-from manylora.server.config import ConfigError, CpuKernels
+from manylora.server.config import ConfigError, CpuKernels, LoraDtype
 from manylora.server.model.families import ModelSpec
 from manylora.server.model.progress import Progress
 from manylora.server.model.weights import BaseWeights
@@ -62,6 +62,15 @@ def choose_path(
         # What is wrong in one place may be wrong in others: nothing of them is used.
         return _refused(device, weights, asked, f"they do not compute what torch does here: {faults}", "torch")
     return ComputePath(ops, "auto")
+
+
+def lora_dtype(asked: LoraDtype, ops: Ops) -> torch.dtype:
+    """What adapters' pages hold beside these operations. Raises ConfigError for what their kernels cannot read."""
+    dtype = ops.dtype if asked == "auto" else {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
+    if dtype not in (ops.dtype, torch.bfloat16 if ops.device.type == "cpu" else ops.dtype):
+        name = str(ops.dtype).removeprefix("torch.")
+        raise ConfigError("--lora-dtype", f"on {ops.device.type} adapters are held in {name}, got {asked}")
+    return dtype
 
 
 def _cuda_ops(device: torch.device, weights: BaseWeights) -> Ops:

@@ -25,7 +25,7 @@ from manylora.kernels.sites import LAYER_PROJECTIONS, PROJECTIONS, RANK_PAGE
 from manylora.server.adapter_loading import AdapterLoader, first_adapters
 from manylora.server.api.state import Serving
 from manylora.server.config import ConfigError, EngineConfig, ServeConfig
-from manylora.server.device_ops import check_cpu_kernels, choose_path
+from manylora.server.device_ops import check_cpu_kernels, choose_path, lora_dtype
 from manylora.server.engine.auto_merge import AutoMerger, TokenShares
 from manylora.server.engine.decode_graphs import DecodeGraphs
 from manylora.server.engine.detokenizer import vocabulary_for
@@ -231,6 +231,7 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
         max_pages=sizes.max_pages,
         max_rank=sizes.max_rank,
         dtype=ops.dtype,
+        page_dtype=lora_dtype(config.engine.lora_dtype, ops),
         device=device,
         table_bytes=sizes.table_bytes,
     )
@@ -308,8 +309,8 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
     if config.auto_merge is not None and shares is not None:
         auto_merger = AutoMerger(config.auto_merge, merges, shares)
     logger.info(
-        "%s on %s (%s operations, LoRA: %s): base %d MiB, %d rows, context of %d, KV cache %d MiB, %d adapter slots, "
-        "%d MiB of host memory for adapters",
+        "%s on %s (%s operations, LoRA: %s): base %d MiB, %d rows, context of %d, KV cache %d MiB, %d adapter slots "
+        "of %s, %d MiB of host memory for adapters",
         name,
         device,
         ops.name,
@@ -319,6 +320,7 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
         sizes.max_context,
         sizes.kv_pages * KVCache.bytes_per_page(spec, ops.dtype) // _MIB,
         sizes.max_slots,
+        str(pool.page_dtype).removeprefix("torch."),
         sizes.host_memory // _MIB,
     )
     serving = Serving(

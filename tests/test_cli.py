@@ -86,6 +86,7 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         *("--watch", "2.5", "--adapters-on-demand", "50", "--auto-merge", "0.8:60:compact"),
         *("--keys", str(keys), "--protect-metrics", "--request-timeout", "20", "--client-timeout", "7.5"),
         *("--log-format", "json", "--otlp-endpoint", "http://localhost:4318", "--cpu-kernels", "torch"),
+        *("--lora-dtype", "bfloat16"),
     )
     assert (got.model, got.served_model_name, got.cache_dir, got.log_level) == ("m", "base", tmp_path, "debug")
     assert got.adapters == (AdapterSpec("a", "x"), AdapterSpec("b", "y"))
@@ -96,7 +97,7 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
     assert (api.max_body_bytes, api.max_upload_bytes, api.shutdown_grace) == (1 << 20, 2 << 20, 1.5)
     assert api.allow_request_chat_template
     assert (engine.device, engine.threads, engine.max_rows, engine.max_batch_tokens) == ("cpu", 2, 4, 64)
-    assert engine.cpu_kernels == "torch"
+    assert (engine.cpu_kernels, engine.lora_dtype) == ("torch", "bfloat16")
     assert (engine.max_context, engine.max_queue, engine.max_device_adapters) == (128, 9, 3)
     assert (engine.max_rank, engine.kv_memory) == (32, 64 << 20)
     assert (engine.max_host_adapters, engine.host_memory, engine.table_memory) == (7, 1 << 30, 0)

@@ -67,6 +67,7 @@ def test_adapters_are_name_and_path() -> None:
     [
         ("device", "tpu", "--device"),
         ("cpu_kernels", "sse2", "--cpu-kernels"),
+        ("lora_dtype", "float16", "--lora-dtype"),
         ("max_rows", 0, "--max-rows"),
         ("max_device_adapters", 0, "--max-device-adapters"),
         ("max_host_adapters", 0, "--max-host-adapters"),

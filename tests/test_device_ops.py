@@ -14,7 +14,7 @@ from numba.core import event
 from manylora.kernels import cpu
 from manylora.kernels.torch_ops import TorchOps
 from manylora.server.config import ConfigError, CpuKernels, EngineConfig, ServeConfig
-from manylora.server.device_ops import ComputePath, check_cpu_kernels, choose_path
+from manylora.server.device_ops import ComputePath, check_cpu_kernels, choose_path, lora_dtype
 from manylora.server.engine.request import Request, SamplingParams
 from manylora.server.model.synthetic import synthetic_base, synthetic_spec
 from manylora.server.serving import Running, build
@@ -194,6 +194,16 @@ def test_a_model_that_the_kernels_cannot_compute(caplog: pytest.LogCaptureFixtur
 def test_cpu_kernels_on_cuda_are_refused() -> None:
     with pytest.raises(ConfigError, match="--device cuda uses no CPU kernels"):
         EngineConfig(device="cuda", cpu_kernels="avx2")
+
+
+def test_what_adapters_are_held_in() -> None:
+    fp32, half = TorchOps(CPU, torch.float32, resident=False), TorchOps(CPU, torch.bfloat16, resident=False)
+    assert lora_dtype("auto", fp32) == torch.float32
+    assert lora_dtype("float32", fp32) == torch.float32
+    assert lora_dtype("bfloat16", fp32) == torch.bfloat16
+    assert lora_dtype("auto", half) == torch.bfloat16
+    with pytest.raises(ConfigError, match=r"^--lora-dtype: on cpu adapters are held in bfloat16, got float32"):
+        lora_dtype("float32", half)
 
 
 class _Compiles(event.Listener):  # type: ignore[misc]

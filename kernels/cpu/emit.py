@@ -82,6 +82,13 @@ def _tile(b: Builder, address: Value) -> list[Value]:
     return [load(b, offset(b, address, 4 * TARGET.lanes * v), VF, 4) for v in range(VECTORS)]
 
 
+def _half_tile(b: Builder, address: Value) -> list[Value]:
+    """The 16 bf16 values at ``address``, in their own order, as fp32; exact."""
+    halves = ir.VectorType(I16, TARGET.lanes)
+    words = [b.zext(load(b, offset(b, address, 2 * TARGET.lanes * v), halves, 2), VI) for v in range(VECTORS)]
+    return [b.bitcast(b.shl(word, ir.Constant(VI, [16] * TARGET.lanes)), VF) for word in words]
+
+
 def _store_tile(b: Builder, vectors: Sequence[Value], address: Value) -> None:
     for v, vector in enumerate(vectors):
         store(b, vector, offset(b, address, 4 * TARGET.lanes * v), 4)
@@ -148,9 +155,11 @@ def _branches(b: Builder, rows: Value, shapes: dict[int, int]) -> Iterator[tuple
     b.position_at_end(after)
 
 
-def _gemm(several: bool) -> Callable[..., Any]:
+def _gemm(several: bool, *, half: bool = False) -> Callable[..., Any]:
     """``c[r] (+)= x[r, 0:depth] @ panel[0:depth]`` for each of ``rows`` rows and the columns of one tile, or of as many
-    as ``TARGET.gemm_tiles`` says. ``x_offsets`` and ``c_offsets`` are addresses of int64 arrays ``[rows]``."""
+    as ``TARGET.gemm_tiles`` says. ``x_offsets`` and ``c_offsets`` are addresses of int64 arrays ``[rows]``. The panel
+    is fp32, or with ``half`` bf16."""
+    load_tile, tile_bytes = (_half_tile, 32) if half else (_tile, 64)
     shapes = _shapes(TARGET.gemm_tiles, several)
 
     @intrinsic
@@ -162,7 +171,8 @@ def _gemm(several: bool) -> Callable[..., Any]:
                 state.start(accumulate)
                 with cgutils.for_range(b, depth, intp=I64) as loop:
                     row = b.add(panel, b.mul(loop.index, panel_stride))
-                    state.multiply(loop.index, [v for t in range(tiles) for v in _tile(b, offset(b, row, 64 * t))])
+                    places = [offset(b, row, tile_bytes * t) for t in range(tiles)]
+                    state.multiply(loop.index, [vector for place in places for vector in load_tile(b, place)])
                 state.finish()
             return context.get_dummy_value()
 
@@ -172,6 +182,7 @@ def _gemm(several: bool) -> Callable[..., Any]:
 
 
 gemm_tile, gemm_tiles = _gemm(False), _gemm(True)
+half_gemm_tile, half_gemm_tiles = _gemm(False, half=True), _gemm(True, half=True)
 
 
 def _byte_tables() -> list[Value]:

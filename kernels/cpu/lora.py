@@ -16,7 +16,15 @@ from manylora.kernels.cpu.emit import float32_at, int32_at
 from manylora.kernels.cpu.lora_tables import table_product
 from manylora.kernels.cpu.lora_vectors import add_vectors
 from manylora.kernels.cpu.threads import flush, launch
-from manylora.kernels.cpu.tiles import address_of, gemm_panel, gemm_rows, keep_alive, share
+from manylora.kernels.cpu.tiles import (
+    address_of,
+    gemm_panel,
+    gemm_rows,
+    half_gemm_panel,
+    half_gemm_rows,
+    keep_alive,
+    share,
+)
 from manylora.kernels.cpu.vectors import scale_16
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_segments import LoraSegments
@@ -24,7 +32,7 @@ from manylora.kernels.lora_step import StepAdapters, VectorRows
 from manylora.kernels.lora_tables import DeviceTable
 from manylora.kernels.sites import RANK_PAGE, SITES
 
-_HEADER = 14
+_HEADER = 15
 _FIELDS = 11
 """Arguments before the projections', and for each projection."""
 
@@ -38,13 +46,13 @@ def _row_offsets(rows, n_pairs, stride):
 
 
 # Arguments: x, x_stride, y, y_stride, depth, n_pairs, rows, scales, n_segments, slots, offsets, h, h_width,
-# n_projections, then each projection's fields. h is [pairs, projections, h_width]; h_width is 16 times the most pages
-# that a slot can have.
+# n_projections, size, then each projection's fields. h is [pairs, projections, h_width]; h_width is 16 times the most
+# pages that a slot can have; size is that of a page's elements: 4 (fp32) or 2 (bf16).
 @kernel
 def _shrink_kernel(arguments, part, parts):
     a = carray(arguments, _HEADER + 3 * _FIELDS)
     x, x_stride, depth, n_pairs, rows, scales = a[0], a[1], a[4], a[5], a[6], a[7]
-    n_segments, slots, offsets, h, h_width, n_projections = a[8], a[9], a[10], a[11], a[12], a[13]
+    n_segments, slots, offsets, h, h_width, n_projections, size = a[8], a[9], a[10], a[11], a[12], a[13], a[14]
     h_stride = n_projections * h_width * 4
     x_offsets, h_offsets = _row_offsets(rows, n_pairs, x_stride), np.arange(n_pairs) * h_stride
     xo, ho = address_of(x_offsets), address_of(h_offsets)
@@ -61,7 +69,10 @@ def _shrink_kernel(arguments, part, parts):
                 if item % parts == part:
                     panel = a[p] + int32_at(a[p + 6], slot * a[p + 7] + page) * a[p + 1]
                     target = h + 4 * (j * h_width + 16 * page)
-                    gemm_rows(count, x, xo + 8 * first, panel, 64, depth, target, ho + 8 * first, 0)
+                    if size == 2:
+                        half_gemm_rows(count, x, xo + 8 * first, panel, 32, depth, target, ho + 8 * first, 0)
+                    else:
+                        gemm_rows(count, x, xo + 8 * first, panel, 64, depth, target, ho + 8 * first, 0)
                     for i in range(first, last):
                         scale_16(target + i * h_stride, factor * float32_at(scales, i))
                 item += 1
@@ -73,7 +84,7 @@ def _shrink_kernel(arguments, part, parts):
 def _expand_kernel(arguments, part, parts):
     a = carray(arguments, _HEADER + 3 * _FIELDS)
     y, y_stride, n_pairs, rows = a[2], a[3], a[5], a[6]
-    n_segments, slots, offsets, h, h_width, n_projections = a[8], a[9], a[10], a[11], a[12], a[13]
+    n_segments, slots, offsets, h, h_width, n_projections, size = a[8], a[9], a[10], a[11], a[12], a[13], a[14]
     h_stride = n_projections * h_width * 4
     y_offsets, h_offsets = _row_offsets(rows, n_pairs, y_stride), np.arange(n_pairs) * h_stride
     yo, ho = address_of(y_offsets), address_of(h_offsets)
@@ -86,14 +97,15 @@ def _expand_kernel(arguments, part, parts):
             count = last - first
             rank = int32_at(a[p + 4], slot * a[p + 8])
             for page in range((rank + 15) // 16):
-                panel = a[p + 2] + int32_at(a[p + 6], slot * a[p + 7] + page) * a[p + 3] + 64 * first_tile
+                panel = a[p + 2] + int32_at(a[p + 6], slot * a[p + 7] + page) * a[p + 3] + 16 * size * first_tile
                 source = h + 4 * (j * h_width + 16 * page)
                 width = min(16, rank - 16 * page)
-                stride = 4 * a[p + 9]
-                gemm_panel(
-                    count, last_tile - first_tile, source, ho + 8 * first, panel, stride, width, columns,
-                    yo + 8 * first, 1,
-                )  # fmt: skip
+                tiles, stride = last_tile - first_tile, size * a[p + 9]
+                so, to = ho + 8 * first, yo + 8 * first
+                if size == 2:
+                    half_gemm_panel(count, tiles, source, so, panel, stride, width, columns, to, 1)
+                else:
+                    gemm_panel(count, tiles, source, so, panel, stride, width, columns, to, 1)
     keep_alive(y_offsets)
     keep_alive(h_offsets)
 
@@ -112,16 +124,16 @@ class CpuLora:
         }
 
     def _site(self, site: str, layer: int) -> tuple[int, ...]:
-        pool, fields = self._pool, []
+        pool, fields, size = self._pool, [], self._pool.page_dtype.itemsize
         offsets = pool.shapes.site_offsets(site)
         for projection, offset in zip(SITES[site], offsets, strict=False):
             a, b, table = pool.a[projection], pool.b[projection], pool.page_table[projection]
             ranks, scaling = pool.ranks[projection], pool.scaling[projection]
             fields += [
-                a.data_ptr() + layer * a.stride(1) * 4,
-                a.stride(0) * 4,
-                b.data_ptr() + layer * b.stride(1) * 4,
-                b.stride(0) * 4,
+                a.data_ptr() + layer * a.stride(1) * size,
+                a.stride(0) * size,
+                b.data_ptr() + layer * b.stride(1) * size,
+                b.stride(0) * size,
                 ranks.data_ptr() + layer * 4,
                 scaling.data_ptr() + layer * 4,
                 table.data_ptr(),
@@ -145,7 +157,7 @@ class CpuLora:
             _shrink_kernel, x.data_ptr(), x.stride(0) * 4, y.data_ptr(), y.stride(0) * 4, x.shape[1], n_pairs,
             segments.rows.data_ptr(), segments.scales.data_ptr(), len(segments.slot_list), segments.slots.data_ptr(),
             segments.offsets.data_ptr(),
-            self._h.data_ptr(), self._h_width, projections, *self._fields[site, layer],
+            self._h.data_ptr(), self._h_width, projections, self._pool.page_dtype.itemsize, *self._fields[site, layer],
             then=_expand_kernel, keep=(x, y, segments.rows, segments.scales, segments.slots, segments.offsets, self._h),
         )  # fmt: skip
 

@@ -93,6 +93,7 @@ def _checks(make: _Inputs, ops: Ops, plain: Ops, shapes: ModelShapes) -> Iterato
         yield f"attention ({shape})", partial(_attention, make, ops, plain, shape)
     for site in SITES:
         yield f"adapters at `{site}`", partial(_adapters, make, ops, lora, site)
+    yield "adapters at `qkv` in bf16", partial(_adapters, make, ops, lora, "qkv", page_dtype=torch.bfloat16)
     for dtype in (torch.float32, torch.bfloat16):
         yield f"replaced logits in {dtype}", partial(_replaced_logits, make, hidden, dtype)
 
@@ -253,7 +254,9 @@ def _small(shapes: LoraShapes, site: str) -> LoraShapes:
     return LoraShapes(1, inputs, {p: outputs.get(p, 16) for p in shapes.out_features})
 
 
-def _adapters(make: _Inputs, ops: Ops, model: LoraShapes, site: str) -> None:
+def _adapters(
+    make: _Inputs, ops: Ops, model: LoraShapes, site: str, *, page_dtype: torch.dtype = torch.float32
+) -> None:
     """A site of three adapters of ranks below, at and above a page, one of them with gains and biases, beside base
     rows, against fp64; the base's product is a bf16 layer's.
 
@@ -262,12 +265,14 @@ def _adapters(make: _Inputs, ops: Ops, model: LoraShapes, site: str) -> None:
     shapes = _small(model, site)
     k, n = shapes.in_features[SITES[site][0]], shapes.site_offsets(site)[-1]
     adapters: dict[int, LoraWeights] = {}
-    pool = LoraPool(shapes, max_slots=3, max_pages=4, max_rank=32)
+    pool = LoraPool(shapes, max_slots=3, max_pages=4, max_rank=32, page_dtype=page_dtype)
     for slot, rank in enumerate((8, 16, 20)):
         pairs, vectors = {}, {}
         for p in SITES[site]:
             own = shapes.out_features[p]
-            pairs[p, 0] = LoraPair(make.normal(rank, k) / k**0.5, make.normal(own, rank), 0.5)
+            # Of the pages' type, so that holding them rounds nothing.
+            a, b = make.normal(rank, k) / k**0.5, make.normal(own, rank)
+            pairs[p, 0] = LoraPair(a.to(page_dtype), b.to(page_dtype), 0.5)
             if slot == 2:
                 vectors[p, 0] = LoraVectors(1 + 0.3 * make.normal(own), make.normal(own))
         adapters[slot] = LoraWeights(pairs, vectors)

@@ -9,7 +9,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from manylora.kernels.cpu.emit import gemm_tile, gemm_tiles
+from manylora.kernels.cpu.emit import gemm_tile, gemm_tiles, half_gemm_tile, half_gemm_tiles
 from manylora.kernels.cpu.target import TARGET
 
 _GROUP = len(TARGET.gemm_tiles) - 1
@@ -17,41 +17,50 @@ _GROUP = len(TARGET.gemm_tiles) - 1
 _TILES_AT_ONCE = TARGET.gemm_tiles
 
 
-@njit(nogil=True, inline="never")
-def gemm_rows(rows, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate):
-    """``c[r, 0:16] (+)= x[r, 0:depth] @ panel[0:depth, 0:16]`` for any number of rows.
+def _loops(tile: Any, tiles_at_once: Any, tile_bytes: int) -> tuple[Any, Any]:
+    """``gemm_rows`` and ``gemm_panel`` over two micro-kernels, whose panels have ``tile_bytes`` a tile and row."""
 
-    Addresses and byte offsets are int64; ``x_offsets`` and ``c_offsets`` are addresses of int64 arrays ``[rows]``.
-    """
-    groups = (rows + _GROUP - 1) // _GROUP
-    done = 0
-    for g in range(groups):
-        # Near-equal groups: 8 rows are 4 + 4, not 6 + 2, because a small group starves the multipliers.
-        size = (rows - done + groups - g - 1) // (groups - g)
-        gemm_tile(size, x, x_offsets + 8 * done, panel, stride, depth, c, c_offsets + 8 * done, accumulate)
-        done += size
-
-
-@njit(nogil=True, inline="never")
-def gemm_panel(rows, tiles, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate):
-    """The same for a panel of several tiles: more columns at once hide the latency of the FMAs of few rows."""
-    at_once = _TILES_AT_ONCE[min(rows, _GROUP)]
-    t = 0
-    if at_once > 1:
+    @njit(nogil=True, inline="never")
+    def rows_of_a_tile(rows, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate):
         groups = (rows + _GROUP - 1) // _GROUP
-        while t + at_once <= tiles:
-            done = 0
-            for g in range(groups):
-                size = (rows - done + groups - g - 1) // (groups - g)
-                gemm_tiles(
-                    size, x, x_offsets + 8 * done, panel + 64 * t, stride, depth, c + 64 * t, c_offsets + 8 * done,
-                    accumulate,
-                )  # fmt: skip
-                done += size
-            t += at_once
-    while t < tiles:
-        gemm_rows(rows, x, x_offsets, panel + 64 * t, stride, depth, c + 64 * t, c_offsets, accumulate)
-        t += 1
+        done = 0
+        for g in range(groups):
+            # Near-equal groups: 8 rows are 4 + 4, not 6 + 2, because a small group starves the multipliers.
+            size = (rows - done + groups - g - 1) // (groups - g)
+            tile(size, x, x_offsets + 8 * done, panel, stride, depth, c, c_offsets + 8 * done, accumulate)
+            done += size
+
+    @njit(nogil=True, inline="never")
+    def rows_of_a_panel(rows, tiles, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate):
+        at_once = _TILES_AT_ONCE[min(rows, _GROUP)]
+        t = 0
+        if at_once > 1:
+            groups = (rows + _GROUP - 1) // _GROUP
+            while t + at_once <= tiles:
+                done = 0
+                for g in range(groups):
+                    size = (rows - done + groups - g - 1) // (groups - g)
+                    tiles_at_once(
+                        size, x, x_offsets + 8 * done, panel + tile_bytes * t, stride, depth, c + 64 * t,
+                        c_offsets + 8 * done, accumulate,
+                    )  # fmt: skip
+                    done += size
+                t += at_once
+        while t < tiles:
+            rows_of_a_tile(rows, x, x_offsets, panel + tile_bytes * t, stride, depth, c + 64 * t, c_offsets, accumulate)
+            t += 1
+
+    return rows_of_a_tile, rows_of_a_panel
+
+
+gemm_rows, gemm_panel = _loops(gemm_tile, gemm_tiles, 64)
+"""``gemm_rows(rows, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate)``: ``c[r, 0:16] (+)= x[r, 0:depth] @
+panel[0:depth, 0:16]`` for any number of rows. ``gemm_panel(rows, tiles, ...)``: the same for a panel of several tiles,
+as more columns at once hide the latency of the FMAs of few rows.
+
+Addresses and byte offsets are int64; ``x_offsets`` and ``c_offsets`` are addresses of int64 arrays ``[rows]``."""
+half_gemm_rows, half_gemm_panel = _loops(half_gemm_tile, half_gemm_tiles, 32)
+"""The same for panels of bf16."""
 
 
 @njit(nogil=True)

@@ -34,9 +34,9 @@ def random_weights(rank: int, projections: tuple[str, ...], seed: int, scale: fl
     return LoraWeights(pairs)
 
 
-def pool_of(*adapters: LoraWeights, max_pages: int = 40) -> LoraPool:
+def pool_of(*adapters: LoraWeights, max_pages: int = 40, page_dtype: torch.dtype | None = None) -> LoraPool:
     """A pool with the adapters in slots 0, 1, ..."""
-    pool = LoraPool(SHAPES, max_slots=max(len(adapters), 1), max_pages=max_pages)
+    pool = LoraPool(SHAPES, max_slots=max(len(adapters), 1), max_pages=max_pages, page_dtype=page_dtype)
     for slot, weights in enumerate(adapters):
         pool.write(slot, weights)
     return pool

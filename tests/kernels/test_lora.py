@@ -70,8 +70,13 @@ def _single_row() -> Pairs:
 BATCHES = (_identical, _distinct, _uniform, _skewed, _with_base_rows, _unsorted, _composed, _single_row)
 
 
-@pytest.fixture(scope="module")
-def pool() -> LoraPool:
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def pool(request: pytest.FixtureRequest) -> LoraPool:
+    """Six adapters, in pages of either type beside fp32 activations; references read the pages, rounded as they are."""
+    return _six(request.param)
+
+
+def _six(page_dtype: torch.dtype) -> LoraPool:
     return pool_of(
         random_weights(1, ("q",), 1, 0.5),
         random_weights(8, ("q", "v"), 2, 2.0),
@@ -79,7 +84,13 @@ def pool() -> LoraPool:
         random_weights(64, ("q", "k", "v", "gate", "down"), 4, 0.25),
         random_weights(20, ("k", "gate", "down", "lm_head"), 5),
         random_weights(33, ("o", "up"), 6),
+        page_dtype=page_dtype,
     )
+
+
+def _skip_unless_read(implementation: Implementation, pool: LoraPool) -> None:
+    if implementation == "triton" and pool.page_dtype != pool.dtype:
+        pytest.skip("on a GPU pages have the activations' type")
 
 
 def _inputs(site: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,6 +127,7 @@ def _bound(x: torch.Tensor, pool: LoraPool, pairs: Pairs, site: str, layer: int)
 def test_matches_the_reference(
     implementation: Implementation, make: Callable[[], Pairs], site: str, pool: LoraPool
 ) -> None:
+    _skip_unless_read(implementation, pool)
     pairs, layer = make(), 0 if site == "lm_head" else 1
     segments = LoraSegments.from_pairs(pairs)
     assert segments is not None
@@ -131,6 +143,7 @@ def test_matches_the_reference(
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_row_alone_gives_the_same_bits_as_in_a_batch(implementation: Implementation, pool: LoraPool) -> None:
+    _skip_unless_read(implementation, pool)
     if implementation == "torch":
         pytest.skip("torch's own matmul sums in another order for other row counts; it promises closeness only")
     if implementation == "triton" and not torch.cuda.is_available():
@@ -147,6 +160,24 @@ def test_a_row_alone_gives_the_same_bits_as_in_a_batch(implementation: Implement
             assert single is not None
             op.add_(alone[row : row + 1], x[row : row + 1], single, site, 0)
         assert torch.equal(alone, y)
+
+
+@pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
+@pytest.mark.parametrize("site", SITES)
+def test_bf16_pages_give_the_bits_of_the_same_values_in_fp32(site: str) -> None:
+    half = _six(torch.bfloat16)
+    widened = _six(torch.float32)
+    for p in half.a:
+        widened.a[p].copy_(half.a[p])
+        widened.b[p].copy_(half.b[p])
+    layer = 0 if site == "lm_head" else 1
+    for make in BATCHES:
+        segments = LoraSegments.from_pairs(make())
+        x, y = _inputs(site)
+        other = y.clone()
+        BatchedLora(half, "cpu").add_(y, x, segments, site, layer)  # type: ignore[arg-type]
+        BatchedLora(widened, "cpu").add_(other, x, segments, site, layer)  # type: ignore[arg-type]
+        assert torch.equal(y, other), make.__name__
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
