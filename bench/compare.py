@@ -150,6 +150,10 @@ def main() -> None:
     parser.add_argument("--peer", action="append", default=[], metavar="COMMAND", help="one of bench/peers; repeatable")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
+        "--rounds-of", action="append", default=[], metavar="SYSTEM=N",
+        help="fewer for a system, by the name it gives itself; repeatable, e.g. 'peft nf4=1', which takes minutes",
+    )  # fmt: skip
+    parser.add_argument(
         "--limit", type=float, default=240, metavar="S",
         help="a system that has taken this long over a case is not asked for it again (default 240)",
     )  # fmt: skip
@@ -165,6 +169,8 @@ def main() -> None:
         parser.error(f"--cases: {', '.join(sorted(unknown))}: not among {', '.join(by_name)}")
     cases = [by_name[name] for name in options.cases or by_name]
 
+    fewer = {name: int(count) for name, _, count in (text.rpartition("=") for text in options.rounds_of)}
+
     log = Path(tempfile.gettempdir()) / f"bench-compare-{os.getpid()}.log"
     ours = [sys.executable, "-P", str(Path(__file__).parent / "peers" / "ours.py"), str(options.workload)]
     systems: list[System] = []
@@ -174,6 +180,8 @@ def main() -> None:
         for command in (ours, *map(shlex.split, options.peer)):
             print(f"starting {shlex.join(command)} (what it prints: {log})", file=sys.stderr, flush=True)
             systems.append(System(command, log))
+        if unknown := fewer.keys() - {system.name for system in systems}:
+            raise RuntimeError(f"--rounds-of: no system calls itself {', '.join(sorted(unknown))}")
         with tqdm(total=len(cases) * (1 + options.rounds), unit="round", dynamic_ncols=True) as bar:
             for case in cases:
                 able = [system for system in systems if can(system.name, case)]
@@ -185,7 +193,7 @@ def main() -> None:
                 for number in range(options.rounds):
                     turn = number % len(able)
                     for system in (*able[turn:], *able[:turn]):
-                        if taken[system.name] > options.limit:
+                        if taken[system.name] > options.limit or number >= fewer.get(system.name, options.rounds):
                             continue
                         bar.set_description(f"{case}, {case.prompt_tokens} in: {system.name}")
                         measured = system.measure(case)
