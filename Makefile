@@ -6,6 +6,7 @@
 # make gpu-check  on a machine with an NVIDIA GPU: checks the CUDA kernels, then measures them (needs torch and triton alone)
 # make loadtest  a load test with a report: of HOST, or of what answers on PORT, or else of a fresh demo server
 #                (PROFILE=zipf, SECONDS, CLIENTS, ARGS='--fail-if ttft_p95_ms>500'; see loadtest/README.md)
+# make soak   everything at random against a fresh demo server, each answer held against its reference (MINUTES=20)
 # Each sets up .venv/ by itself, from pyproject.toml and the exact versions in constraints.txt.
 
 PYTHON ?= python3
@@ -14,6 +15,7 @@ HOST ?=
 PROFILE ?= zipf
 SECONDS ?=
 CLIENTS ?=
+MINUTES ?= 20
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -21,7 +23,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # Keeps the repository's folders `kernels` and `adapters` from being imported by those names.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test check docs bench gpu-check loadtest workload clean
+.PHONY: demo test check docs bench gpu-check loadtest soak workload clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV)/ (a few minutes the first time) ..."
@@ -72,6 +74,9 @@ gpu-check:
 loadtest: $(VENV)/.dev
 	$(BIN)/python -P loadtest/run.py $(if $(HOST),--host $(HOST),--port $(PORT)) --profile $(PROFILE) \
 		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(CLIENTS),--clients $(CLIENTS)) $(ARGS)
+
+soak: $(VENV)/.dev
+	$(BIN)/python -P loadtest/soak.py --minutes $(MINUTES) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -40,6 +40,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
+
 # The tests' random and broken adapters are what is loaded here, too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -107,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     soak = Soak(settings)
     try:
         soak.run()
-    except TargetError as error:
+    except (TargetError, httpx.HTTPError) as error:
         print(f"soak: {error}", file=sys.stderr)
         return 3
     found = summary(soak, limits)

@@ -84,9 +84,11 @@ class Soak:
     exit_code: int | None = None
     integrity: str = ""
     """What the server's log said of it at the end; empty if nothing."""
+    digests: dict[Path, str] = field(default_factory=dict)
+    """Of the adapters that were written, by folder: the part of the version that a fingerprint has."""
 
     def run(self) -> None:
-        """TargetError if no server starts, or it cannot even answer alone."""
+        """TargetError if no server starts, or it cannot even answer alone; httpx.HTTPError if it is gone by then."""
         log = self.settings.out / "server.log"
         with tempfile.TemporaryDirectory(prefix="soak-") as name:
             folder = Path(name)
@@ -124,7 +126,6 @@ class Soak:
         recorder = Recorder(client, BASE)
         recorder.record(())
         digests = {name: recorder.record(((name, 1.0),)) for name in DEMO_ADAPTERS}
-        self.digests: dict[Path, str] = {}
         compositions: dict[Composition, str] = {}
 
         def compose(uses: Uses, found: dict[str, str]) -> None:
