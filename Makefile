@@ -8,6 +8,7 @@
 # make gpu-check  on a machine with an NVIDIA GPU: checks the CUDA kernels, then measures them (needs torch and triton alone)
 # make loadtest  a load test with a report: of HOST, or of what answers on PORT, or else of a fresh demo server
 #                (PROFILE=zipf, SECONDS, CLIENTS, ARGS='--fail-if ttft_p95_ms>500'; see loadtest/README.md)
+# make soak   everything at random against a fresh demo server, each answer held against its reference (MINUTES=20)
 # Each sets up .venv/ by itself, from pyproject.toml and the exact versions in constraints.txt.
 
 PYTHON ?= python3
@@ -16,6 +17,7 @@ HOST ?=
 PROFILE ?= zipf
 SECONDS ?=
 CLIENTS ?=
+MINUTES ?= 20
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -25,7 +27,7 @@ export PYTHONSAFEPATH := 1
 
 BENCHES := $(addprefix bench-,engine merged swaps structured fairness prefix speculation)
 
-.PHONY: demo test check docs bench $(BENCHES) bench-pictures peers gpu-check loadtest workload clean
+.PHONY: demo test check docs bench $(BENCHES) bench-pictures peers gpu-check loadtest soak workload clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV)/ (a few minutes the first time) ..."
@@ -97,6 +99,9 @@ gpu-check:
 loadtest: $(VENV)/.dev
 	$(BIN)/python -P loadtest/run.py $(if $(HOST),--host $(HOST),--port $(PORT)) --profile $(PROFILE) \
 		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(CLIENTS),--clients $(CLIENTS)) $(ARGS)
+
+soak: $(VENV)/.dev
+	$(BIN)/python -P loadtest/soak.py --minutes $(MINUTES) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -19,7 +19,8 @@ _log = logging.getLogger(__name__)
 
 
 def serve(config: ServeConfig, sockets: Sequence[socket.socket]) -> int:
-    """Serve on bound ``sockets`` until a signal; the process's exit code. Raises ModelError, AdapterError before."""
+    """Serve on bound ``sockets`` until a signal; the process's exit code: 1 if it took two signals, or if something
+    leaked. Raises ModelError, AdapterError before."""
     running = build(config)
     with asyncio.Runner(loop_factory=new_loop) as runner:
         return runner.run(_serve(running, config, sockets))
@@ -31,9 +32,18 @@ async def _serve(running: Running, config: ServeConfig, sockets: Sequence[socket
         # Still nobody is connected, so nothing else needs this loop meanwhile.
         load_adapters(running, config)
         _say_what_to_try(running, config, sockets[0])
-        return await serve_until_signal(running.serving, config.api, sockets)
+        code = await serve_until_signal(running.serving, config.api, sockets)
     finally:
         await running.close()
+    if code:
+        return code  # what was cut off by a second signal need not have given back what it held
+    try:
+        running.check_integrity()
+    except RuntimeError as error:
+        _log.error("integrity check failed: %s", error)
+        return 1
+    _log.info("integrity check passed: nothing that requests held is missing")
+    return 0
 
 
 def _say_what_to_try(running: Running, config: ServeConfig, sock: socket.socket) -> None:

@@ -106,6 +106,19 @@ class Running:
         for executor in self._threads:
             executor.shutdown(wait=True, cancel_futures=True)
 
+    def check_integrity(self) -> None:
+        """After ``close``: raise RuntimeError, with the numbers, if anything that requests held was not given back:
+        pages and slots (as the step loop saw when it was idle), references to versions, copies in host memory, merged
+        weights, the pool's pages."""
+        if self.engine.integrity_error is not None:
+            raise self.engine.integrity_error
+        self.registry.check_integrity()
+        if in_flight := self.registry.counts().requests_in_flight:
+            raise RuntimeError(f"registry: {in_flight} references are held after the last request")
+        self.merges.check_integrity(idle=True)
+        self.host.check_integrity(idle=True)
+        self.pool.check_integrity()
+
 
 def choose_device(name: str) -> torch.device:
     """``auto``: CUDA where there is any. Raises ConfigError for a device that is not there."""

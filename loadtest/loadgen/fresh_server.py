@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import requests
@@ -24,11 +25,30 @@ _TOLD_S = 10.0
 _SERVING = re.compile(r"serving \S+ on (http://[^\s\"]+)")
 
 
+@dataclass(frozen=True)
+class FreshServer:
+    """A process that is ready, and where it listens."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def end(self) -> int:
+        """SIGTERM; its exit code, -9 if it did not end by itself within a minute."""
+        _end(self.process)
+        return self.process.returncode
+
+
 @contextlib.contextmanager
 def fresh_server(flags: Sequence[str], log: Path, ready_s: float = READY_S) -> Iterator[str]:
-    """Its URL, on a free port of this machine, while the block runs. Its output goes to ``log``; what it
-    would remember, and uploads, to a folder that is gone afterwards. TargetError, with the end of the log, if it does
-    not get ready."""
+    """The URL of a ``fresh_process``."""
+    with fresh_process(flags, log, ready_s) as server:
+        yield server.url
+
+
+@contextlib.contextmanager
+def fresh_process(flags: Sequence[str], log: Path, ready_s: float = READY_S) -> Iterator[FreshServer]:
+    """On a free port of this machine, while the block runs. Its output goes to ``log``; what it would remember, and
+    uploads, to a folder that is gone afterwards. TargetError, with the end of the log, if it does not get ready."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="loadtest-") as state, log.open("wb") as output:
         command = [str(Path(sys.executable).parent / "manylora"), "serve", "--port", "0", "--state-dir", state, *flags]
@@ -37,7 +57,7 @@ def fresh_server(flags: Sequence[str], log: Path, ready_s: float = READY_S) -> I
         except OSError as error:
             raise TargetError(f"{command[0]}: {error}") from None
         try:
-            yield _wait(process, log, ready_s)
+            yield FreshServer(_wait(process, log, ready_s), process)
         finally:
             _end(process)
 

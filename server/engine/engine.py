@@ -150,6 +150,12 @@ class Engine:
     def is_draining(self) -> bool:
         return self._is_draining and not self._has_failed
 
+    @property
+    def integrity_error(self) -> RuntimeError | None:
+        """What the last integrity check that failed said. The step loop checks each time nothing lives any more, and
+        when it ends."""
+        return self._loop.integrity_error
+
     def start(self) -> None:
         self._thread.start()
 
@@ -288,8 +294,8 @@ class Engine:
             self._condition.notify()
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
-        if self._strict and self._loop.integrity_error is not None:
-            raise self._loop.integrity_error
+        if self._strict and self.integrity_error is not None:
+            raise self.integrity_error
 
     def _check(self, request: Request) -> None:
         prompt, params = request.prompt_token_ids, request.params

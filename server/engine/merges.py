@@ -32,6 +32,7 @@ from typing import Any, Final, Literal, Protocol, get_args
 from manylora.adapters.errors import AdapterNotFound
 from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.errors import EngineDraining, MergeBusy, MergeRefused
+from manylora.server.engine.heap import give_back_soon
 
 _log = logging.getLogger(__name__)
 
@@ -205,6 +206,7 @@ class MergeManager:
                 self._registry.release(ref)
             if self._current is not model:
                 raise AdapterNotFound(name)
+        give_back_soon()  # what it was computed in
         _log.info(
             "adapter %s (version %s) is merged (%s): %d MiB, logits drift by %.3g at most and %.3g on average (the "
             "adapter's own effect is %.3g), made in %.1f s",
@@ -352,6 +354,8 @@ class MergeManager:
 def _free(models: Sequence[MergedModel]) -> None:
     for model in models:  # giving gigabytes back takes a while: nobody is to wait for a lock meanwhile
         model.free()
+    if models:
+        give_back_soon()
 
 
 class _Exclusive:

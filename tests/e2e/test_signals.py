@@ -90,6 +90,7 @@ def test_sigterm_lets_streams_finish_and_takes_nothing_new(tmp_path: Path, base_
         assert int(refused.headers["retry-after"]) > 0
         assert ended == [(LONG, "length", 1)] * len(models)
         assert server.wait() == 0
+        assert "integrity check passed" in server.log_text()
         assert "Traceback" not in server.log_text()
         with pytest.raises(httpx.ConnectError):
             httpx.get(server.url + "/health")

@@ -15,6 +15,7 @@ import pytest
 from manylora.adapters.errors import AdapterError, AdapterNotFound
 from manylora.adapters.registry import AdapterRegistry
 from manylora.adapters.versions import AdapterRef, LoadedAdapter
+from manylora.server.engine import merges
 from manylora.server.engine.errors import EngineDraining, MergeBusy, MergeRefused
 from manylora.server.engine.merges import Difference, Measured, MergedModel, MergeManager
 
@@ -389,3 +390,19 @@ def test_binding_and_unmerging_race_without_losing_a_copy(setup: Setup) -> None:
     assert problems == []
     setup.manager.check_integrity(idle=True)
     assert setup.builder.n_alive() == 0
+
+
+def test_memory_is_given_back_when_a_copy_is_gone(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[int] = []
+    monkeypatch.setattr(merges, "give_back_soon", lambda: alive.append(setup.builder.n_alive()))
+    setup.manager.merge("a")
+    assert alive == [1], "what it was computed in"
+    bound = setup.bind("a")
+    assert bound is not None
+    setup.manager.unmerge()
+    assert alive == [1], "a request still computes with it"
+    bound.release()
+    assert alive == [1, 0]
+    with pytest.raises(MergeRefused):
+        setup.manager.unmerge()
+    assert alive == [1, 0]
