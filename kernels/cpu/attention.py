@@ -16,6 +16,7 @@ from numba import carray, njit
 
 from manylora.kernels.cpu.compiling import kernel
 from manylora.kernels.cpu.emit import int32_at
+from manylora.kernels.cpu.target import TARGET
 from manylora.kernels.cpu.threads import launch
 from manylora.kernels.cpu.tiles import (
     address_of,
@@ -29,6 +30,8 @@ from manylora.kernels.cpu.tiles import (
 from manylora.kernels.cpu.vectors import scale_8, softmax_8, sum_8
 
 PAGE: int = 16
+_SEVERAL_TILES = TARGET.panel_tiles > 1
+"""Whether a page's values are multiplied several tiles at once: AVX2 has too few registers for it to pay."""
 QUERY_BLOCK: int = 8
 """Queries of one prompt attended together; times the heads of a group they are the rows of the GEMM."""
 
@@ -144,10 +147,14 @@ def _attend_kernel(arguments, part, parts):
                     panel = values + int32_at(table, p) * page_bytes + 64 * head * head_dim
                     # Rows of the last page beyond the newest token may hold anything: they are not read.
                     depth = min(16, top - 16 * p)
-                    gemm_panel(
-                        rows, head_dim // 16, scores + 64 * p, so, panel, 4 * head_dim, depth, out, oo,
-                        1 if p > first_page else 0,
-                    )  # fmt: skip
+                    keep = 1 if p > first_page else 0
+                    if _SEVERAL_TILES:
+                        gemm_panel(rows, head_dim // 16, scores + 64 * p, so, panel, 4 * head_dim, depth, out, oo, keep)
+                    else:
+                        for d in range(head_dim // 16):
+                            gemm_rows(
+                                rows, scores + 64 * p, so, panel + 64 * d, 4 * head_dim, depth, out + 64 * d, oo, keep
+                            )
     keep_alive(score_memory)
     keep_alive(q_offsets)
     keep_alive(s_offsets)
