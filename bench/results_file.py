@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from engine import processor
 
 
 class ResultsFile:
@@ -29,3 +28,14 @@ class ResultsFile:
         self._path.parent.mkdir(exist_ok=True)
         with self._path.open("a") as file:
             file.write(json.dumps({**self._run, **result, **self._note}) + "\n")
+
+
+def processor() -> str:
+    """The processor and the vector extensions that decide which kernels run."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    model = next((row.split(":", 1)[1].strip() for row in text.splitlines() if row.startswith("model name")), "")
+    flags = next((row.split(":", 1)[1].split() for row in text.splitlines() if row.startswith("flags")), [])
+    return " ".join([model, *(flag for flag in ("avx2", "avx512f", "avx512_bf16") if flag in flags)])

@@ -36,7 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
-from engine import processor
+from results_file import processor
 
 from manylora.adapters.peft_tensors import places_of
 from manylora.server.cli import demo_base
