@@ -71,11 +71,11 @@ build/workload: $(VENV)/.dev
 bench: $(BENCHES) bench-pictures
 
 bench-engine: build/workload
-	$(BIN)/python -P bench/engine.py --workload build/workload --http --repeats 5
+	$(BIN)/python -P bench/engine.py --workload build/workload --http
 bench-merged: build/workload
 	$(BIN)/python -P bench/merged.py --workload build/workload --pairs 5
 bench-swaps: $(VENV)/.dev
-	$(BIN)/python -P bench/swaps.py --seconds 25
+	$(BIN)/python -P bench/swaps.py --seconds 20
 bench-structured: $(VENV)/.dev
 	$(BIN)/python -P bench/structured.py --pairs 2 --grammars records
 bench-fairness: $(VENV)/.dev
