@@ -62,7 +62,7 @@ class DeviceTable:
 
     ``ids`` int64 ``[count]``, ascending: the tokens they are of; None if they are of all tokens. ``rows`` ``[count,
     hidden]``, with rows of zeros up to a multiple of 16 if they make logits; if ``tiled`` ``[ceil(count / 16), hidden,
-    16]``, in the order of ``cpu.linear.pack_bf16`` if they are bf16, else with output i of a tile at place i.
+    16]``, in the order of ``cpu.bf16_linear.pack_bf16`` if they are bf16, else with output i of a tile at place i.
     """
 
     count: int
@@ -86,7 +86,7 @@ class DeviceTable:
         if not self.tiled:
             return self.rows
         if self.rows.dtype == torch.bfloat16:
-            from manylora.kernels.cpu.linear import unpack_bf16  # numba is there, or the table would not be tiled
+            from manylora.kernels.cpu.bf16_linear import unpack_bf16  # numba is there, or the table would not be tiled
 
             return unpack_bf16(self.rows)
         return self.rows.permute(0, 2, 1).reshape(-1, self.rows.shape[1]).contiguous()
@@ -102,7 +102,7 @@ class DeviceTable:
 
 def _tiles(rows: torch.Tensor) -> torch.Tensor:
     if rows.dtype == torch.bfloat16:
-        from manylora.kernels.cpu.linear import pack_bf16  # numba, which only the CPU's kernels need
+        from manylora.kernels.cpu.bf16_linear import pack_bf16  # numba, which only the CPU's kernels need
 
         return pack_bf16(rows)
     return _padded(rows).reshape(-1, _TILE, rows.shape[1]).permute(0, 2, 1).contiguous()

@@ -67,7 +67,9 @@ class Compiled:
         self._compiled.ctypes(*arguments)
 
 
-_MODULES: Final = ("threads", "elementwise", "linear", "attention", "lora", "lora_tables", "lora_vectors")
+_MODULES: Final = (
+    "threads", "elementwise", "nf4_linear", "bf16_linear", "attention", "lora", "lora_tables", "lora_vectors",
+)  # fmt: skip
 """Where there are kernels."""
 
 _registered: list[Compiled] = []

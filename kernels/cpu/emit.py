@@ -1,8 +1,9 @@
 """Inner loops as LLVM IR: the few places where a numba kernel needs vector registers and byte shuffles by name.
 
-Everything the CPU computes in bulk is one micro-kernel, ``gemm_tile``: R rows of x times a panel of 16·T columns, held
-in vector registers. NF4 and bf16 weights are first decoded into such a panel, small enough for the L1 cache; LoRA
-pages and KV pages already have its shape. Addresses are passed as plain int64, offsets are in bytes.
+What the CPU computes in fp32 in bulk is one micro-kernel, ``gemm_tile``: R rows of x times a panel of 16·T columns,
+held in vector registers. bf16 weights are first widened into such a panel, small enough for the L1 cache; LoRA pages
+and KV pages already have its shape. NF4 weights have a micro-kernel of their own, ``nf4_inner``. Addresses are passed
+as plain int64, offsets are in bytes.
 
 **Order of summation.** Each output element is ``fma(x[k], w[k, n], acc)`` for k = 0, 1, 2, … in one chain, whichever R
 and T are used and however k is cut into panels. A row's result therefore never depends on how many rows share the
@@ -14,7 +15,6 @@ which R and T there are; ``kernels.cpu.VARIANTS`` names what a processor must ha
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
@@ -22,19 +22,13 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from manylora.kernels.cpu.target import PERMUTES_512, TARGET
-from manylora.kernels.nf4_code import NF4_CODE
+from manylora.kernels.cpu.target import TARGET
 
 Builder = Any
 Value = Any
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-V8F, V8I, V16S, V32B = (
-    ir.VectorType(F32, 8),
-    ir.VectorType(I32, 8),
-    ir.VectorType(I16, 16),
-    ir.VectorType(I8, 32),
-)
+V8F, V8I = ir.VectorType(F32, 8), ir.VectorType(I32, 8)
 VF, VI = ir.VectorType(F32, TARGET.lanes), ir.VectorType(I32, TARGET.lanes)
 """What fits a register."""
 TILE: Final = 16
@@ -77,7 +71,7 @@ def constant(value: float, kind: Any = V8F) -> Value:
     return ir.Constant(kind, [value] * kind.count)
 
 
-def _tile(b: Builder, address: Value) -> list[Value]:
+def tile(b: Builder, address: Value) -> list[Value]:
     """The 16 fp32 values at ``address``."""
     return [load(b, offset(b, address, 4 * TARGET.lanes * v), VF, 4) for v in range(VECTORS)]
 
@@ -89,7 +83,7 @@ def _half_tile(b: Builder, address: Value) -> list[Value]:
     return [b.bitcast(b.shl(word, ir.Constant(VI, [16] * TARGET.lanes)), VF) for word in words]
 
 
-def _store_tile(b: Builder, vectors: Sequence[Value], address: Value) -> None:
+def store_tile(b: Builder, vectors: Sequence[Value], address: Value) -> None:
     for v, vector in enumerate(vectors):
         store(b, vector, offset(b, address, 4 * TARGET.lanes * v), 4)
 
@@ -140,7 +134,7 @@ def _shapes(tiles_at_once: Sequence[int], several: bool) -> dict[int, int]:
     return {rows: tiles if several else 1 for rows, tiles in enumerate(tiles_at_once) if tiles > several}
 
 
-def _branches(b: Builder, rows: Value, shapes: dict[int, int]) -> Iterator[tuple[int, int]]:
+def branches(b: Builder, rows: Value, shapes: dict[int, int]) -> Iterator[tuple[int, int]]:
     """Branch on the number of rows, which must be one of ``shapes``: what is emitted while (rows, tiles) are at hand is
     run for those rows."""
     after = b.append_basic_block("after")
@@ -159,14 +153,14 @@ def _gemm(several: bool, *, half: bool = False) -> Callable[..., Any]:
     """``c[r] (+)= x[r, 0:depth] @ panel[0:depth]`` for each of ``rows`` rows and the columns of one tile, or of as many
     as ``TARGET.gemm_tiles`` says. ``x_offsets`` and ``c_offsets`` are addresses of int64 arrays ``[rows]``. The panel
     is fp32, or with ``half`` bf16."""
-    load_tile, tile_bytes = (_half_tile, 32) if half else (_tile, 64)
+    load_tile, tile_bytes = (_half_tile, 32) if half else (tile, 64)
     shapes = _shapes(TARGET.gemm_tiles, several)
 
     @intrinsic
     def gemm(typingctx, rows, x, x_offsets, panel, panel_stride, depth, c, c_offsets, accumulate):
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             rows, x, x_offsets, panel, panel_stride, depth, c, c_offsets, accumulate = args
-            for count, tiles in _branches(b, rows, shapes):
+            for count, tiles in branches(b, rows, shapes):
                 state = _Rows(b, count, tiles, x, x_offsets, c, c_offsets)
                 state.start(accumulate)
                 with cgutils.for_range(b, depth, intp=I64) as loop:
@@ -185,144 +179,9 @@ gemm_tile, gemm_tiles = _gemm(False), _gemm(True)
 half_gemm_tile, half_gemm_tiles = _gemm(False, half=True), _gemm(True, half=True)
 
 
-def _byte_tables() -> list[Value]:
-    """The four byte planes of the 16 fp32 codes, each repeated in both 128-bit lanes for ``vpshufb``."""
-    raw = [struct.pack("<f", value) for value in NF4_CODE]
-    return [ir.Constant(V32B, [code[plane] for code in raw] * 2) for plane in range(4)]
-
-
-def _unpack(width: int, high: bool) -> list[int]:
-    """Shuffle mask of ``vpunpck{l,h}`` on two 256-bit vectors of ``width`` elements: interleaves within each lane."""
-    lane = width // 2
-    start = lane // 2 if high else 0
-    return [i for base in (0, lane) for j in range(lane // 2) for i in (base + start + j, width + base + start + j)]
-
-
-def _shuffle(b: Builder, left: Value, right: Value, mask: list[int]) -> Value:
+def shuffle(b: Builder, left: Value, right: Value, mask: list[int]) -> Value:
+    """The elements of ``left`` and, numbered on from those, of ``right`` that ``mask`` names."""
     return b.shuffle_vector(left, right, ir.Constant(ir.VectorType(I32, len(mask)), mask))
-
-
-def _nf4_quad(b: Builder, address: Value) -> list[list[Value]]:
-    """The codes of the four positions and 16 outputs whose 32 bytes lie at ``address``: fp32, two vectors a position.
-
-    Four byte look-ups and two levels of interleaving give 32 exact codes: about three shuffles for eight weights.
-    """
-    pshufb = function(b, "llvm.x86.avx2.pshuf.b", V32B, V32B, V32B)
-    low_nibble = ir.Constant(V32B, [15] * 32)
-    codes = load(b, address, V32B, 1)
-    shifted = b.bitcast(b.lshr(b.bitcast(codes, V16S), ir.Constant(V16S, [4] * 16)), V32B)
-    positions = []
-    for nibbles in (b.and_(codes, low_nibble), b.and_(shifted, low_nibble)):
-        planes = [b.call(pshufb, [table, nibbles]) for table in _byte_tables()]
-        for high_bytes in (False, True):
-            mask = _unpack(32, high_bytes)
-            low16 = b.bitcast(_shuffle(b, planes[0], planes[1], mask), V16S)
-            high16 = b.bitcast(_shuffle(b, planes[2], planes[3], mask), V16S)
-            positions.append([b.bitcast(_shuffle(b, low16, high16, _unpack(16, high)), V8F) for high in (False, True)])
-    return positions
-
-
-def _nf4_octet(b: Builder, address: Value) -> list[list[Value]]:
-    """The same for eight positions and 64 bytes, one vector of 16 a position: a shift brings its codes to the low four
-    bits of each lane, which are all that ``vpermps`` looks at, and the 16 fp32 codes fit a register."""
-    words = load(b, address, VI, 1)
-    table = ir.Constant(VF, list(NF4_CODE))
-    return [[_permute_16(b, table, b.lshr(words, ir.Constant(VI, [4 * i] * 16)))] for i in range(8)]
-
-
-def _permute_16(b: Builder, table: Value, index: Value) -> Value:
-    """``table[index % 16]`` in each of 16 lanes."""
-    if PERMUTES_512:
-        return b.call(function(b, "llvm.x86.avx512.permvar.sf.512", VF, VF, VI), [table, index])
-    permute_8 = function(b, "llvm.x86.avx2.permps", V8F, V8F, V8I)
-    low, high = list(range(8)), list(range(8, 16))
-    found = []
-    for half in (low, high):
-        own = _shuffle(b, index, index, half)
-        below, above = (b.call(permute_8, [_shuffle(b, table, table, of), own]) for of in (low, high))
-        found.append(
-            b.select(
-                b.icmp_signed("<", b.shl(own, ir.Constant(V8I, [28] * 8)), ir.Constant(V8I, [0] * 8)), above, below
-            )
-        )
-    return _shuffle(b, found[0], found[1], low + high)
-
-
-_nf4_group = _nf4_quad if TARGET.nf4_group == 4 else _nf4_octet
-_NF4_BYTES = 8 * TARGET.nf4_group
-
-
-@intrinsic
-def decode_nf4(typingctx, packed, absmax, out, out_stride, groups):
-    """Decode ``groups`` times ``TARGET.nf4_group`` rows of a 16-column tile to fp32, times ``absmax[16]``:
-    ``out[k, n] = code * absmax[n]``.
-
-    ``packed`` is in the order of ``kernels.cpu.linear.pack_nf4``.
-    """
-    signature = types.void(*[types.int64] * 5)
-
-    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        packed, absmax, out, out_stride, groups = args
-        scales = _tile(b, absmax)
-        with cgutils.for_range(b, groups, intp=I64) as loop:
-            row = b.add(out, b.mul(loop.index, b.mul(out_stride, i64(TARGET.nf4_group))))
-            for vectors in _nf4_group(b, b.add(packed, b.mul(loop.index, i64(_NF4_BYTES)))):
-                _store_tile(b, [b.fmul(codes, scale) for codes, scale in zip(vectors, scales, strict=True)], row)
-                row = b.add(row, out_stride)
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
-def _fused_nf4(several: bool) -> Callable[..., Any]:
-    """Few rows: the weights go from the decode straight into the multiply, never through memory."""
-    shapes = _shapes(TARGET.nf4_tiles, several)
-
-    @intrinsic
-    def fused(
-        typingctx,
-        rows,
-        x,
-        x_offsets,
-        packed,
-        tile_bytes,
-        absmax,
-        absmax_bytes,
-        blocks,
-        groups,
-        c,
-        c_offsets,
-        accumulate,
-    ):
-        def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-            rows, x, x_offsets, packed, tile_bytes, absmax, absmax_bytes, blocks, groups, c, c_offsets, accumulate = (
-                args
-            )
-            for count, tiles in _branches(b, rows, shapes):
-                state = _Rows(b, count, tiles, x, x_offsets, c, c_offsets)
-                state.start(accumulate)
-                weights = [b.add(packed, b.mul(tile_bytes, i64(t))) for t in range(tiles)]
-                scales = [b.add(absmax, b.mul(absmax_bytes, i64(t))) for t in range(tiles)]
-                with cgutils.for_range(b, blocks, intp=I64) as block:
-                    at = b.mul(block.index, i64(64))
-                    factors = [v for s in scales for v in _tile(b, b.add(s, at))]
-                    first = b.mul(block.index, groups)
-                    with cgutils.for_range(b, groups, intp=I64) as loop:
-                        group = b.add(first, loop.index)
-                        decoded = [_nf4_group(b, b.add(w, b.mul(group, i64(_NF4_BYTES)))) for w in weights]
-                        for i in range(TARGET.nf4_group):
-                            codes = [vector for tile in decoded for vector in tile[i]]
-                            scaled = [b.fmul(code, factor) for code, factor in zip(codes, factors, strict=True)]
-                            state.multiply(b.add(b.mul(group, i64(TARGET.nf4_group)), i64(i)), scaled)
-                state.finish()
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 12), codegen
-
-    return fused  # type: ignore[no-any-return]
-
-
-fused_nf4_tile, fused_nf4_tiles = _fused_nf4(False), _fused_nf4(True)
 
 
 def _bf16_row(b: Builder, address: Value) -> list[Value]:
@@ -330,7 +189,7 @@ def _bf16_row(b: Builder, address: Value) -> list[Value]:
     words = load(b, address, V8I, 4)
     low = b.bitcast(b.shl(words, ir.Constant(V8I, [16] * 8)), V8F)
     high = b.bitcast(b.and_(words, ir.Constant(V8I, [0xFFFF0000] * 8)), V8F)
-    return [low, high] if VECTORS == 2 else [_shuffle(b, low, high, list(range(16)))]
+    return [low, high] if VECTORS == 2 else [shuffle(b, low, high, list(range(16)))]
 
 
 def _fused_bf16(several: bool) -> Callable[..., Any]:
@@ -340,7 +199,7 @@ def _fused_bf16(several: bool) -> Callable[..., Any]:
     def fused(typingctx, rows, x, x_offsets, packed, tile_bytes, depth, c, c_offsets, accumulate):
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             rows, x, x_offsets, packed, tile_bytes, depth, c, c_offsets, accumulate = args
-            for count, tiles in _branches(b, rows, shapes):
+            for count, tiles in branches(b, rows, shapes):
                 state = _Rows(b, count, tiles, x, x_offsets, c, c_offsets)
                 state.start(accumulate)
                 weights = [b.add(packed, b.mul(tile_bytes, i64(t))) for t in range(tiles)]
@@ -367,7 +226,7 @@ def decode_bf16(typingctx, packed, out, out_stride, depth):
         packed, out, out_stride, depth = args
         with cgutils.for_range(b, depth, intp=I64) as loop:
             row = b.add(out, b.mul(loop.index, out_stride))
-            _store_tile(b, _bf16_row(b, b.add(packed, b.mul(loop.index, i64(32)))), row)
+            store_tile(b, _bf16_row(b, b.add(packed, b.mul(loop.index, i64(32)))), row)
         return context.get_dummy_value()
 
     return signature, codegen

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numba import carray
 
+from manylora.kernels.cpu.bf16_linear import bf16_linear
 from manylora.kernels.cpu.compiling import kernel
-from manylora.kernels.cpu.linear import bf16_linear
 from manylora.kernels.cpu.threads import flush, launch
 from manylora.kernels.cpu.tiles import address_of, gemm_rows, keep_alive, share
 from manylora.kernels.lora_tables import DeviceTable

@@ -11,8 +11,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from manylora.kernels.cpu import attention, elementwise, linear, lora_vectors
+from manylora.kernels.cpu import attention, bf16_linear, elementwise, lora_vectors, nf4_linear
 from manylora.kernels.cpu.emit import TILE
+from manylora.kernels.cpu.nf4_inner import SPAN
 from manylora.kernels.cpu.replay import Recordings
 from manylora.kernels.cpu.scratch import Scratch
 from manylora.kernels.cpu.threads import flush, queued
@@ -30,7 +31,7 @@ def _bits(value: float) -> int:
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """NF4 in tiles of 16 outputs; see ``linear.pack_nf4``. ``borrowed``: the bytes are another's."""
+    """NF4 in tiles of 16 outputs; see ``nf4_linear.pack_nf4``. ``borrowed``: the bytes are another's."""
 
     packed: torch.Tensor
     absmax: torch.Tensor
@@ -46,7 +47,7 @@ class PackedLinear:
 
 @dataclass(frozen=True)
 class DenseLinear:
-    """bf16 in tiles of 16 outputs; see ``linear.pack_bf16``. ``borrowed``: the bytes are another's."""
+    """bf16 in tiles of 16 outputs; see ``bf16_linear.pack_bf16``. ``borrowed``: the bytes are another's."""
 
     tiles: torch.Tensor
     bias: torch.Tensor | None
@@ -98,7 +99,9 @@ def unsupported(weight: Nf4Tensor) -> str | None:
     n, k = weight.shape
     if n % TILE:
         return f"its {n} outputs are no multiple of {TILE}"
-    if weight.blocksize % linear.GROUP or k % weight.blocksize:
+    if weight.blocksize % SPAN:
+        return f"its quantisation block of {weight.blocksize} is no multiple of {SPAN}"
+    if k % weight.blocksize:
         return f"its {k} inputs are no multiple of the quantisation block of {weight.blocksize}"
     if not torch.equal(weight.quant_map.cpu(), torch.tensor(NF4_CODE)):
         return "its code is not the standard NF4 code"
@@ -112,16 +115,18 @@ def _flat(parts: Sequence[AnyLinear]) -> list[PackedLinear | DenseLinear]:
     return flat
 
 
-def _multiply(x: torch.Tensor, weight: AnyLinear, out: torch.Tensor, *, accumulate: bool) -> None:
+def _multiply(x: torch.Tensor, weight: AnyLinear, out: torch.Tensor, scratch: Scratch, *, accumulate: bool) -> None:
     """``out (+)= x @ W.T``."""
     if isinstance(weight, PackedLinear):
-        linear.nf4_linear(x, weight.packed, weight.absmax, weight.blocksize, out, accumulate=accumulate)
+        with scratch.scope():
+            work = scratch.empty(x.shape[0], nf4_linear.work_width(x.shape[1]))
+            nf4_linear.nf4_linear(x, weight.packed, weight.absmax, weight.blocksize, out, work, accumulate=accumulate)
     elif isinstance(weight, DenseLinear):
-        linear.bf16_linear(x, weight.tiles, out, accumulate=accumulate)
+        bf16_linear.bf16_linear(x, weight.tiles, out, accumulate=accumulate)
     else:
         at = 0
         for part in weight.parts:
-            _multiply(x, part, out[:, at : at + part.out_features], accumulate=accumulate)
+            _multiply(x, part, out[:, at : at + part.out_features], scratch, accumulate=accumulate)
             at += part.out_features
 
 
@@ -154,8 +159,8 @@ class NumbaOps:
             if reason is not None:
                 raise ValueError(f"an NF4 weight {list(weight.shape)} cannot be packed: {reason}")
             n, k = weight.shape
-            packed.append(linear.pack_nf4(weight.packed, n, k))
-            absmax.append(linear.pack_absmax(weight.absmax_fp32(), n))
+            packed.append(nf4_linear.pack_nf4(weight.packed, n, k))
+            absmax.append(nf4_linear.pack_absmax(weight.absmax_fp32(), n))
         return PackedLinear(
             torch.cat(packed) if len(packed) > 1 else packed[0],
             torch.cat(absmax) if len(absmax) > 1 else absmax[0],
@@ -167,7 +172,7 @@ class NumbaOps:
     def prepare_dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> DenseLinear:
         if weight.shape[0] % TILE:
             raise ValueError(f"a weight {list(weight.shape)} cannot be packed: its outputs are no multiple of {TILE}")
-        return DenseLinear(linear.pack_bf16(weight), None if bias is None else bias.float().contiguous())
+        return DenseLinear(bf16_linear.pack_bf16(weight), None if bias is None else bias.float().contiguous())
 
     def rows(self, weight: AnyLinear, first: int, last: int) -> AnyLinear:
         if first % TILE or last % TILE:
@@ -205,9 +210,9 @@ class NumbaOps:
 
     def dense(self, weight: AnyLinear) -> torch.Tensor:
         if isinstance(weight, PackedLinear):
-            return linear.unpack_nf4(weight.packed, weight.absmax, weight.blocksize)
+            return nf4_linear.unpack_nf4(weight.packed, weight.absmax, weight.blocksize)
         if isinstance(weight, DenseLinear):
-            return linear.unpack_bf16(weight.tiles)
+            return bf16_linear.unpack_bf16(weight.tiles)
         return torch.cat([self.dense(part) for part in weight.parts])
 
     def linear(
@@ -227,7 +232,7 @@ class NumbaOps:
         if vectors is not None and accumulate:
             held = self._scratch.empty(vectors.count, weight.out_features)
             lora_vectors.set_aside(out, vectors, held)
-        _multiply(x, weight, out, accumulate=accumulate)
+        _multiply(x, weight, out, self._scratch, accumulate=accumulate)
         if adapters is not None:
             base = None
             if vectors is not None:
@@ -240,7 +245,7 @@ class NumbaOps:
 
     def prepare_embedding(self, weight: torch.Tensor, *, head: bool) -> PackedTable:
         if head:
-            return PackedTable(weight.shape[0], linear.pack_bf16(weight), None)
+            return PackedTable(weight.shape[0], bf16_linear.pack_bf16(weight), None)
         return PackedTable(weight.shape[0], None, weight)
 
     def embed(self, token_ids: torch.Tensor, weight: PackedTable) -> torch.Tensor:
@@ -248,14 +253,14 @@ class NumbaOps:
             return weight.rows[token_ids].float()
         assert weight.tiles is not None
         within = token_ids % TILE
-        # Output i of a tile is element 2i, output 8 + i is 2i + 1 (``linear.pack_bf16``).
+        # Output i of a tile is element 2i, output 8 + i is 2i + 1 (``bf16_linear.pack_bf16``).
         return weight.tiles[token_ids // TILE, :, 2 * (within % 8) + within // 8].float()
 
     def logits(self, x: torch.Tensor, weight: PackedTable) -> torch.Tensor:
         if weight.tiles is None:
             raise ValueError("this table was not prepared to make logits")
         out = self._scratch.empty(x.shape[0], weight.tiles.shape[0] * TILE)
-        linear.bf16_linear(x, weight.tiles, out)
+        bf16_linear.bf16_linear(x, weight.tiles, out)
         return out[:, : weight.vocab]
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

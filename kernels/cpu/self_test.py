@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from manylora.kernels.cpu.nf4_inner import SPAN
+from manylora.kernels.cpu.nf4_reference import rounded_weight, rounded_x
 from manylora.kernels.lora import BatchedLora, SiteAdapters
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_segments import LoraSegments
@@ -81,9 +83,9 @@ def self_test(ops: Ops, shapes: ModelShapes) -> list[Fault]:
 def _checks(make: _Inputs, ops: Ops, plain: Ops, shapes: ModelShapes) -> Iterator[tuple[str, Callable[[], None]]]:
     lora = shapes.lora
     for k, block in shapes.linears:
-        yield f"NF4 linear of {k} inputs", partial(_nf4_linear, make, ops, plain, k, block)
+        yield f"NF4 linear of {k} inputs", partial(_nf4_linear, make, ops, k, block)
     for k in dict.fromkeys(k for k, _ in shapes.linears):
-        yield f"bf16 linear of {k} inputs", partial(_bf16_linear, make, ops, plain, k)
+        yield f"bf16 linear of {k} inputs", partial(_bf16_linear, make, ops, k)
     hidden = lora.in_features["q"]
     yield "embedding and logits", partial(_tables, make, ops, plain, hidden)
     yield "RMS norm", partial(_norm, make, ops, plain, hidden)
@@ -143,37 +145,53 @@ def _sum_bound(depth: int) -> float:
 
 
 def _check_linear(
-    ops: Ops, plain: Ops, make: _Inputs, ours: Any, exact: Any, bias: torch.Tensor | None, tested: Sequence[int] = _ROWS
+    ops: Ops,
+    make: _Inputs,
+    ours: Any,
+    matrix: torch.Tensor,
+    bias: torch.Tensor | None,
+    terms: int,
+    rounded: Callable[[torch.Tensor], torch.Tensor],
+    tested: Sequence[int] = _ROWS,
 ) -> None:
-    """Each number of rows against torch; then all together, which must have the same bits; then onto a residual."""
-    matrix = plain.dense(exact)
+    """Each number of rows against fp64; then all together, which must have the same bits; then onto a residual.
+
+    ``matrix`` ``[N, K]`` and ``rounded(x)`` are what the kernel multiplies; it adds ``terms`` terms in fp32.
+    """
     n, k = matrix.shape
+    matrix = matrix.double()
+
+    def exact(x: torch.Tensor) -> torch.Tensor:
+        return rounded(x).double() @ matrix.T + (0 if bias is None else bias)
 
     def size(x: torch.Tensor) -> torch.Tensor:
-        return x.abs().double() @ matrix.abs().double().T + (0 if bias is None else bias.abs())
+        return rounded(x).double().abs() @ matrix.abs().T + (0 if bias is None else bias.abs())
 
     xs = [make.normal(rows, k) for rows in tested]
     results = [_run(ops, partial(ops.linear, x, ours)) for x in xs]
     for x, got in zip(xs, results, strict=True):
-        _compare(f"{len(x)} rows", got, plain.linear(x, exact), _sum_bound(k) * size(x))
+        _compare(f"{len(x)} rows", got, exact(x), _sum_bound(terms) * size(x))
     if not torch.equal(_run(ops, partial(ops.linear, torch.cat(xs), ours)), torch.cat(results)):
         raise _Bad("rows have other bits alone than among others")
     stream, x = make.normal(5, n), make.normal(5, k)
-    expected = stream + plain.linear(x, exact)
-    bound = _sum_bound(k) * (size(x) + stream.abs())
+    expected = stream + exact(x)
+    bound = _sum_bound(terms) * (size(x) + stream.abs())
     _compare("added to a residual", _run(ops, partial(ops.linear, x, ours, add_to=stream)), expected, bound)
 
 
-def _nf4_linear(make: _Inputs, ops: Ops, plain: Ops, k: int, block: int) -> None:
+def _nf4_linear(make: _Inputs, ops: Ops, k: int, block: int) -> None:
+    """Against the product of the rounded values: what rounding does to it is no fault, and is far above what one is."""
     weights, bias = [make.nf4(_OUTPUTS - 16, k, block), make.nf4(16, k, block)], make.normal(_OUTPUTS)
+    matrix = torch.cat([rounded_weight(weight) for weight in weights])
     for added, tested in ((None, _ROWS), (bias, (1, 9))):
-        ours, exact = (one.prepare_linear(weights, added) for one in (ops, plain))
-        _check_linear(ops, plain, make, ours, exact, added, tested)
+        _check_linear(
+            ops, make, ops.prepare_linear(weights, added), matrix, added, k // SPAN, rounded_x, tested
+        )  # fmt: skip
 
 
-def _bf16_linear(make: _Inputs, ops: Ops, plain: Ops, k: int) -> None:
+def _bf16_linear(make: _Inputs, ops: Ops, k: int) -> None:
     weight = make.normal(_OUTPUTS, k).bfloat16()
-    _check_linear(ops, plain, make, ops.prepare_dense(weight, None), plain.prepare_dense(weight, None), None)
+    _check_linear(ops, make, ops.prepare_dense(weight, None), weight, None, k, torch.Tensor.float)
 
 
 def _tables(make: _Inputs, ops: Ops, plain: Ops, hidden: int) -> None:

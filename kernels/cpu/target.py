@@ -16,28 +16,30 @@ class Target:
     """``lanes``: fp32 values of a vector. The rest is about micro-kernels, which hold rows x tiles of outputs (a tile
     is 16 columns) in registers: enough chains of FMAs to hide their latency (8 to 10), without spilling any.
 
-    ``*_tiles[rows]``: tiles that so many rows take at once, in the GEMM and in the micro-kernels that decode weights as
-    they multiply; tiles that are left over are taken one by one, rows beyond the table in near-equal groups.
-    ``panel_tiles``: tiles of a decoded panel. ``nf4_group``: positions whose codes come from one load.
+    ``*_tiles[rows]``: tiles that so many rows take at once, in the GEMM and in the micro-kernel that widens bf16
+    weights as it multiplies; tiles that are left over are taken one by one, rows beyond the table in near-equal groups.
+    ``panel_tiles``: tiles of a widened panel. ``nf4_rows``: rows at most that a decoded tile of NF4 is multiplied with
+    at once. ``nf4_group``: positions whose codes come from one load.
     """
 
     lanes: int
     gemm_tiles: tuple[int, ...]
-    nf4_tiles: tuple[int, ...]
     bf16_tiles: tuple[int, ...]
     panel_tiles: int
+    nf4_rows: int
     nf4_group: int
 
 
 _TARGETS: Final = {
     # 16 registers, a tile is two.
-    "avx2": Target(8, (0, 4, 2, 2, 1, 1, 1), (0, 2, 2, 2, 1), (0, 4, 2, 2, 1), panel_tiles=1, nf4_group=4),
+    "avx2": Target(8, (0, 4, 2, 2, 1, 1, 1), (0, 4, 2, 2, 1), panel_tiles=1, nf4_rows=6, nf4_group=4),
     # 32 registers, a tile is one.
-    "avx512": Target(16, (0, 4, 4, 4, 2, 2, 2, 2, 2), (0, 4, 4, 4, 4), (0, 4, 4, 4, 4), panel_tiles=2, nf4_group=8),
+    "avx512": Target(16, (0, 4, 4, 4, 2, 2, 2, 2, 2), (0, 4, 4, 4, 4), panel_tiles=2, nf4_rows=8, nf4_group=8),
 }
 
 TARGET: Final = _TARGETS[in_use().name]
 
-PERMUTES_512: Final = host_has("avx512f")
-"""Whether the processor has ``vpermps`` for 16 lanes. Without, wide kernels are run by the tests alone, which want them
-on any machine: LLVM splits wide vectors into what there is, but leaves instructions that are asked for by name."""
+HAS_512: Final = host_has("avx512bw")
+"""Whether the processor multiplies and looks up bytes of 512 bits. Without, wide kernels are run by the tests alone,
+which want them on any machine: LLVM splits wide vectors into what there is, but leaves instructions that are asked for
+by name."""

@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba import cfunc, types
 from numba.extending import intrinsic
 
-from manylora.kernels.cpu import attention, compiling, elementwise, linear, lora, lora_vectors
+from manylora.kernels.cpu import attention, bf16_linear, compiling, elementwise, lora, lora_vectors, nf4_linear
 from manylora.kernels.cpu.compiling import KERNEL, Compiled
 from manylora.kernels.cpu.ops import NumbaOps
 from manylora.kernels.cpu.self_test import Fault, ModelShapes, self_test
@@ -101,7 +101,8 @@ def _address(typingctx: Any, pointer: Any) -> Any:
 
 KERNELS = [one for one in compiling.all_kernels() if one.name not in ("_run_alone", "_team_member")]
 NAMED = {
-    "_nf4_kernel": "NF4 linear", "_bf16_kernel": "bf16 linear", "_bias_kernel": "NF4 linear", "_rms_norm_kernel": "RMS",
+    "_quantise_kernel": "NF4 linear", "_nf4_kernel": "NF4 linear",
+    "_bf16_kernel": "bf16 linear", "_bias_kernel": "NF4 linear", "_rms_norm_kernel": "RMS",
     "_silu_mul_kernel": "SiLU", "_store_kernel": "attention", "_attend_kernel": "attention",
     "_shrink_kernel": "adapters at", "_expand_kernel": "adapters at", "_set_aside_kernel": "adapters at",
     "_take_products_kernel": "adapters at", "_add_vectors_kernel": "adapters at", "_fp32_kernel": "replaced logits",
@@ -138,8 +139,8 @@ def _scaled(original: Callable[..., Any], place: int, factor: float) -> Callable
 @pytest.mark.parametrize(
     ("module", "name", "place", "factor", "named"),
     [
-        (linear, "nf4_linear", 4, 1.001, "NF4 linear"),
-        (linear, "bf16_linear", 2, 1.001, "bf16 linear"),
+        (nf4_linear, "nf4_linear", 4, 1.001, "NF4 linear"),
+        (bf16_linear, "bf16_linear", 2, 1.001, "bf16 linear"),
         (elementwise, "rms_norm", 3, 1.001, "RMS norm"),
         (elementwise, "silu_mul", 1, 1.001, "SiLU"),
         (elementwise, "put_bias", 1, 1.001, "NF4 linear"),
@@ -170,16 +171,16 @@ def test_an_exception_is_a_fault_too(ops: Ops, monkeypatch: pytest.MonkeyPatch) 
 
 def test_neighbours_that_change_a_rows_bits_are_seen(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right to within rounding, but summed in another order when there are many rows."""
-    original = linear.bf16_linear
+    original = bf16_linear.bf16_linear
 
     def other_order(x: torch.Tensor, packed: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False) -> None:
         if x.shape[0] < 50:
             original(x, packed, out, accumulate=accumulate)
             return
-        product = x @ linear.unpack_bf16(packed).T
+        product = x @ bf16_linear.unpack_bf16(packed).T
         out.copy_(out + product if accumulate else product)
 
-    monkeypatch.setattr(linear, "bf16_linear", other_order)
+    monkeypatch.setattr(bf16_linear, "bf16_linear", other_order)
     faults = self_test(ops, shapes("tiny", **SMOL))
     assert faults
     assert all(one.problem == "rows have other bits alone than among others" for one in faults), faults

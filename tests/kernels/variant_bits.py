@@ -93,8 +93,8 @@ def attentions(ops: Ops, make: Inputs) -> Results:
 
 def adapters(ops: Ops, make: Inputs) -> Results:
     """Segments of 1, 2, 3, 5 and 9 rows, ranks below and above a page, one of them with gains and biases."""
-    features = {"q": 96, "k": 96, "v": 96, "o": 128, "gate": 96, "up": 96, "down": 208, "embed": 320, "lm_head": 96}
-    outputs = {"q": 128, "k": 48, "v": 16, "o": 96, "gate": 208, "up": 208, "down": 96, "embed": 96, "lm_head": 320}
+    features = {"q": 96, "k": 96, "v": 96, "o": 128, "gate": 96, "up": 96, "down": 224, "embed": 320, "lm_head": 96}
+    outputs = {"q": 128, "k": 48, "v": 16, "o": 96, "gate": 224, "up": 224, "down": 96, "embed": 96, "lm_head": 320}
     shapes = LoraShapes(1, features, outputs)
     pool = LoraPool(shapes, max_slots=5, max_pages=12, max_rank=48, table_bytes=1 << 28)
     for slot, rank in enumerate((4, 16, 20, 33, 8)):
@@ -115,7 +115,7 @@ def adapters(ops: Ops, make: Inputs) -> Results:
         if site in ("embed", "lm_head"):
             continue
         k, n = features[SITES[site][0]], shapes.site_offsets(site)[-1]
-        weight = ops.prepare_linear([make.nf4(n, k, 16)], None)
+        weight = ops.prepare_linear([make.nf4(n, k, 32)], None)
         x, stream = make.normal(row, k), make.normal(row, n)
         for name, onto in (("alone", None), ("onto", stream)):
             yield (

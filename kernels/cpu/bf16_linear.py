@@ -1,0 +1,116 @@
+"""``y = W x`` on the CPU with W in bf16: decoded panel by panel into the L1 cache, never as a whole.
+
+The weights are re-laid once, at load, into tiles of 16 outputs (the new bytes replace the old: the base is in memory
+once), so that no sum crosses lanes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import carray, njit
+
+from manylora.kernels.cpu.compiling import kernel
+from manylora.kernels.cpu.emit import (
+    TILE,
+    decode_bf16,
+    fused_bf16_tile,
+    fused_bf16_tiles,
+)
+from manylora.kernels.cpu.target import TARGET
+from manylora.kernels.cpu.threads import launch
+from manylora.kernels.cpu.tiles import address_of, gemm_panel, gemm_rows, keep_alive, share
+
+PANEL_TILES = TARGET.panel_tiles
+DEPTH = 256 // PANEL_TILES
+"""Rows of a decoded panel: 256 x 16 fp32, or 128 x 32, are 16 KiB, half of a 32 KiB L1."""
+ROW_BLOCK = 96
+"""Rows of x per pass over the weights: their 96 x 256 fp32 stay in L2 while the panels stream by."""
+GROUP: int = TARGET.nf4_group
+"""Positions whose codes lie together."""
+
+
+def unpack_bf16(tiles: torch.Tensor) -> torch.Tensor:
+    """The weight that `pack_bf16` packed, fp32 ``[16 * tiles, K]``."""
+    count, k, _ = tiles.shape
+    return tiles.view(count, k, 8, 2).permute(0, 3, 2, 1).reshape(count * TILE, k).float()
+
+
+def pack_bf16(weight: torch.Tensor) -> torch.Tensor:
+    """Re-lay a bf16 weight ``[N, K]`` as ``[ceil(N / 16), K, 16]``, element 2i holding output i and 2i + 1 output
+    8 + i of the tile; missing outputs are zero."""
+    n, k = weight.shape
+    tiles = -(-n // TILE)
+    padded = torch.zeros(tiles * TILE, k, dtype=torch.bfloat16)
+    padded[:n] = weight
+    return padded.reshape(tiles, 2, 8, k).permute(0, 3, 2, 1).reshape(tiles, k, TILE).contiguous()
+
+
+@njit(nogil=True)
+def _multiply_panel(rows, tiles, x, x_offsets, panel, depth, c, c_offsets, accumulate):
+    if PANEL_TILES == 1:
+        gemm_rows(rows, x, x_offsets, panel, 64, depth, c, c_offsets, accumulate)
+    else:
+        gemm_panel(rows, tiles, x, x_offsets, panel, 64 * PANEL_TILES, depth, c, c_offsets, accumulate)
+
+
+FUSED_ROWS = 4
+"""Up to here the weights are multiplied as they are decoded; above, they are decoded once for all rows."""
+_BF16_TILES = TARGET.bf16_tiles
+"""By the number of rows, how many tiles at once: the chains of one hide the latency of the other's."""
+_BF16_GRAIN = max(_BF16_TILES)
+"""Threads' shares are multiples of those."""
+
+
+@njit(nogil=True, inline="never")
+def _bf16_few_rows(rows, first, last, x, xo, packed, depth, y, co, accumulate):
+    weight_bytes = 32 * depth
+    at_once = _BF16_TILES[rows]
+    tile = first
+    while tile < last:
+        w, c = packed + tile * weight_bytes, y + 64 * tile
+        if at_once > 1 and tile + at_once <= last:
+            fused_bf16_tiles(rows, x, xo, w, weight_bytes, depth, c, co, accumulate)
+            tile += at_once
+        else:
+            fused_bf16_tile(rows, x, xo, w, weight_bytes, depth, c, co, accumulate)
+            tile += 1
+
+
+@kernel
+def _bf16_kernel(arguments, part, parts):
+    a = carray(arguments, 9)
+    x, x_stride, rows, depth, packed, n_tiles, y, y_stride = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
+    accumulate = a[8]
+    x_offsets, c_offsets = np.arange(rows) * x_stride, np.arange(rows) * y_stride
+    xo, co = address_of(x_offsets), address_of(c_offsets)
+    first, last = share(n_tiles, part, parts, _BF16_GRAIN)
+    if rows <= FUSED_ROWS:
+        _bf16_few_rows(rows, first, last, x, xo, packed, depth, y, co, accumulate)
+    else:
+        panel_memory = np.empty(DEPTH * TILE * PANEL_TILES, np.float32)
+        panel = address_of(panel_memory)
+        for row in range(0, rows, ROW_BLOCK):
+            count = min(ROW_BLOCK, rows - row)
+            for tile in range(first, last, PANEL_TILES):
+                tiles = min(PANEL_TILES, last - tile)
+                for k in range(0, depth, DEPTH):
+                    length = min(DEPTH, depth - k)
+                    for t in range(tiles):
+                        decode_bf16(packed + 32 * ((tile + t) * depth + k), panel + 64 * t, 64 * PANEL_TILES, length)
+                    keep = 1 if accumulate != 0 or k > 0 else 0
+                    _multiply_panel(
+                        count, tiles, x + 4 * k, xo + 8 * row, panel, length, y + 64 * tile, co + 8 * row, keep
+                    )
+        keep_alive(panel_memory)
+    keep_alive(x_offsets)
+    keep_alive(c_offsets)
+
+
+def bf16_linear(x: torch.Tensor, packed: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False) -> None:
+    """``out (+)= x @ W.T``, x ``[M, K]`` fp32, ``out`` ``[M, 16 * tiles]`` fp32, both with contiguous rows."""
+    m, k = x.shape
+    launch(
+        _bf16_kernel, x.data_ptr(), x.stride(0) * 4, m, k, packed.data_ptr(), packed.shape[0], out.data_ptr(),
+        out.stride(0) * 4, int(accumulate), keep=(x, out),
+    )  # fmt: skip

@@ -1,0 +1,189 @@
+"""``y = W x`` on the CPU with W in NF4 and both sides rounded to integers of 16 bits, see ``nf4_inner``.
+
+The weights are re-laid once, at load, into tiles of 16 outputs (the new bytes replace the old: the base is in memory
+once), so that one load gives the codes of whole vectors and no sum crosses lanes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import carray, njit
+
+from manylora.kernels.cpu.compiling import kernel
+from manylora.kernels.cpu.emit import TILE
+from manylora.kernels.cpu.nf4_inner import (
+    FUSED_ROWS,
+    GROUP,
+    PAIR_BYTES,
+    PANEL_ROWS,
+    SPAN,
+    decode_nf4,
+    fused_nf4,
+    panel_nf4,
+    quantise,
+)
+from manylora.kernels.cpu.threads import launch
+from manylora.kernels.cpu.tiles import address_of, keep_alive, share
+from manylora.kernels.nf4_code import NF4_CODE
+
+DEPTH = 512
+"""Positions of a decoded panel: 512 x 16 int16 are 16 KiB, half of a 32 KiB L1."""
+ROW_BLOCK = 96
+"""Rows of x per pass over the weights: their 96 x 512 int16 stay in L2 while the panels stream by."""
+
+if GROUP == 4:
+
+    @njit(nogil=True, inline="always")
+    def _codes_of_byte(byte):
+        lane, half, e, j = byte // 16, byte // 8 % 2, byte // 2 % 4, byte % 2
+        return 8 * half + 4 * lane + e, j, 2 + j
+
+else:
+
+    @njit(nogil=True, inline="always")
+    def _codes_of_byte(byte):
+        lane, half, e, j = byte // 16, byte // 8 % 2, byte // 2 % 4, byte % 2
+        return 4 * lane + e, 2 * half + j, 4 + 2 * half + j
+
+
+@njit("void(uint8[::1], int64, int64, uint8[:, :, ::1])", nogil=True, cache=True)
+def _pack_nf4(source, n, k, out):
+    for tile in range(n // 16):
+        for group in range(k // GROUP):
+            for byte in range(8 * GROUP):
+                output, first, second = _codes_of_byte(byte)
+                start = (16 * tile + output) * k + GROUP * group
+                # bitsandbytes keeps the even position in the high nibble.
+                low = source[(start + first) // 2] >> (4 - 4 * (first % 2)) & 15
+                high = source[(start + second) // 2] >> (4 - 4 * (second % 2)) & 15
+                out[tile, group, byte] = low | high << 4
+
+
+def pack_nf4(packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    """Re-lay bitsandbytes' NF4 bytes ``[N * K / 2]`` (N % 16 == 0, K % GROUP == 0) as ``[N / 16, K / GROUP, 8 GROUP]``
+    uint8.
+
+    Byte ``16 l + 8 h + 2 e + j`` holds two codes of one output. AVX2: of output ``n = 8 h + 4 l + e``, position ``j``
+    in its low nibble and ``2 + j`` in its high one. AVX512: of output ``n = 4 l + e``, positions ``2 h + j`` and
+    ``4 + 2 h + j``. Once ``vpunpck`` has made int16 of the bytes, two positions of an output lie side by side.
+    """
+    out = torch.empty(n // TILE, k // GROUP, 8 * GROUP, dtype=torch.uint8)
+    _pack_nf4(packed.contiguous().numpy(), n, k, out.numpy())
+    return out
+
+
+def pack_absmax(absmax: torch.Tensor, n: int) -> torch.Tensor:
+    """Re-lay absmax (fp32, one a block of the flattened ``[N, K]``, K % blocksize == 0) as ``[N / 16, blocks, 16]``."""
+    return absmax.float().reshape(n // TILE, TILE, -1).permute(0, 2, 1).contiguous()
+
+
+@njit("void(uint8[:, :, ::1], float32[:, :, ::1], float32[::1], int64, float32[:, ::1])", nogil=True, cache=True)
+def _unpack_nf4(packed, absmax, code, block, out):
+    for tile in range(packed.shape[0]):
+        for group in range(packed.shape[1]):
+            for byte in range(8 * GROUP):
+                n, first, second = _codes_of_byte(byte)
+                scale, codes = absmax[tile, GROUP * group // block, n], packed[tile, group, byte]
+                out[16 * tile + n, GROUP * group + first] = code[codes & 15] * scale
+                out[16 * tile + n, GROUP * group + second] = code[codes >> 4] * scale
+
+
+def unpack_nf4(packed: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> torch.Tensor:
+    """The weight that `pack_nf4` and `pack_absmax` packed, fp32 ``[N, K]``: exactly what the NF4 codes stand for.
+
+    On the caller's thread alone, without Python's lock: adapters are loaded while the step loop computes.
+    """
+    out = torch.empty(packed.shape[0] * TILE, packed.shape[1] * GROUP)
+    _unpack_nf4(packed.numpy(), absmax.numpy(), np.array(NF4_CODE, np.float32), blocksize, out.numpy())
+    return out
+
+
+@kernel
+def _quantise_kernel(arguments, part, parts):
+    a = carray(arguments, 13)
+    x, x_stride, rows, depth, levels, level_stride = a[0], a[1], a[2], a[3], a[4], a[5]
+    spans = depth // SPAN
+    first, last = share(rows * spans, part, parts, 1)
+    while first < last:
+        row, start = first // spans, first % spans
+        count = min(spans - start, last - first)
+        own = levels + row * level_stride
+        quantise(
+            x + row * x_stride + 4 * SPAN * start, own + 2 * SPAN * start, own + 2 * depth + 4 * start, count
+        )  # fmt: skip
+        first += count
+
+
+@njit(nogil=True, inline="never")
+def _many_rows(rows, levels, stride, depth, packed, absmax, block, c, c_stride, accumulate, panel):
+    """A tile's outputs for more rows than are multiplied with weights as they are decoded."""
+    step = max(block, DEPTH // block * block)
+    groups = (rows + PANEL_ROWS - 1) // PANEL_ROWS
+    for k in range(0, depth, step):
+        length = min(step, depth - k)
+        decode_nf4(packed + 8 * k, panel, length // GROUP)
+        keep = 1 if accumulate != 0 or k > 0 else 0
+        done = 0
+        for g in range(groups):
+            # Near-equal groups: 8 rows are 4 + 4, not 6 + 2, as weights are loaded for each.
+            size = (rows - done + groups - g - 1) // (groups - g)
+            own = levels + done * stride
+            panel_nf4(
+                size, own + 2 * k, own + 2 * depth + 4 * (k // SPAN), stride, panel, absmax + 64 * (k // block),
+                length // block, block // SPAN, c + done * c_stride, c_stride, keep,
+            )  # fmt: skip
+            done += size
+
+
+@kernel
+def _nf4_kernel(arguments, part, parts):
+    a = carray(arguments, 13)
+    rows, depth, levels, stride, packed, absmax, n_tiles = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
+    y, y_stride, block, accumulate = a[9], a[10], a[11], a[12]
+    first, last = share(n_tiles, part, parts, 1)
+    if rows <= FUSED_ROWS:
+        for tile in range(first, last):
+            fused_nf4(
+                rows, levels, levels + 2 * depth, stride, packed + 8 * tile * depth,
+                absmax + 64 * tile * (depth // block), depth // block, block // SPAN,
+                y + 64 * tile, y_stride, accumulate,
+            )  # fmt: skip
+        return
+    panel_memory = np.empty(max(block, DEPTH) * PAIR_BYTES // 2, np.uint8)
+    panel = address_of(panel_memory)
+    for row in range(0, rows, ROW_BLOCK):
+        count = min(ROW_BLOCK, rows - row)
+        for tile in range(first, last):
+            _many_rows(
+                count, levels + row * stride, stride, depth, packed + 8 * tile * depth,
+                absmax + 64 * tile * (depth // block), block,
+                y + row * y_stride + 64 * tile, y_stride, accumulate, panel,
+            )  # fmt: skip
+    keep_alive(panel_memory)
+
+
+def work_width(k: int) -> int:
+    """Of ``nf4_linear``'s ``work`` for K inputs."""
+    return k // 2 + k // SPAN
+
+
+def nf4_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    blocksize: int,
+    out: torch.Tensor,
+    work: torch.Tensor,
+    *,
+    accumulate: bool = False,
+) -> None:
+    """``out (+)= x @ W.T``, x ``[M, K]`` fp32, ``out`` ``[M, N]`` fp32, both with contiguous rows; K a multiple of
+    ``blocksize``, and that of ``SPAN``. ``work``: ``[M, work_width(K)]`` fp32 for x as integers, a row's K levels and
+    then its scales; what it holds is overwritten."""
+    m, k = x.shape
+    launch(
+        _quantise_kernel, x.data_ptr(), x.stride(0) * 4, m, k, work.data_ptr(), work.stride(0) * 4, packed.data_ptr(),
+        absmax.data_ptr(), packed.shape[0], out.data_ptr(), out.stride(0) * 4, blocksize, int(accumulate),
+        then=_nf4_kernel, keep=(x, out, work),
+    )  # fmt: skip
