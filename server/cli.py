@@ -110,6 +110,7 @@ def serve_config(arguments: argparse.Namespace) -> ServeConfig:
         engine=EngineConfig(
             device=arguments.device,
             cpu_kernels=arguments.cpu_kernels,
+            cpu_arithmetic=arguments.cpu_arithmetic,
             lora_dtype=arguments.lora_dtype,
             max_rows=arguments.max_rows,
             max_device_adapters=arguments.max_device_adapters,

@@ -158,6 +158,14 @@ def add_serve(commands: Commands) -> argparse.ArgumentParser:
         "against torch, and takes torch if they fail (default: %(default)s)",
     )
     add(
+        "--cpu-arithmetic",
+        default="int16",
+        metavar="A",
+        help="int16 or fp32: how the CPU kernels multiply NF4 weights. int16 rounds both sides to integers, off by "
+        "1e-4 of a product, a twelfth or less of what bf16 would be; fp32 rounds nothing but sums, and takes two to "
+        "three times as long for few rows (default: %(default)s)",
+    )
+    add(
         "--lora-dtype",
         default="auto",
         metavar="T",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 from urllib.parse import urlsplit
 
+from manylora.kernels.cpu import Arithmetic
 from manylora.server.engine.auto_merge import AutoMerge
 from manylora.server.logs import LogFormat
 from manylora.server.tenants_file import MAX_KEY_LENGTH, KeyFileError, TenantRules, hashed, read_tenants
@@ -90,6 +91,9 @@ class EngineConfig:
     cpu_kernels: CpuKernels = "auto"
     """Which kernels a CPU computes with, by ``kernels.cpu.VARIANTS``; ``auto``: the fastest that it can run and that do
     what torch does; ``torch``: none."""
+    cpu_arithmetic: Arithmetic = "int16"
+    """How those kernels multiply NF4 weights. ``int16``: both sides rounded to integers, off by 1e-4 of a product, a
+    twelfth or less of what bf16 would be; ``fp32``: nothing rounded but sums, slower for few rows."""
     lora_dtype: LoraDtype = "auto"
     """What adapters' A and B are held in on the device. ``auto``: what is computed in, so nothing of an adapter is lost
     on a CPU. ``bfloat16`` on a CPU: half the bytes to read in each step and to hold; adapters saved in fp32 or fp16 are
@@ -122,6 +126,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _one_of("--device", self.device, get_args(Device))
         _one_of("--cpu-kernels", self.cpu_kernels, get_args(CpuKernels))
+        _one_of("--cpu-arithmetic", self.cpu_arithmetic, get_args(Arithmetic))
         _one_of("--lora-dtype", self.lora_dtype, get_args(LoraDtype))
         if self.device == "cuda" and self.cpu_kernels != "auto":
             raise ConfigError(

@@ -38,7 +38,13 @@ def check_cpu_kernels(asked: CpuKernels) -> None:
 
 
 def choose_path(
-    device: torch.device, asked: CpuKernels, spec: ModelSpec, weights: BaseWeights, *, progress: bool = True
+    device: torch.device,
+    asked: CpuKernels,
+    spec: ModelSpec,
+    weights: BaseWeights,
+    *,
+    arithmetic: cpu.Arithmetic = "int16",
+    progress: bool = True,
 ) -> ComputePath:
     """The fastest operations that this device and these weights allow; the reason is logged where it is not obvious.
 
@@ -57,7 +63,7 @@ def choose_path(
     reason = _unsuited(spec, weights)
     if reason is not None:
         return _refused(device, weights, asked, f"they cannot compute this model: {reason}", "auto")
-    ops, faults = _compiled_and_tested(variant, spec, weights, progress=progress)
+    ops, faults = _compiled_and_tested(variant, arithmetic, spec, weights, progress=progress)
     if ops is None:
         # What is wrong in one place may be wrong in others: nothing of them is used.
         return _refused(device, weights, asked, f"they do not compute what torch does here: {faults}", "torch")
@@ -114,7 +120,7 @@ def _unsuited(spec: ModelSpec, weights: BaseWeights) -> str | None:
 
 
 def _compiled_and_tested(
-    variant: cpu.Variant, spec: ModelSpec, weights: BaseWeights, *, progress: bool
+    variant: cpu.Variant, arithmetic: cpu.Arithmetic, spec: ModelSpec, weights: BaseWeights, *, progress: bool
 ) -> tuple[Ops | None, str]:
     """The operations, every kernel of them compiled; or None and what is wrong with them."""
     from manylora.kernels.cpu import compiling
@@ -126,7 +132,7 @@ def _compiled_and_tested(
             f"CPU kernels ({variant.name})", len(compiling.all_kernels()), show=progress, unit="kernel"
         ) as bar:
             n_compiled = compiling.compile_all(lambda: bar.advance(1))
-        ops = variant.make_ops()
+        ops = variant.make_ops(arithmetic)
     except Exception as error:  # noqa: BLE001 - a compiler that fails, in whatever way, is a reason to do without
         return None, f"they cannot be compiled ({type(error).__name__}: {error})"
     compiled = time.monotonic()
@@ -140,13 +146,14 @@ def _compiled_and_tested(
             )
         ),
     )
-    faults = self_test(ops, shapes)
+    faults = self_test(ops, shapes, arithmetic)
     if faults:
         return None, "; ".join(map(str, faults))
     logger.info(
-        "CPU kernels (%s): ready in %.1f s, %d of them compiled, the others from the cache; tested against torch in "
-        "%.1f s",
+        "CPU kernels (%s, NF4 in %s): ready in %.1f s, %d of them compiled, the others from the cache; tested against "
+        "torch in %.1f s",
         variant.name,
+        arithmetic,
         compiled - began,
         n_compiled,
         time.monotonic() - compiled,

@@ -235,7 +235,9 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
     spec, tokenizer, digest, source, model_name = base.spec, base.tokenizer, base.digest, base.source, base.name
     name = config.served_model_name or model_name
     weights = base.weights
-    path = choose_path(device, config.engine.cpu_kernels, spec, weights, progress=progress)
+    path = choose_path(
+        device, config.engine.cpu_kernels, spec, weights, arithmetic=config.engine.cpu_arithmetic, progress=progress
+    )
     ops = path.ops
     sizes = choose_sizes(config.engine, spec, ops)
     pool = LoraPool(

@@ -43,7 +43,7 @@ def test_kernels_that_run_and_are_right_are_taken(asked: CpuKernels, caplog: pyt
     caplog.set_level(logging.INFO)
     path = chosen(asked)
     assert (path.ops.name, path.lora) == ("numba", "auto")
-    assert f"CPU kernels ({FASTEST}): ready in" in caplog.text
+    assert f"CPU kernels ({FASTEST}, NF4 in int16): ready in" in caplog.text
     assert cpu.in_use().name == FASTEST
     assert "tested against torch in" in caplog.text
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

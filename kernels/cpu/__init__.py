@@ -9,10 +9,15 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
     from manylora.kernels.ops import Ops
+
+
+Arithmetic = Literal["int16", "fp32"]
+"""How NF4 weights are multiplied. ``int16``: both sides as integers, off by 1e-4 of a product (``nf4_inner``);
+``fp32``: as they are (``nf4_exact``), which takes longer."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +30,13 @@ class Variant:
 
     name: str
     features: tuple[str, ...]
-    make_ops: Callable[[], Ops]
+    make_ops: Callable[[Arithmetic], Ops]
 
 
-def _numba_ops() -> Ops:
+def _numba_ops(arithmetic: Arithmetic) -> Ops:
     from manylora.kernels.cpu.ops import NumbaOps  # numba, which need not be there
 
-    return NumbaOps()
+    return NumbaOps(arithmetic)
 
 
 VARIANTS: Final = (

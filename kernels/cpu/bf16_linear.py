@@ -47,7 +47,8 @@ def pack_bf16(weight: torch.Tensor) -> torch.Tensor:
 
 
 @njit(nogil=True)
-def _multiply_panel(rows, tiles, x, x_offsets, panel, depth, c, c_offsets, accumulate):
+def multiply_panel(rows, tiles, x, x_offsets, panel, depth, c, c_offsets, accumulate):
+    """``c[r] (+)= x[r] @ panel`` for a panel of ``PANEL_TILES`` tiles, the first ``tiles`` of them."""
     if PANEL_TILES == 1:
         gemm_rows(rows, x, x_offsets, panel, 64, depth, c, c_offsets, accumulate)
     else:
@@ -99,7 +100,7 @@ def _bf16_kernel(arguments, part, parts):
                     for t in range(tiles):
                         decode_bf16(packed + 32 * ((tile + t) * depth + k), panel + 64 * t, 64 * PANEL_TILES, length)
                     keep = 1 if accumulate != 0 or k > 0 else 0
-                    _multiply_panel(
+                    multiply_panel(
                         count, tiles, x + 4 * k, xo + 8 * row, panel, length, y + 64 * tile, co + 8 * row, keep
                     )
         keep_alive(panel_memory)

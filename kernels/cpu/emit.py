@@ -71,7 +71,7 @@ def constant(value: float, kind: Any = V8F) -> Value:
     return ir.Constant(kind, [value] * kind.count)
 
 
-def tile(b: Builder, address: Value) -> list[Value]:
+def load_tile(b: Builder, address: Value) -> list[Value]:
     """The 16 fp32 values at ``address``."""
     return [load(b, offset(b, address, 4 * TARGET.lanes * v), VF, 4) for v in range(VECTORS)]
 
@@ -153,7 +153,7 @@ def _gemm(several: bool, *, half: bool = False) -> Callable[..., Any]:
     """``c[r] (+)= x[r, 0:depth] @ panel[0:depth]`` for each of ``rows`` rows and the columns of one tile, or of as many
     as ``TARGET.gemm_tiles`` says. ``x_offsets`` and ``c_offsets`` are addresses of int64 arrays ``[rows]``. The panel
     is fp32, or with ``half`` bf16."""
-    load_tile, tile_bytes = (_half_tile, 32) if half else (tile, 64)
+    columns, tile_bytes = (_half_tile, 32) if half else (load_tile, 64)
     shapes = _shapes(TARGET.gemm_tiles, several)
 
     @intrinsic
@@ -166,7 +166,7 @@ def _gemm(several: bool, *, half: bool = False) -> Callable[..., Any]:
                 with cgutils.for_range(b, depth, intp=I64) as loop:
                     row = b.add(panel, b.mul(loop.index, panel_stride))
                     places = [offset(b, row, tile_bytes * t) for t in range(tiles)]
-                    state.multiply(loop.index, [vector for place in places for vector in load_tile(b, place)])
+                    state.multiply(loop.index, [vector for place in places for vector in columns(b, place)])
                 state.finish()
             return context.get_dummy_value()
 

@@ -45,12 +45,12 @@ from manylora.kernels.cpu.emit import (
     fused_multiply_add,
     i64,
     load,
+    load_tile,
     offset,
     shuffle,
     splat,
     store,
     store_tile,
-    tile,
 )
 from manylora.kernels.cpu.target import HAS_512, TARGET
 from manylora.kernels.nf4_code import NF4_CODE
@@ -69,14 +69,14 @@ GROUP: Final = TARGET.nf4_group
 PAIR_BYTES: Final = 64
 """Two positions of a tile as integers."""
 
-_BYTES, _WORDS = ir.VectorType(I8, 4 * TARGET.lanes), ir.VectorType(I16, 2 * TARGET.lanes)
+BYTES, WORDS = ir.VectorType(I8, 4 * TARGET.lanes), ir.VectorType(I16, 2 * TARGET.lanes)
 _V32B, _V16S, _V8S = ir.VectorType(I8, 32), ir.VectorType(I16, 16), ir.VectorType(I16, 8)
 
 
 def _planes() -> list[Value]:
     """The low and the high bytes of the 16 integer codes, repeated in each 128-bit lane for ``vpshufb``."""
     codes = [round(value * CODE_UNIT).to_bytes(2, "little", signed=True) for value in NF4_CODE]
-    return [ir.Constant(_BYTES, [code[byte] for code in codes] * (TARGET.lanes // 4)) for byte in range(2)]
+    return [ir.Constant(BYTES, [code[byte] for code in codes] * (TARGET.lanes // 4)) for byte in range(2)]
 
 
 def _by_halves(b: Builder, compute: Callable[..., Value], *vectors: Value) -> Value:
@@ -91,10 +91,10 @@ def _by_halves(b: Builder, compute: Callable[..., Value], *vectors: Value) -> Va
     return shuffle(b, results[0], results[1], list(range(2 * results[0].type.count)))
 
 
-def _look_up(b: Builder, table: Value, index: Value) -> Value:
+def look_up(b: Builder, table: Value, index: Value) -> Value:
     """``table[index]`` for each byte, within its 128-bit lane."""
     if TARGET.lanes == 16 and HAS_512:
-        return b.call(function(b, "llvm.x86.avx512.pshuf.b.512", _BYTES, _BYTES, _BYTES), [table, index])
+        return b.call(function(b, "llvm.x86.avx512.pshuf.b.512", BYTES, BYTES, BYTES), [table, index])
     narrow = function(b, "llvm.x86.avx2.pshuf.b", _V32B, _V32B, _V32B)
     if TARGET.lanes == 8:
         return b.call(narrow, [table, index])
@@ -104,37 +104,42 @@ def _look_up(b: Builder, table: Value, index: Value) -> Value:
 def _products(b: Builder, left: Value, right: Value) -> Value:
     """``left[2 i] * right[2 i] + left[2 i + 1] * right[2 i + 1]``, int32."""
     if TARGET.lanes == 16 and HAS_512:
-        return b.call(function(b, "llvm.x86.avx512.pmaddw.d.512", VI, _WORDS, _WORDS), [left, right])
+        return b.call(function(b, "llvm.x86.avx512.pmaddw.d.512", VI, WORDS, WORDS), [left, right])
     narrow = function(b, "llvm.x86.avx2.pmadd.wd", V8I, _V16S, _V16S)
     if TARGET.lanes == 8:
         return b.call(narrow, [left, right])
     return _by_halves(b, lambda *halves: b.call(narrow, halves), left, right)
 
 
-def _interleave(b: Builder, low: Value, high: Value, upper: bool) -> Value:
+def interleave(b: Builder, low: Value, high: Value, upper: bool) -> Value:
     """int16 of low and high bytes: of the lower or the upper eight bytes of each 128-bit lane (``vpunpck``)."""
     width = low.type.count
     places = [lane + 8 * upper + i for lane in range(0, width, 16) for i in range(8)]
-    return b.bitcast(shuffle(b, low, high, [place for i in places for place in (i, width + i)]), _WORDS)
+    return b.bitcast(shuffle(b, low, high, [place for i in places for place in (i, width + i)]), WORDS)
+
+
+def nibbles(b: Builder, address: Value) -> list[Value]:
+    """The low and the high four bits of each of the ``8 * GROUP`` bytes at ``address``."""
+    codes = load(b, address, BYTES, 1)
+    shifted = b.bitcast(b.lshr(b.bitcast(codes, WORDS), ir.Constant(WORDS, [4] * WORDS.count)), BYTES)
+    low = ir.Constant(BYTES, [15] * BYTES.count)
+    return [b.and_(codes, low), b.and_(shifted, low)]
 
 
 def _group(b: Builder, address: Value) -> list[list[Value]]:
     """The integer codes of the ``GROUP`` positions and 16 outputs at ``address``: for each pair of positions, vectors
     with an output's two codes side by side. ``nf4_linear.pack_nf4`` has the order."""
-    codes = load(b, address, _BYTES, 1)
-    shifted = b.bitcast(b.lshr(b.bitcast(codes, _WORDS), ir.Constant(_WORDS, [4] * _WORDS.count)), _BYTES)
-    nibble = ir.Constant(_BYTES, [15] * _BYTES.count)
     pairs = []
-    for nibbles in (b.and_(codes, nibble), b.and_(shifted, nibble)):
-        low, high = (_look_up(b, plane, nibbles) for plane in _planes())
-        vectors = [_interleave(b, low, high, upper) for upper in (False, True)]
+    for indices in nibbles(b, address):
+        low, high = (look_up(b, plane, indices) for plane in _planes())
+        vectors = [interleave(b, low, high, upper) for upper in (False, True)]
         pairs += [vectors] if VECTORS == 2 else [[vector] for vector in vectors]
     return pairs
 
 
 def _decoded_group(b: Builder, address: Value) -> list[list[Value]]:
     """The same from a decoded panel, one pair of positions."""
-    return [[load(b, offset(b, address, 4 * TARGET.lanes * v), _WORDS, 4) for v in range(VECTORS)]]
+    return [[load(b, offset(b, address, 4 * TARGET.lanes * v), WORDS, 4) for v in range(VECTORS)]]
 
 
 @intrinsic
@@ -211,14 +216,14 @@ def _emit_rows(
     with b.if_else(b.icmp_signed("!=", accumulate, i64(0))) as (then, otherwise):
         with then:
             for row, place in zip(totals, out, strict=True):
-                for total, value in zip(row, tile(b, place), strict=True):
+                for total, value in zip(row, load_tile(b, place), strict=True):
                     b.store(value, total)
         with otherwise:
             for row in totals:
                 for total in row:
                     b.store(constant(0.0, VF), total)
     with cgutils.for_range(b, blocks, intp=I64) as block:
-        largest = tile(b, b.add(absmax, b.mul(block.index, i64(64))))
+        largest = load_tile(b, b.add(absmax, b.mul(block.index, i64(64))))
         with cgutils.for_range(b, spans, intp=I64) as within:
             span = b.add(b.mul(block.index, spans), within.index)
             for row in sums:
@@ -229,7 +234,7 @@ def _emit_rows(
                 for i, pair in enumerate(group(b, b.add(weights, b.mul(at, i64(n_bytes))))):
                     for row, own in zip(x, sums, strict=True):
                         place = offset(b, b.add(row, b.mul(at, i64(2 * positions))), 4 * i)
-                        both = b.bitcast(splat(b, load(b, place, I32, 4), VI), _WORDS)
+                        both = b.bitcast(splat(b, load(b, place, I32, 4), VI), WORDS)
                         for one, vector in zip(own, pair, strict=True):
                             b.store(b.add(b.load(one), _products(b, vector, both)), one)
             for factor, own, row in zip(factors, sums, totals, strict=True):

@@ -1,4 +1,4 @@
-"""The decoder's operations as numba kernels: fp32 activations, exact NF4 weights, rows independent of each other."""
+"""The decoder's operations as numba kernels: fp32 activations, exact or rounded NF4 products, independent rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from manylora.kernels.cpu import attention, bf16_linear, elementwise, lora_vectors, nf4_linear
+from manylora.kernels.cpu import Arithmetic, attention, bf16_linear, elementwise, lora_vectors, nf4_exact, nf4_linear
 from manylora.kernels.cpu.emit import TILE
 from manylora.kernels.cpu.nf4_inner import SPAN
 from manylora.kernels.cpu.replay import Recordings
@@ -115,28 +115,17 @@ def _flat(parts: Sequence[AnyLinear]) -> list[PackedLinear | DenseLinear]:
     return flat
 
 
-def _multiply(x: torch.Tensor, weight: AnyLinear, out: torch.Tensor, scratch: Scratch, *, accumulate: bool) -> None:
-    """``out (+)= x @ W.T``."""
-    if isinstance(weight, PackedLinear):
-        with scratch.scope():
-            work = scratch.empty(x.shape[0], nf4_linear.work_width(x.shape[1]))
-            nf4_linear.nf4_linear(x, weight.packed, weight.absmax, weight.blocksize, out, work, accumulate=accumulate)
-    elif isinstance(weight, DenseLinear):
-        bf16_linear.bf16_linear(x, weight.tiles, out, accumulate=accumulate)
-    else:
-        at = 0
-        for part in weight.parts:
-            _multiply(x, part, out[:, at : at + part.out_features], scratch, accumulate=accumulate)
-            at += part.out_features
-
-
 class NumbaOps:
-    """See ``kernels.ops.Ops``. A row's result is bit-identical whatever rows are beside it and however it is cut."""
+    """See ``kernels.ops.Ops``. A row's result is bit-identical whatever rows are beside it and however it is cut.
+
+    ``arithmetic``: of products with NF4 weights, see ``kernels.cpu.Arithmetic``.
+    """
 
     name = "numba"
     dense_itemsize = 2
 
-    def __init__(self) -> None:
+    def __init__(self, arithmetic: Arithmetic = "int16") -> None:
+        self.arithmetic = arithmetic
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self._scratch = Scratch()
@@ -232,7 +221,7 @@ class NumbaOps:
         if vectors is not None and accumulate:
             held = self._scratch.empty(vectors.count, weight.out_features)
             lora_vectors.set_aside(out, vectors, held)
-        _multiply(x, weight, out, self._scratch, accumulate=accumulate)
+        self._multiply(x, weight, out, accumulate=accumulate)
         if adapters is not None:
             base = None
             if vectors is not None:
@@ -242,6 +231,26 @@ class NumbaOps:
                 flush()
             adapters.add_(out, x, base)
         return out
+
+    def _multiply(self, x: torch.Tensor, weight: AnyLinear, out: torch.Tensor, *, accumulate: bool) -> None:
+        """``out (+)= x @ W.T``."""
+        if isinstance(weight, StackedLinear):
+            at = 0
+            for part in weight.parts:
+                self._multiply(x, part, out[:, at : at + part.out_features], accumulate=accumulate)
+                at += part.out_features
+        elif isinstance(weight, DenseLinear):
+            bf16_linear.bf16_linear(x, weight.tiles, out, accumulate=accumulate)
+        elif self.arithmetic == "fp32":
+            nf4_exact.exact_nf4_linear(
+                x, weight.packed, weight.absmax, weight.blocksize, out, accumulate=accumulate
+            )  # fmt: skip
+        else:
+            with self._scratch.scope():
+                work = self._scratch.empty(x.shape[0], nf4_linear.work_width(x.shape[1]))
+                nf4_linear.nf4_linear(
+                    x, weight.packed, weight.absmax, weight.blocksize, out, work, accumulate=accumulate
+                )  # fmt: skip
 
     def prepare_embedding(self, weight: torch.Tensor, *, head: bool) -> PackedTable:
         if head:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from manylora.kernels.cpu import Arithmetic
 from manylora.kernels.cpu.nf4_inner import SPAN
 from manylora.kernels.cpu.nf4_reference import rounded_weight, rounded_x
 from manylora.kernels.lora import BatchedLora, SiteAdapters
@@ -67,10 +68,11 @@ class _Bad(Exception):
     """A result is off; the message says by how much."""
 
 
-def self_test(ops: Ops, shapes: ModelShapes) -> list[Fault]:
-    """What is wrong with the CPU operations ``ops`` and the CPU's adapter kernels; nothing, it is to be hoped."""
+def self_test(ops: Ops, shapes: ModelShapes, arithmetic: Arithmetic = "int16") -> list[Fault]:
+    """What is wrong with the CPU operations ``ops``, made for ``arithmetic``, and the CPU's adapter kernels; nothing,
+    it is to be hoped."""
     faults: list[Fault] = []
-    for kernel, check in _checks(_Inputs(), ops, TorchOps("cpu", torch.float32, resident=True), shapes):
+    for kernel, check in _checks(_Inputs(), ops, TorchOps("cpu", torch.float32, resident=True), shapes, arithmetic):
         try:
             check()
         except _Bad as problem:
@@ -80,10 +82,12 @@ def self_test(ops: Ops, shapes: ModelShapes) -> list[Fault]:
     return faults
 
 
-def _checks(make: _Inputs, ops: Ops, plain: Ops, shapes: ModelShapes) -> Iterator[tuple[str, Callable[[], None]]]:
+def _checks(
+    make: _Inputs, ops: Ops, plain: Ops, shapes: ModelShapes, arithmetic: Arithmetic
+) -> Iterator[tuple[str, Callable[[], None]]]:
     lora = shapes.lora
     for k, block in shapes.linears:
-        yield f"NF4 linear of {k} inputs", partial(_nf4_linear, make, ops, k, block)
+        yield f"NF4 linear of {k} inputs", partial(_nf4_linear, make, ops, k, block, exact=arithmetic == "fp32")
     for k in dict.fromkeys(k for k, _ in shapes.linears):
         yield f"bf16 linear of {k} inputs", partial(_bf16_linear, make, ops, k)
     hidden = lora.in_features["q"]
@@ -179,14 +183,13 @@ def _check_linear(
     _compare("added to a residual", _run(ops, partial(ops.linear, x, ours, add_to=stream)), expected, bound)
 
 
-def _nf4_linear(make: _Inputs, ops: Ops, k: int, block: int) -> None:
-    """Against the product of the rounded values: what rounding does to it is no fault, and is far above what one is."""
+def _nf4_linear(make: _Inputs, ops: Ops, k: int, block: int, *, exact: bool) -> None:
+    """In integers against the product of the rounded values: what rounding does is no fault, and would hide one."""
     weights, bias = [make.nf4(_OUTPUTS - 16, k, block), make.nf4(16, k, block)], make.normal(_OUTPUTS)
-    matrix = torch.cat([rounded_weight(weight) for weight in weights])
+    matrix = torch.cat([weight.dequantize() if exact else rounded_weight(weight) for weight in weights])
+    terms, rounded = (k, torch.Tensor.float) if exact else (k // SPAN, rounded_x)
     for added, tested in ((None, _ROWS), (bias, (1, 9))):
-        _check_linear(
-            ops, make, ops.prepare_linear(weights, added), matrix, added, k // SPAN, rounded_x, tested
-        )  # fmt: skip
+        _check_linear(ops, make, ops.prepare_linear(weights, added), matrix, added, terms, rounded, tested)
 
 
 def _bf16_linear(make: _Inputs, ops: Ops, k: int) -> None:

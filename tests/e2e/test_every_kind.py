@@ -144,6 +144,7 @@ def family(
     config = ServeConfig(
         model=request.param,
         engine=EngineConfig(
+            cpu_arithmetic="fp32",  # as PEFT's side: what is compared is what adapters add
             max_context=128,
             max_rows=len(KINDS) + 1,
             max_device_adapters=4 * len(KINDS),  # as slots, and two pages for each: some ranks need a dozen

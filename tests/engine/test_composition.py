@@ -127,7 +127,7 @@ def ops(request: pytest.FixtureRequest) -> Ops:
         return TorchOps(torch.device("cpu"), torch.float32, resident=True)
     from manylora.kernels.cpu.ops import NumbaOps
 
-    return NumbaOps()
+    return NumbaOps("fp32")
 
 
 def merged(uses: Uses) -> LlamaForCausalLM:

@@ -87,6 +87,45 @@ def test_one_hot_inputs_give_the_integer_codes(ops: Ops) -> None:
     assert ((y - weight.dequantize().double()).abs() <= (CODE_ERROR + 4 * EPS) * blocks).all()
 
 
+class TestExact:
+    """``fp32``: nothing is rounded but sums."""
+
+    @pytest.fixture(scope="class")
+    def exact(self) -> Ops:
+        from manylora.kernels.cpu.ops import NumbaOps
+
+        return NumbaOps("fp32")
+
+    @pytest.mark.parametrize(("n", "k", "blocksize"), [(16, 64, 64), (48, 192, 32), (112, 1536, 128)])
+    @pytest.mark.parametrize("rows", [1, 3, 7, 97])
+    def test_it_matches_fp64(self, exact: Ops, n: int, k: int, blocksize: int, rows: int) -> None:
+        weight, x = nf4(n, k, blocksize=blocksize), activations(rows, k)
+        y = exact.linear(x, exact.prepare_linear([weight], None))
+        matrix = weight.dequantize().double()
+        bound = (k + 1) * EPS * (x.abs().double() @ matrix.abs().T)
+        assert ((y - x.double() @ matrix.T).abs() <= bound).all()
+
+    def test_one_hot_inputs_give_the_weights_themselves(self, exact: Ops) -> None:
+        """Every code in every place: the product with 1 is exact, so out comes the dequantised weight, to the bit."""
+        weight = nf4(64, 128, seed=3)
+        y = exact.linear(torch.eye(128), exact.prepare_linear([weight], None))
+        assert torch.equal(y, weight.dequantize().T)
+
+    def test_a_row_does_not_depend_on_the_others(self, exact: Ops) -> None:
+        weight, x = exact.prepare_linear([nf4(176, 576)], None), activations(100, 576)
+        together = exact.linear(x, weight)
+        for rows in (1, 2, 5, 8, 97):
+            assert torch.equal(exact.linear(x[:rows], weight), together[:rows])
+
+    def test_the_self_test_knows_which_it_tests(self, exact: Ops, ops: Ops) -> None:
+        from manylora.kernels.cpu.self_test import self_test
+        from tests.kernels.test_cpu_self_test import shapes
+
+        assert self_test(exact, shapes(), "fp32") == []
+        for wrong, arithmetic in ((exact, "int16"), (ops, "fp32")):
+            assert {one.kernel.split(" of ")[0] for one in self_test(wrong, shapes(), arithmetic)} == {"NF4 linear"}
+
+
 def test_the_integer_code_is_the_best_there_is_room_for() -> None:
     from manylora.kernels.cpu.nf4_inner import CODE_UNIT, LEVELS, SPAN
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from manylora.kernels.cpu import available
+from manylora.kernels.cpu import Arithmetic, available
 from manylora.kernels.ops import AttentionShape, Ops
 from manylora.server.model.synthetic import synthetic_spec
 
@@ -101,7 +101,7 @@ def _address(typingctx: Any, pointer: Any) -> Any:
 
 KERNELS = [one for one in compiling.all_kernels() if one.name not in ("_run_alone", "_team_member")]
 NAMED = {
-    "_quantise_kernel": "NF4 linear", "_nf4_kernel": "NF4 linear",
+    "_quantise_kernel": "NF4 linear", "_nf4_kernel": "NF4 linear", "_exact_nf4_kernel": "NF4 linear",
     "_bf16_kernel": "bf16 linear", "_bias_kernel": "NF4 linear", "_rms_norm_kernel": "RMS",
     "_silu_mul_kernel": "SiLU", "_store_kernel": "attention", "_attend_kernel": "attention",
     "_shrink_kernel": "adapters at", "_expand_kernel": "adapters at", "_set_aside_kernel": "adapters at",
@@ -119,7 +119,8 @@ def test_every_kernel_is_known_here() -> None:
 def test_a_broken_kernel_is_named(ops: Ops, kernel: Compiled, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = _nothing if fault == "nothing" else _all_but_one_part(kernel.address)
     monkeypatch.setitem(kernel.__dict__, "address", broken.address)
-    faults = self_test(ops, shapes("tiny", **SMOL))
+    arithmetic: Arithmetic = "fp32" if kernel.name == "_exact_nf4_kernel" else "int16"
+    faults = self_test(NumbaOps(arithmetic), shapes("tiny", **SMOL), arithmetic)
     assert any(NAMED[kernel.name] in one.kernel for one in faults), faults
     assert all("differ from torch's" in one.problem or "other bits" in one.problem for one in faults)
 

@@ -102,7 +102,7 @@ def make_ops(path: str) -> Ops:
     if path.startswith("cpu"):
         from manylora.kernels.cpu.ops import NumbaOps
 
-        return NumbaOps()
+        return NumbaOps("fp32")
     if path == "torch":
         return TorchOps("cpu", torch.float32, resident=True)
     from manylora.kernels.cuda.ops import CudaOps

@@ -26,7 +26,7 @@ def _numba() -> Ops:
         pytest.skip("no AVX2 and FMA here")
     from manylora.kernels.cpu.ops import NumbaOps
 
-    return NumbaOps()
+    return NumbaOps("fp32")
 
 
 def _cuda() -> Ops:

@@ -142,6 +142,8 @@ def main(name: str, file: str) -> None:
         for of in (linears, elementwise, attentions, adapters):
             for what, result in of(ops, make):
                 found[f"{what}; {threads} threads"] = result.clone()
+        for what, result in linears(NumbaOps("fp32"), make):
+            found[f"exact {what}; {threads} threads"] = result.clone()
     faults = {str(one): list(map(str, self_test(ops, one))) for one in (shapes(), shapes("tiny", window=5, **SMOL))}
     torch.save({"results": found, "faults": faults, "variant": cpu.in_use().name}, file)
 
