@@ -24,6 +24,7 @@ from subprocess import PIPE
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from manylora.kernels.cpu import Arithmetic
     from manylora.server.config import CpuKernels, LoraDtype
     from manylora.server.engine.stream import RequestStream
 
@@ -50,7 +51,14 @@ def line(peer: str, case: Case, seconds: float) -> dict[str, Any]:
 class Ours:
     """This project in one process: the engine, and the HTTP server of ``manylora serve`` around that same engine."""
 
-    def __init__(self, workload: Path, *, cpu_kernels: CpuKernels = "auto", lora_dtype: LoraDtype = "auto") -> None:
+    def __init__(
+        self,
+        workload: Path,
+        *,
+        cpu_kernels: CpuKernels = "auto",
+        cpu_arithmetic: Arithmetic = "int16",
+        lora_dtype: LoraDtype = "auto",
+    ) -> None:
         from manylora.server.config import AdapterSpec, EngineConfig, ServeConfig
         from manylora.server.serving import build, load_adapters
 
@@ -60,7 +68,12 @@ class Ours:
             adapters=adapters,
             served_model_name="base",
             engine=EngineConfig(
-                max_context=1024, max_rows=32, prefix_cache=False, cpu_kernels=cpu_kernels, lora_dtype=lora_dtype
+                max_context=1024,
+                max_rows=32,
+                prefix_cache=False,
+                cpu_kernels=cpu_kernels,
+                cpu_arithmetic=cpu_arithmetic,
+                lora_dtype=lora_dtype,
             ),
         )
         self._config = config
