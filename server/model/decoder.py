@@ -68,9 +68,9 @@ class Decoder:
         self, x: torch.Tensor, sequences: PagedSequences, adapters: Any | None, cache: KVCache
     ) -> torch.Tensor:
         """All layers, in place on the embedded tokens ``x`` ``[T, hidden]``."""
-        ops, epsilon, rope = self.ops, self.spec.rms_norm_eps, self.weights.rope
+        ops, epsilon = self.ops, self.spec.rms_norm_eps
         with ops.together():
-            for layer, pages in zip(self._layers, cache.layers, strict=True):
+            for layer, rope, pages in zip(self._layers, self.weights.rope, cache.layers, strict=True):
                 with ops.together():
                     qkv = layer.qkv(ops.rms_norm(x, layer.input_norm, epsilon), adapters)
                     if layer.q_norm is not None and layer.k_norm is not None:

@@ -13,10 +13,12 @@ import torch
 
 from manylora.kernels.ops import AttentionShape, Ops
 from manylora.kernels.sites import LAYER_PROJECTIONS, SITES, LoraShapes
-from manylora.server.model.families import ModelSpec, rope_inv_freq
+from manylora.server.model.families import ModelSpec, RopeSpec, rope_inv_freq
 from manylora.server.model.weights import BaseWeights
 
 LAYER_SITES = tuple(site for site in SITES if site != "lm_head")
+RopeTables = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin, fp32 ``[positions, head_dim / 2]``."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class DecoderWeights:
     """All of a model, prepared for one implementation of the operations. Frozen: nothing writes into its tensors.
 
     ``embedding`` and ``head`` are prepared tables, one and the same object if they are tied; ``head_bias`` fp32
-    ``[vocab]`` is added to the logits (no base has one); ``rope``: cos and sin, see ``rope_tables``.
+    ``[vocab]`` is added to the logits (no base has one); ``rope``: each layer's cos and sin, see ``rope_tables``; equal
+    ones are in memory once.
     """
 
     layers: tuple[LayerWeights, ...]
@@ -46,7 +49,7 @@ class DecoderWeights:
     embedding: Any
     head: Any
     head_bias: torch.Tensor | None
-    rope: tuple[torch.Tensor, torch.Tensor]
+    rope: tuple[RopeTables, ...]
 
     @classmethod
     def prepare(cls, spec: ModelSpec, base: BaseWeights, ops: Ops, *, max_context: int) -> DecoderWeights:
@@ -59,7 +62,7 @@ class DecoderWeights:
             embedding=embedding,
             head=embedding if base.lm_head is None else ops.prepare_embedding(base.lm_head, head=True),
             head_bias=None,
-            rope=rope_tables(spec, max_context, ops.device),
+            rope=_ropes(spec, max_context, ops.device),
         )
 
     @property
@@ -109,9 +112,20 @@ def site_bias(site: str, biases: Mapping[str, torch.Tensor], shapes: LoraShapes)
     return torch.cat([biases[p] if p in biases else torch.zeros(shapes.out_features[p]) for p in SITES[site]])
 
 
-def rope_tables(spec: ModelSpec, n_positions: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position, fp32 ``[n_positions, head_dim / 2]``, computed in fp64 (RoPE, Su et al. 2021)."""
-    frequencies, attention_scaling = rope_inv_freq(spec.rope, spec.head_dim)
+def _ropes(spec: ModelSpec, n_positions: int, device: torch.device) -> tuple[RopeTables, ...]:
+    made = {rope: rope_tables(rope, spec.head_dim, n_positions, device) for rope in dict.fromkeys(spec.layer_ropes)}
+    return tuple(made[rope] for rope in spec.layer_ropes)
+
+
+def rope_tables(rope: RopeSpec | None, head_dim: int, n_positions: int, device: torch.device) -> RopeTables:
+    """cos and sin of every position, fp32 ``[n_positions, head_dim / 2]``, computed in fp64 (RoPE, Su et al. 2021).
+
+    None: a layer that is not rotated. Its cos is 1 and its sin 0, by which a rotation changes no bit.
+    """
+    if rope is None:
+        shape = n_positions, head_dim // 2
+        return torch.ones(shape, device=device), torch.zeros(shape, device=device)
+    frequencies, attention_scaling = rope_inv_freq(rope, head_dim)
     angles = torch.outer(torch.arange(n_positions, dtype=torch.float64), torch.tensor(frequencies, dtype=torch.float64))
     cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
     return cos.float().to(device).contiguous(), sin.float().to(device).contiguous()

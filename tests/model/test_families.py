@@ -35,7 +35,10 @@ LLAMA: dict[str, Any] = {
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+SMOLLM3 = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
 CONFIGS = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3}
+NEWER = {"smollm3": SMOLLM3}
+"""Families whose saved models are compared in tests/e2e/test_family_parity.py."""
 
 
 def test_families_are_read_without_torch() -> None:
@@ -43,10 +46,11 @@ def test_families_are_read_without_torch() -> None:
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [*CONFIGS, *NEWER])
 def test_what_a_config_leaves_out_is_transformers_default(family: str) -> None:
-    spec = ModelSpec.from_hf_config(CONFIGS[family])
-    config = transformers.AutoConfig.for_model(**CONFIGS[family])
+    given = {**CONFIGS, **NEWER}[family]
+    spec = ModelSpec.from_hf_config(given)
+    config = transformers.AutoConfig.for_model(**given)
     assert spec.family == family
     assert spec.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     assert spec.rope.theta == config.rope_parameters["rope_theta"]
@@ -172,6 +176,24 @@ def test_qwen_windows_are_those_of_transformers(base: dict[str, Any], changes: d
     assert [spec.window(layer) for layer in range(2)] == [32 if t == "sliding_attention" else None for t in layer_types]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_hidden_layers": 9},
+        {"no_rope_layer_interval": 3},
+        {"no_rope_layers": [0, 1, 1, 1, 0]},
+        {"use_sliding_window": True, "sliding_window": 16},
+        {"use_sliding_window": False, "sliding_window": 16},
+    ],
+)
+def test_smollm3_layers_are_those_of_transformers(changes: dict[str, Any]) -> None:
+    given = SMOLLM3 | {"num_hidden_layers": 5} | changes
+    config, spec = transformers.AutoConfig.for_model(**given), ModelSpec.from_hf_config(given)
+    assert [rope is not None for rope in spec.layer_ropes] == [bool(rotated) for rotated in config.no_rope_layers]
+    assert list(spec.layer_types) == config.layer_types
+
+
 def test_mistral_windows() -> None:
     assert ModelSpec.from_hf_config(MISTRAL | {"sliding_window": None}).window(0) is None
     assert ModelSpec.from_hf_config(MISTRAL | {"sliding_window": 16}).window(1) == 16
@@ -220,6 +242,12 @@ BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
         (QWEN3, {"layer_types": ["full_attention", "linear_attention"]}, "layer types"),
         (QWEN3, {"layer_types": ["full_attention"]}, "1 layers of 2"),
         (QWEN3, {"layer_types": ["full_attention", "sliding_attention"]}, "no sliding window"),
+        (LLAMA, {"no_rope_layers": [1, 0]}, "`no_rope_layers`"),
+        (SMOLLM3, {"no_rope_layers": [1]}, "`no_rope_layers` names 1 layers of 2"),
+        (SMOLLM3, {"no_rope_layers": [1, 2]}, "`no_rope_layers` must be a list"),
+        (SMOLLM3, {"no_rope_layer_interval": 0}, "`no_rope_layer_interval`"),
+        (SMOLLM3, {"layer_types": ["full_attention", "sliding_attention"]}, "no sliding window"),
+        (SMOLLM3, {"num_key_value_heads": None}, "`num_key_value_heads` is missing"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value,
 )

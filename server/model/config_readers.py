@@ -1,0 +1,167 @@
+"""How each family's ``config.json`` is read: what it says, what it leaves out, what is refused in it. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
+
+from manylora.server.model.config_reader import ConfigReader
+from manylora.server.model.errors import UnsupportedModel
+from manylora.server.model.families import ARCHITECTURES, Family, LayerType, ModelSpec
+from manylora.server.model.rope import RopeSpec
+
+
+def read_config(config: Mapping[str, Any], generation_config: Mapping[str, Any], what: str) -> ModelSpec:
+    """The `ModelSpec` of a config; ``what`` names the model. Raises UnsupportedModel with every reason."""
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or len(named) != 1 or named[0] not in ARCHITECTURES:
+        found = ", ".join(map(str, named)) if isinstance(named, list) and named else "none"
+        raise UnsupportedModel(what, f"architecture {found} is not one of {', '.join(ARCHITECTURES)}")
+    architecture = str(named[0])
+    family = ARCHITECTURES[architecture]
+    model_type = config.get("model_type", family)
+    if model_type != family:
+        raise UnsupportedModel(what, f"architecture {architecture} with model_type `{model_type}`")
+    return _READERS[family](config, what).spec(architecture, generation_config)
+
+
+class _Llama(ConfigReader):
+    family: ClassVar[Family] = "llama"
+
+    def traits(self) -> dict[str, Any]:
+        attention_bias = bool(self.config.get("attention_bias", False))
+        mlp_bias = bool(self.config.get("mlp_bias", False))
+        return super().traits() | {"qkv_bias": attention_bias, "o_bias": attention_bias, "mlp_bias": mlp_bias}
+
+    def default_kv_heads(self, n_heads: int) -> int | None:
+        # Only Llama lets it default to the number of heads (Llama 1); elsewhere its absence would be a guess.
+        return n_heads
+
+    def windows(self, n_layers: int) -> tuple[int | None, tuple[LayerType, ...]]:
+        window = self.window(None)
+        if window is not None:
+            self.reasons.append("a sliding window in a Llama model")
+        every: LayerType = "full_attention"
+        return self._as_derived(None, (every,) * n_layers)
+
+    def _as_derived(
+        self, window: int | None, derived: tuple[LayerType, ...]
+    ) -> tuple[int | None, tuple[LayerType, ...]]:
+        """``derived``: ``layer_types`` may say the same, and nothing else."""
+        window, types = self.layer_types(window, derived)
+        if types != derived:
+            self.reasons.append(f"`layer_types` in a {self.family} model, which transformers does not apply")
+        return window, types
+
+
+class _Mistral(_Llama):
+    family: ClassVar[Family] = "mistral"
+
+    def traits(self) -> dict[str, Any]:
+        return ConfigReader.traits(self)
+
+    def default_kv_heads(self, n_heads: int) -> int | None:
+        return None
+
+    def windows(self, n_layers: int) -> tuple[int | None, tuple[LayerType, ...]]:
+        # Mistral 7B v0.1 relied on the class default; a file that says null (v0.2 on) has no window.
+        window = self.window(4096)
+        every: LayerType = "full_attention" if window is None else "sliding_attention"
+        return self._as_derived(window, (every,) * n_layers)
+
+    def refuse_features(self) -> None:
+        super().refuse_features()
+        # transformers ignores these keys for these families: the weights they would need are not in its model.
+        if self.config.get("attention_bias"):
+            self.reasons.append("a Mistral model with attention biases")
+        _refuse_mlp_bias(self)
+
+
+class _Qwen2(ConfigReader):
+    family: ClassVar[Family] = "qwen2"
+
+    def traits(self) -> dict[str, Any]:
+        return super().traits() | {"qkv_bias": True}
+
+    def windows(self, n_layers: int) -> tuple[int | None, tuple[LayerType, ...]]:
+        window = self.window(4096)
+        if not self.config.get("use_sliding_window", False):
+            window = None
+        first = self.config.get("max_window_layers", 28)
+        derived: tuple[LayerType, ...] = tuple(
+            "sliding_attention" if window is not None and layer >= first else "full_attention"
+            for layer in range(n_layers)
+        )
+        return self.layer_types(window, derived)
+
+    def refuse_features(self) -> None:
+        super().refuse_features()
+        if self.config.get("attention_bias") is False:
+            self.reasons.append("a Qwen2 model without attention biases")
+        _refuse_mlp_bias(self)
+
+
+class _Qwen3(_Qwen2):
+    family: ClassVar[Family] = "qwen3"
+
+    def traits(self) -> dict[str, Any]:
+        attention_bias = bool(self.config.get("attention_bias", False))
+        return ConfigReader.traits(self) | {"qkv_bias": attention_bias, "o_bias": attention_bias, "qk_norm": True}
+
+    def default_head_dim(self, hidden: int, n_heads: int) -> int:
+        return 128
+
+    def refuse_features(self) -> None:
+        ConfigReader.refuse_features(self)
+        _refuse_mlp_bias(self)
+
+
+class _SmolLM3(_Llama):
+    """Llama, but some layers are not rotated (NoPE), and those alone may have a window."""
+
+    family: ClassVar[Family] = "smollm3"
+    reads: ClassVar[frozenset[str]] = frozenset({"no_rope_layers"})
+    default_theta: ClassVar[float] = 2_000_000.0
+    tied_by_default: ClassVar[bool] = True
+
+    def default_kv_heads(self, n_heads: int) -> int | None:
+        return None
+
+    def windows(self, n_layers: int) -> tuple[int | None, tuple[LayerType, ...]]:
+        window = self.window(None) if self.config.get("use_sliding_window", False) else None
+        derived: tuple[LayerType, ...] = tuple(
+            "sliding_attention" if window is not None and not rotated else "full_attention"
+            for rotated in self._rotated(n_layers)
+        )
+        return self.layer_types(window, derived)
+
+    def layer_ropes(self, rope: RopeSpec, layer_types: tuple[LayerType, ...]) -> tuple[RopeSpec | None, ...]:
+        return tuple(rope if rotated else None for rotated in self._rotated(len(layer_types)))
+
+    def refuse_features(self) -> None:
+        super().refuse_features()
+        given = self.config.get("no_rope_layers")
+        n_layers = self.config.get("num_hidden_layers")
+        if given is not None and (not isinstance(given, list) or any(value not in (0, 1) for value in given)):
+            self.reasons.append(f"`no_rope_layers` must be a list of 1 (rotated) and 0, got {given!r}")
+        elif given is not None and isinstance(n_layers, int) and len(given) != n_layers:
+            # transformers takes longer lists and ignores the rest; then the file was made for another model.
+            self.reasons.append(f"`no_rope_layers` names {len(given)} layers of {n_layers}")
+
+    def _rotated(self, n_layers: int) -> list[bool]:
+        given = self.config.get("no_rope_layers")
+        if given is None:
+            interval = self.size("no_rope_layer_interval", default=4) or 1
+            return [(layer + 1) % interval != 0 for layer in range(n_layers)]
+        # What is wrong with it was said in ``refuse_features``.
+        return [bool(value) for value in given] if isinstance(given, list) and len(given) == n_layers else []
+
+
+def _refuse_mlp_bias(reader: ConfigReader) -> None:
+    if reader.config.get("mlp_bias"):
+        reader.reasons.append(f"MLP biases in a {reader.family} model")
+
+
+_READERS: Final[Mapping[Family, type[ConfigReader]]] = {
+    reader.family: reader for reader in (_Llama, _Mistral, _Qwen2, _Qwen3, _SmolLM3)
+}
