@@ -157,11 +157,48 @@ class _SmolLM3(_Llama):
         return [bool(value) for value in given] if isinstance(given, list) and len(given) == n_layers else []
 
 
+class _Phi3(ConfigReader):
+    """Phi-3, Phi-3.5 and Phi-4: Llama with fused projections."""
+
+    family: ClassVar[Family] = "phi3"
+    default_eps: ClassVar[float] = 1e-5
+
+    _OWN_CODE: ClassVar = frozenset({"configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM"})
+
+    def default_kv_heads(self, n_heads: int) -> int | None:
+        return n_heads  # as its config class has it
+
+    def rope(self, max_position: int) -> RopeSpec:
+        rope = super().rope(max_position)
+        if rope.kind != "default":  # transformers takes `yarn` for another kind here, and no others
+            self.reasons.append(f"rope type `{rope.kind}` in a Phi-3 model (known: default)")
+        return rope
+
+    def windows(self, n_layers: int) -> tuple[int | None, tuple[LayerType, ...]]:
+        window = self.window(None)
+        every: LayerType = "full_attention" if window is None else "sliding_attention"
+        if self.config.get("layer_types") is not None:
+            self.reasons.append("`layer_types` in a Phi-3 model, which transformers does not apply")
+        return window, (every,) * n_layers
+
+    def custom_code(self) -> None:
+        # Microsoft's checkpoints bring copies of the classes that transformers has; any other class may differ.
+        named = self.config.get("auto_map") or {}
+        if not isinstance(named, Mapping) or any(name not in self._OWN_CODE for name in map(str, named.values())):
+            super().custom_code()
+
+    def refuse_features(self) -> None:
+        super().refuse_features()
+        for key in ("attention_bias", "mlp_bias", "lm_head_bias"):
+            if self.config.get(key):
+                self.reasons.append(f"`{key}` in a Phi-3 model, which transformers does not apply")
+
+
 def _refuse_mlp_bias(reader: ConfigReader) -> None:
     if reader.config.get("mlp_bias"):
         reader.reasons.append(f"MLP biases in a {reader.family} model")
 
 
 _READERS: Final[Mapping[Family, type[ConfigReader]]] = {
-    reader.family: reader for reader in (_Llama, _Mistral, _Qwen2, _Qwen3, _SmolLM3)
+    reader.family: reader for reader in (_Llama, _Mistral, _Qwen2, _Qwen3, _SmolLM3, _Phi3)
 }

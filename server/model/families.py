@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from manylora.kernels.sites import LoraShapes
+from manylora.kernels.sites import FUSED, SEPARATE, LoraShapes, ModuleNames
 from manylora.server.model.rope import RopeKind, RopeSpec, rope_inv_freq
 
 __all__ = ["ARCHITECTURES", "Family", "LayerType", "ModelSpec", "RopeKind", "RopeSpec", "rope_inv_freq"]
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3"]
 LayerType = Literal["full_attention", "sliding_attention"]
 
 ARCHITECTURES: Final[Mapping[str, Family]] = {
@@ -25,8 +25,12 @@ ARCHITECTURES: Final[Mapping[str, Family]] = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "SmolLM3ForCausalLM": "smollm3",
+    "Phi3ForCausalLM": "phi3",
 }
 """The served architectures and their ``model_type``."""
+
+_NAMES: Final[Mapping[Family, ModuleNames]] = {"phi3": FUSED}
+"""What the modules are called, where that is not what Llama calls them."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,11 @@ class ModelSpec:
         return read_config(config, generation_config or {}, what)
 
     @property
+    def names(self) -> ModuleNames:
+        """What checkpoints and adapters call the modules."""
+        return _NAMES.get(self.family, SEPARATE)
+
+    @property
     def q_size(self) -> int:
         """Width of all query heads; the K of ``o`` (not always the hidden size: Qwen3)."""
         return self.n_heads * self.head_dim
@@ -113,4 +122,5 @@ class ModelSpec:
             n_layers=self.n_layers,
             in_features={**into, "lm_head": hidden, "embed": vocab},
             out_features={**out, "lm_head": vocab, "embed": hidden},
+            names=self.names,
         )

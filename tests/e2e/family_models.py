@@ -43,11 +43,18 @@ SEPARATE: dict[tuple[str, ...], str] = {
     ("up",): "model.layers.{}.mlp.up_proj",
     ("down",): "model.layers.{}.mlp.down_proj",
 }
+PHI3: dict[tuple[str, ...], str] = {
+    ("q", "k", "v"): "model.layers.{}.self_attn.qkv_proj",
+    ("o",): "model.layers.{}.self_attn.o_proj",
+    ("gate", "up"): "model.layers.{}.mlp.gate_up_proj",
+    ("down",): "model.layers.{}.mlp.down_proj",
+}
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def lora(targets: Sequence[str], **options: Any) -> peft.LoraConfig:
-    return peft.LoraConfig(task_type="CAUSAL_LM", target_modules=list(targets), **{"r": 8, "lora_alpha": 16, **options})
+def lora(targets: Sequence[str] | str, **options: Any) -> peft.LoraConfig:
+    modules = targets if isinstance(targets, str) else list(targets)
+    return peft.LoraConfig(task_type="CAUSAL_LM", target_modules=modules, **{"r": 8, "lora_alpha": 16, **options})
 
 
 def _usual(modules: Sequence[str], attention: str, mlp: str, embedding: str) -> dict[str, Any]:
@@ -104,6 +111,26 @@ CASES: dict[str, Case] = {
         {"all": lora(ALL), "bias-all": lora(["q_proj", "up_proj"], bias="all")},
         {"no windows": {"use_sliding_window": False, "layer_types": None}},
     ),
+    "phi3": Case(
+        "phi3",
+        {"sliding_window": 8, "pad_token_id": 0, "original_max_position_embeddings": 256, "rope_parameters": ROPE},
+        PHI3,
+        _usual(["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], "qkv_proj", "gate_up_proj", "embed_tokens")
+        | {
+            "all-linear": lora("all-linear"),
+            "loha": peft.LoHaConfig(task_type="CAUSAL_LM", r=4, alpha=8, target_modules=["qkv_proj", "down_proj"]),
+            "lokr": peft.LoKrConfig(task_type="CAUSAL_LM", r=4, alpha=8, target_modules=["gate_up_proj", "o_proj"]),
+            "lora-bias": lora(["qkv_proj", "gate_up_proj"], lora_bias=True),
+        },
+        {"no windows": {"sliding_window": None}},
+    ),
+    "phi3-tied": Case(
+        "phi3",
+        {"num_key_value_heads": 4, "tie_word_embeddings": True, "pad_token_id": 0},
+        PHI3,
+        {"all": lora(["qkv_proj", "gate_up_proj"])},
+        {},
+    ),
 }  # fmt: skip
 
 
@@ -154,7 +181,7 @@ def save_adapter(model: Any, config: Any, folder: Path, seed: int) -> None:
                     parameter.copy_(0.3 * noise)
                 elif "lora_E" in name:
                     parameter.copy_(noise)
-                elif "lora_" in name:
+                elif any(key in name for key in ("lora_", "hada_", "lokr_")):
                     parameter.copy_(0.15 * noise)
                 elif parameter.requires_grad:
                     parameter.add_(0.05 * noise)

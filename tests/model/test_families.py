@@ -37,7 +37,8 @@ QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 SMOLLM3 = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
 CONFIGS = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3}
-NEWER = {"smollm3": SMOLLM3}
+PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 0}
+NEWER = {"smollm3": SMOLLM3, "phi3": PHI3}
 """Families whose saved models are compared in tests/e2e/test_family_parity.py."""
 
 
@@ -248,6 +249,18 @@ BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
         (SMOLLM3, {"no_rope_layer_interval": 0}, "`no_rope_layer_interval`"),
         (SMOLLM3, {"layer_types": ["full_attention", "sliding_attention"]}, "no sliding window"),
         (SMOLLM3, {"num_key_value_heads": None}, "`num_key_value_heads` is missing"),
+        (
+            PHI3,
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}},
+            "`longrope`",
+        ),
+        (PHI3, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type `yarn` in a Phi-3 model"),
+        (PHI3, {"partial_rotary_factor": 0.75}, "`partial_rotary_factor` 0.75"),
+        (PHI3, {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3Other"}}, "custom model code"),
+        (PHI3, {"auto_map": "modeling_phi3.Phi3ForCausalLM"}, "custom model code"),
+        (PHI3, {"attention_bias": True}, "`attention_bias` in a Phi-3 model"),
+        (PHI3, {"layer_types": ["full_attention"] * 2}, "`layer_types` in a Phi-3 model"),
+        (PHI3, {"hidden_act": "gelu_new"}, "activation `gelu_new`"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value,
 )
@@ -276,3 +289,14 @@ def test_every_reason_is_in_one_message() -> None:
 )
 def test_features_that_change_nothing_are_not_refused(changes: dict[str, Any]) -> None:
     ModelSpec.from_hf_config(LLAMA | changes)
+
+
+def test_microsofts_copies_of_the_phi3_classes_are_not_custom_code() -> None:
+    """Their checkpoints name them in `auto_map`; transformers has the same classes, and they are what is computed."""
+    named = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    assert ModelSpec.from_hf_config(PHI3 | {"auto_map": named}) == ModelSpec.from_hf_config(PHI3)
+
+
+def test_phi3_windows_are_every_layers() -> None:
+    spec = ModelSpec.from_hf_config(PHI3 | {"sliding_window": 16})
+    assert [spec.window(layer) for layer in range(2)] == [16, 16]
