@@ -6,6 +6,7 @@ Torch-free. Every reason to refuse a config is collected before any is raised. T
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final
 
@@ -110,7 +111,7 @@ class ConfigReader:
             tie_embeddings=bool(self.config.get("tie_word_embeddings", self.tied_by_default)),
             bos_token_id=next(iter(self._token_ids(self.config.get("bos_token_id"))), None),
             eos_token_ids=self._eos(generation_config),
-            dtype=self._dtype(),
+            dtype=self.dtype(),
             **self.traits(),
         )
         if self.reasons:
@@ -146,9 +147,13 @@ class ConfigReader:
 
     def activation(self) -> None:
         """Refuse any other activation than the family's."""
-        activation = self.config.get("hidden_act", "silu")
-        if activation != "silu":
-            self.reasons.append(f"activation `{activation}` (known: silu)")
+        self.only("hidden_act", "silu")
+
+    def only(self, key: str, known: str) -> None:
+        """Refuse any other value of ``key``, which is the activation's; absent, it is ``known``."""
+        activation = self.config.get(key, known)
+        if activation != known:
+            self.reasons.append(f"activation `{activation}` (known: {known})")
 
     def refuse_features(self) -> None:
         for key, neutral in NEUTRAL.items():
@@ -181,6 +186,16 @@ class ConfigReader:
             self.reasons.append(f"`{key}` must be a small positive number, got {eps!r}")
             return 1e-6
         return float(eps)
+
+    def positive(self, key: str, default: float | None) -> float | None:
+        """A positive number, or null; ``default`` where the key is absent."""
+        value = self.config.get(key, default)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            self.reasons.append(f"`{key}` must be a positive number or null, got {value!r}")
+            return None
+        return float(value)
 
     def window(self, default: int | None) -> int | None:
         """``sliding_window``: a number of tokens, or null; ``default`` where the key is absent."""
@@ -217,7 +232,7 @@ class ConfigReader:
         ids = self._token_ids(generation_config.get("eos_token_id"))
         return tuple(dict.fromkeys((*ids, *self._token_ids(self.config.get("eos_token_id")))))
 
-    def _dtype(self) -> str:
+    def dtype(self) -> str:
         """transformers 5 writes ``dtype``, earlier versions ``torch_dtype``; without one it loads as fp32."""
         name = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32").removeprefix("torch.")
         if name not in ("bfloat16", "float16", "float32"):

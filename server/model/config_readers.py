@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
@@ -194,11 +195,72 @@ class _Phi3(ConfigReader):
                 self.reasons.append(f"`{key}` in a Phi-3 model, which transformers does not apply")
 
 
+class _Gemma2(ConfigReader):
+    """Gemma 2: scaled embeddings, norms of weight 1 + w before and behind each half of a block, GeGLU, caps on scores
+    and logits, a window on every other layer."""
+
+    family: ClassVar[Family] = "gemma2"
+    reads: ClassVar[frozenset[str]] = frozenset({"attn_logit_softcapping", "final_logit_softcapping"})
+    tied_by_default: ClassVar[bool] = True
+
+    def traits(self) -> dict[str, Any]:
+        attention_bias = bool(self.config.get("attention_bias", False))
+        scalar = self.positive("query_pre_attn_scalar", 256)
+        if scalar is None:
+            self.reasons.append("`query_pre_attn_scalar` must be a positive number")
+        return super().traits() | {
+            "qkv_bias": attention_bias,
+            "o_bias": attention_bias,
+            "hidden_act": "gelu_tanh",
+            "norm_offset": 1.0,
+            "out_norms": True,
+            "embed_scale": _rounded(self.size("hidden_size") ** 0.5, self.dtype()),
+            "attention_scale": (scalar or 1.0) ** -0.5,
+            **self.caps(),
+        }
+
+    def caps(self) -> dict[str, float]:
+        return {
+            "attention_softcap": self.positive("attn_logit_softcapping", 50.0) or 0.0,
+            "logit_softcap": self.positive("final_logit_softcapping", 30.0) or 0.0,
+        }
+
+    def default_head_dim(self, hidden: int, n_heads: int) -> int:
+        return 256
+
+    def windows(self, n_layers: int) -> tuple[int | None, tuple[LayerType, ...]]:
+        window = self.window(4096)
+        derived: tuple[LayerType, ...] = tuple(
+            "full_attention" if layer % 2 else "sliding_attention" for layer in range(n_layers)
+        )
+        return self.layer_types(window, derived)
+
+    def activation(self) -> None:
+        # transformers reads `hidden_activation` alone; a `hidden_act` that says otherwise leaves open what was trained.
+        self.only("hidden_activation", "gelu_pytorch_tanh")
+        self.only("hidden_act", "gelu_pytorch_tanh")
+
+    def refuse_features(self) -> None:
+        super().refuse_features()
+        _refuse_mlp_bias(self)
+        if self.config.get("use_bidirectional_attention"):
+            self.reasons.append("attention to later tokens (`use_bidirectional_attention`)")
+
+
+def _rounded(value: float, dtype: str) -> float:
+    """A factor as a model of this type multiplies with it: Gemma was trained with sqrt(hidden) in its weights' type."""
+    bits = {"bfloat16": 8, "float16": 11}.get(dtype)
+    if bits is None or value == 0:
+        return value
+    step = 2.0 ** (math.frexp(value)[1] - bits)
+    return round(value / step) * step  # to even, as the type rounds
+
+
 def _refuse_mlp_bias(reader: ConfigReader) -> None:
     if reader.config.get("mlp_bias"):
         reader.reasons.append(f"MLP biases in a {reader.family} model")
 
 
 _READERS: Final[Mapping[Family, type[ConfigReader]]] = {
-    reader.family: reader for reader in (_Llama, _Mistral, _Qwen2, _Qwen3, _SmolLM3, _Phi3)
+    reader.family: reader for reader in (_Llama, _Mistral, _Qwen2, _Qwen3, _SmolLM3, _Phi3, _Gemma2)
 }

@@ -23,11 +23,15 @@ RopeTables = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One block. ``sites``: the prepared linear layer of each fused site, by ``LAYER_SITES``. ``biases``: fp32
-    ``[out_features]`` on the CPU, by projection, of those that have one (they are in the prepared layers already)."""
+    """One block, its norms with the model's offset. ``sites``: the prepared linear layer of each fused site, by
+    ``LAYER_SITES``. ``biases``: fp32 ``[out_features]`` on the CPU, by projection, of those that have one (they are in
+    the prepared layers already). ``attention_out_norm`` and ``mlp_out_norm``: of what is added to the residual stream,
+    if that is normed."""
 
     input_norm: torch.Tensor
+    attention_out_norm: torch.Tensor | None
     post_attention_norm: torch.Tensor
+    mlp_out_norm: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     sites: Mapping[str, Any]
@@ -58,7 +62,7 @@ class DecoderWeights:
         embedding = ops.prepare_embedding(base.embed, head=base.lm_head is None)
         return cls(
             layers=tuple(_layer(spec, base, layer, ops) for layer in range(spec.n_layers)),
-            final_norm=_norm(base.final_norm, ops),
+            final_norm=_norm(base.final_norm, spec, ops),
             embedding=embedding,
             head=embedding if base.lm_head is None else ops.prepare_embedding(base.lm_head, head=True),
             head_bias=None,
@@ -81,8 +85,8 @@ class DecoderWeights:
         return sum(matrix.nbytes for matrix in self.matrices)
 
 
-def _norm(weight: torch.Tensor, ops: Ops) -> torch.Tensor:
-    return weight.to(ops.device, torch.float32).contiguous()
+def _norm(weight: torch.Tensor, spec: ModelSpec, ops: Ops) -> torch.Tensor:
+    return (weight.to(ops.device, torch.float32) + spec.norm_offset).contiguous()
 
 
 def _layer(spec: ModelSpec, base: BaseWeights, layer: int, ops: Ops) -> LayerWeights:
@@ -91,16 +95,26 @@ def _layer(spec: ModelSpec, base: BaseWeights, layer: int, ops: Ops) -> LayerWei
     }
     shapes = spec.lora_shapes()
     return LayerWeights(
-        input_norm=_norm(base.input_norms[layer], ops),
-        post_attention_norm=_norm(base.post_attention_norms[layer], ops),
-        q_norm=_norm(base.q_norms[layer], ops) if spec.qk_norm else None,
-        k_norm=_norm(base.k_norms[layer], ops) if spec.qk_norm else None,
+        input_norm=_norm(base.input_norms[layer], spec, ops),
+        attention_out_norm=_norm(base.attention_out_norms[layer], spec, ops) if spec.out_norms else None,
+        post_attention_norm=_norm(base.post_attention_norms[layer], spec, ops),
+        mlp_out_norm=_norm(base.mlp_out_norms[layer], spec, ops) if spec.out_norms else None,
+        q_norm=_norm(base.q_norms[layer], spec, ops) if spec.qk_norm else None,
+        k_norm=_norm(base.k_norms[layer], spec, ops) if spec.qk_norm else None,
         sites={
             site: ops.prepare_linear([base.projections[p, layer] for p in SITES[site]], site_bias(site, biases, shapes))
             for site in LAYER_SITES
         },
         biases=biases,
-        attention=AttentionShape(spec.n_heads, spec.n_kv_heads, spec.head_dim, spec.window(layer) or 0),
+        attention=attention_shape(spec, layer),
+    )
+
+
+def attention_shape(spec: ModelSpec, layer: int) -> AttentionShape:
+    """What a layer asks of ``Ops.attention``."""
+    window = spec.window(layer) or 0
+    return AttentionShape(
+        spec.n_heads, spec.n_kv_heads, spec.head_dim, window, spec.attention_scale, spec.attention_softcap
     )
 
 

@@ -14,10 +14,11 @@ from typing import Any, Final, Literal
 from manylora.kernels.sites import FUSED, SEPARATE, LoraShapes, ModuleNames
 from manylora.server.model.rope import RopeKind, RopeSpec, rope_inv_freq
 
-__all__ = ["ARCHITECTURES", "Family", "LayerType", "ModelSpec", "RopeKind", "RopeSpec", "rope_inv_freq"]
+__all__ = ["ARCHITECTURES", "Activation", "Family", "LayerType", "ModelSpec", "RopeKind", "RopeSpec", "rope_inv_freq"]
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma2"]
 LayerType = Literal["full_attention", "sliding_attention"]
+Activation = Literal["silu", "gelu_tanh"]
 
 ARCHITECTURES: Final[Mapping[str, Family]] = {
     "LlamaForCausalLM": "llama",
@@ -26,6 +27,7 @@ ARCHITECTURES: Final[Mapping[str, Family]] = {
     "Qwen3ForCausalLM": "qwen3",
     "SmolLM3ForCausalLM": "smollm3",
     "Phi3ForCausalLM": "phi3",
+    "Gemma2ForCausalLM": "gemma2",
 }
 """The served architectures and their ``model_type``."""
 
@@ -41,6 +43,11 @@ class ModelSpec:
     (transformers: key > query - window). ``eos_token_ids`` holds every id that ends generation, the generation
     config's first. ``dtype`` names the 16/32-bit type the checkpoint was saved in (``bfloat16``). ``rope`` is the
     model's rotary embedding, ``layer_ropes`` each layer's own: None where queries and keys are not rotated.
+
+    What only some families have: ``norm_offset`` is added to the weight of every norm; ``out_norms``: what attention
+    and MLP give is normed before it is added to the residual stream; ``embed_scale`` multiplies embeddings, adapters'
+    deltas included; ``attention_scale`` multiplies scores, None for ``head_dim ** -0.5``; ``attention_softcap`` and
+    ``logit_softcap`` c make ``c * tanh(s / c)`` of scores and logits s, 0 for none.
     """
 
     family: Family
@@ -66,7 +73,13 @@ class ModelSpec:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     dtype: str
-    hidden_act: Literal["silu"] = "silu"
+    hidden_act: Activation = "silu"
+    norm_offset: float = 0.0
+    out_norms: bool = False
+    embed_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
 
     @classmethod
     def from_hf_config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,8 +85,30 @@ def _separate(projection: str, layer: int) -> str:
     return SEPARATE.path(linear, layer)
 
 
+@dataclass(frozen=True)
+class NormNames:
+    """What the norms of a block are called, by what they do; ``attention_out`` and ``mlp_out``, if there are such, norm
+    what is then added to the residual stream."""
+
+    attention: str = "input_layernorm"
+    mlp: str = "post_attention_layernorm"
+    attention_out: str | None = None
+    mlp_out: str | None = None
+
+
+_LLAMA_NORMS: Final = NormNames()
+_OUT_NORMS: Final = NormNames(
+    mlp="pre_feedforward_layernorm", attention_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm"
+)
+"""Gemma 2's. ``post_attention_layernorm`` is another norm there than Llama's of that name."""
+
+
+def norm_names(spec: ModelSpec) -> NormNames:
+    return _OUT_NORMS if spec.out_norms else _LLAMA_NORMS
+
+
 def norm_name(norm: str, layer: int) -> str:
-    """``norm``: ``input_layernorm``, ``post_attention_layernorm``, ``self_attn.q_norm`` or ``self_attn.k_norm``."""
+    """``norm``: one of `NormNames`, ``self_attn.q_norm`` or ``self_attn.k_norm``."""
     return f"model.layers.{layer}.{norm}.weight"
 
 
@@ -99,8 +122,9 @@ def plain_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     hidden = spec.hidden_size
     shapes: dict[str, tuple[int, ...]] = {EMBED: (spec.vocab_size, hidden)}
     for layer in range(spec.n_layers):
-        shapes[norm_name("input_layernorm", layer)] = (hidden,)
-        shapes[norm_name("post_attention_layernorm", layer)] = (hidden,)
+        for norm in dataclasses.astuple(norm_names(spec)):
+            if norm is not None:
+                shapes[norm_name(norm, layer)] = (hidden,)
         if spec.qk_norm:
             shapes[norm_name("self_attn.q_norm", layer)] = (spec.head_dim,)
             shapes[norm_name("self_attn.k_norm", layer)] = (spec.head_dim,)

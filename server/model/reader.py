@@ -15,6 +15,7 @@ from manylora.server.model.layout import (
     LM_HEAD,
     check_quantized,
     norm_name,
+    norm_names,
     plain_shapes,
     stored_weights,
 )
@@ -55,9 +56,10 @@ def read_weights(
             bar.advance(tensor.nbytes)
             return tensor.to(device)
 
-        def norms(name: str) -> tuple[torch.Tensor, ...]:
-            return tuple(plain(norm_name(name, layer)) for layer in range(spec.n_layers))
+        def norms(name: str | None) -> tuple[torch.Tensor, ...]:
+            return () if name is None else tuple(plain(norm_name(name, layer)) for layer in range(spec.n_layers))
 
+        names = norm_names(spec)
         biases: dict[tuple[str, int], torch.Tensor] = {}
         for stored in stored_weights(spec):
             if stored.has_bias:
@@ -74,8 +76,10 @@ def read_weights(
         return BaseWeights(
             projections=projections,
             biases=biases,
-            input_norms=norms("input_layernorm"),
-            post_attention_norms=norms("post_attention_layernorm"),
+            input_norms=norms(names.attention),
+            post_attention_norms=norms(names.mlp),
+            attention_out_norms=norms(names.attention_out),
+            mlp_out_norms=norms(names.mlp_out),
             q_norms=norms("self_attn.q_norm") if spec.qk_norm else (),
             k_norms=norms("self_attn.k_norm") if spec.qk_norm else (),
             final_norm=plain(FINAL_NORM),

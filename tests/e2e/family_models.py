@@ -78,6 +78,9 @@ def _usual(modules: Sequence[str], attention: str, mlp: str, embedding: str) -> 
     }
 
 
+SAVED_EMBEDDING = lora(["q_proj"], modules_to_save=["embed_tokens"])
+
+
 @dataclass(frozen=True)
 class Case:
     """One family. ``options`` are of its config class; ``modules``: projections -> path of the module that holds them,
@@ -130,6 +133,22 @@ CASES: dict[str, Case] = {
         PHI3,
         {"all": lora(["qkv_proj", "gate_up_proj"])},
         {},
+    ),
+    "gemma2": Case(
+        "gemma2",
+        {
+            "head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 8, "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 2.0, "rope_parameters": ROPE, "pad_token_id": 0,
+        },
+        SEPARATE,
+        _usual(ALL, "q_proj", "gate_proj", "embed_tokens") | {"saved-embedding": SAVED_EMBEDDING},
+        {
+            "score caps": {"attn_logit_softcapping": None},
+            "logit cap": {"final_logit_softcapping": None},
+            "score scale": {"query_pre_attn_scalar": 32},
+            "no windows": {"layer_types": ["full_attention"] * LAYERS},
+        },
+        norm_mean=0.0,
     ),
 }  # fmt: skip
 

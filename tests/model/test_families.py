@@ -38,7 +38,8 @@ MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistr
 SMOLLM3 = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
 CONFIGS = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3}
 PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 0}
-NEWER = {"smollm3": SMOLLM3, "phi3": PHI3}
+GEMMA2 = LLAMA | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
+NEWER = {"smollm3": SMOLLM3, "phi3": PHI3, "gemma2": GEMMA2}
 """Families whose saved models are compared in tests/e2e/test_family_parity.py."""
 
 
@@ -57,6 +58,13 @@ def test_what_a_config_leaves_out_is_transformers_default(family: str) -> None:
     assert spec.rope.theta == config.rope_parameters["rope_theta"]
     assert spec.tie_embeddings == config.tie_word_embeddings
     assert spec.sliding_window == getattr(config, "sliding_window", None)
+    for key, value in (
+        ("attn_logit_softcapping", spec.attention_softcap),
+        ("final_logit_softcapping", spec.logit_softcap),
+    ):
+        assert value == (getattr(config, key, None) or 0.0)
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    assert spec.attention_scale == (None if scalar is None else scalar**-0.5)
     if hasattr(config, "layer_types") and config.layer_types:
         assert list(spec.layer_types) == config.layer_types
 
@@ -261,6 +269,14 @@ BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
         (PHI3, {"attention_bias": True}, "`attention_bias` in a Phi-3 model"),
         (PHI3, {"layer_types": ["full_attention"] * 2}, "`layer_types` in a Phi-3 model"),
         (PHI3, {"hidden_act": "gelu_new"}, "activation `gelu_new`"),
+        (GEMMA2, {"hidden_act": "silu"}, "activation `silu`"),
+        (GEMMA2, {"hidden_activation": "gelu"}, r"activation `gelu` \(known: gelu_pytorch_tanh\)"),
+        (GEMMA2, {"use_bidirectional_attention": True}, "`use_bidirectional_attention`"),
+        (GEMMA2, {"attn_logit_softcapping": -1.0}, "`attn_logit_softcapping` must be a positive number"),
+        (GEMMA2, {"final_logit_softcapping": "30"}, "`final_logit_softcapping` must be a positive number"),
+        (GEMMA2, {"query_pre_attn_scalar": None}, "`query_pre_attn_scalar` must be a positive number"),
+        (GEMMA2, {"layer_types": ["chunked_attention"] * 2}, "layer types"),
+        (GEMMA2, {"sliding_window": None}, "no sliding window"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value,
 )
@@ -300,3 +316,13 @@ def test_microsofts_copies_of_the_phi3_classes_are_not_custom_code() -> None:
 def test_phi3_windows_are_every_layers() -> None:
     spec = ModelSpec.from_hf_config(PHI3 | {"sliding_window": 16})
     assert [spec.window(layer) for layer in range(2)] == [16, 16]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("hidden", [64, 1152, 2304, 2560, 3072, 3584, 5376])
+def test_gemmas_embedding_scale_is_rounded_as_transformers_rounds_it(hidden: int, dtype: str) -> None:
+    """To the type that the model was trained in: sqrt(3072) is 55.5 in bf16."""
+    embedding = transformers.models.gemma2.modeling_gemma2.Gemma2TextScaledWordEmbedding(4, 8, 0, hidden**0.5)
+    rounded = embedding.embed_scale.to(getattr(torch, dtype))
+    spec = ModelSpec.from_hf_config(GEMMA2 | {"hidden_size": hidden, "torch_dtype": dtype})
+    assert torch.tensor(spec.embed_scale, dtype=torch.float32) == rounded.float()
