@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final
 from manylora.server.model.config_reader import ConfigReader
 from manylora.server.model.errors import UnsupportedModel
 from manylora.server.model.families import ARCHITECTURES, Family, LayerType, ModelSpec
-from manylora.server.model.rope import RopeSpec
+from manylora.server.model.rope import RopeSpec, parse_rope
 
 
 def read_config(config: Mapping[str, Any], generation_config: Mapping[str, Any], what: str) -> ModelSpec:
@@ -247,6 +247,55 @@ class _Gemma2(ConfigReader):
             self.reasons.append("attention to later tokens (`use_bidirectional_attention`)")
 
 
+class _Gemma3(_Gemma2):
+    """Gemma 3's text models: Gemma 2 with norms of queries and keys in place of the cap on scores, and a rotary
+    embedding of their own for the layers with a window."""
+
+    family: ClassVar[Family] = "gemma3_text"
+    reads: ClassVar[frozenset[str]] = frozenset({"final_logit_softcapping"})  # the other, transformers ignores here
+    default_theta: ClassVar[float] = 1_000_000.0
+
+    def traits(self) -> dict[str, Any]:
+        return super().traits() | {"qk_norm": True}
+
+    def caps(self) -> dict[str, float]:
+        return {"logit_softcap": self.positive("final_logit_softcapping", None) or 0.0}
+
+    def windows(self, n_layers: int) -> tuple[int | None, tuple[LayerType, ...]]:
+        window = self.window(4096)
+        pattern = self.size("sliding_window_pattern", default=6) or 1
+        derived: tuple[LayerType, ...] = tuple(
+            "sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(n_layers)
+        )
+        return self.layer_types(window, derived)
+
+    def rope(self, max_position: int) -> RopeSpec:
+        """Of the layers that see everything; ``rope_scaling`` is theirs alone."""
+        return self._rope_of("full_attention", max_position, self.default_theta)
+
+    def layer_ropes(self, rope: RopeSpec, layer_types: tuple[LayerType, ...]) -> tuple[RopeSpec | None, ...]:
+        local = self._rope_of("sliding_attention", self.size("max_position_embeddings"), 10_000.0)
+        return tuple(local if layer == "sliding_attention" else rope for layer in layer_types)
+
+    def _rope_of(self, kind: LayerType, max_position: int, theta: float) -> RopeSpec:
+        """transformers 5 writes ``rope_parameters`` by layer type; older files have ``rope_theta`` with an optional
+        ``rope_scaling``, and ``rope_local_base_freq``."""
+        written = self.config.get("rope_parameters")
+        parts = {key: self.config[key] for key in ("partial_rotary_factor",) if key in self.config}
+        if kind == "full_attention":
+            parts |= {key: self.config[key] for key in ("rope_theta", "rope_scaling") if key in self.config}
+        elif "rope_local_base_freq" in self.config:
+            parts["rope_theta"] = self.config["rope_local_base_freq"]
+        if written is not None:
+            if not isinstance(written, Mapping) or set(written) - {"full_attention", "sliding_attention"}:
+                self.reasons.append(f"`rope_parameters` that are not by layer type in a Gemma 3 model: {written!r}")
+                return RopeSpec()
+            parts["rope_parameters"] = written.get(kind)
+        rope, reasons = parse_rope(parts, max_position, default_theta=theta)
+        self.reasons += reasons
+        return rope
+
+
 def _rounded(value: float, dtype: str) -> float:
     """A factor as a model of this type multiplies with it: Gemma was trained with sqrt(hidden) in its weights' type."""
     bits = {"bfloat16": 8, "float16": 11}.get(dtype)
@@ -262,5 +311,5 @@ def _refuse_mlp_bias(reader: ConfigReader) -> None:
 
 
 _READERS: Final[Mapping[Family, type[ConfigReader]]] = {
-    reader.family: reader for reader in (_Llama, _Mistral, _Qwen2, _Qwen3, _SmolLM3, _Phi3, _Gemma2)
+    reader.family: reader for reader in (_Llama, _Mistral, _Qwen2, _Qwen3, _SmolLM3, _Phi3, _Gemma2, _Gemma3)
 }

@@ -16,7 +16,7 @@ from manylora.server.model.rope import RopeKind, RopeSpec, rope_inv_freq
 
 __all__ = ["ARCHITECTURES", "Activation", "Family", "LayerType", "ModelSpec", "RopeKind", "RopeSpec", "rope_inv_freq"]
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma2"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma2", "gemma3_text"]
 LayerType = Literal["full_attention", "sliding_attention"]
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -28,6 +28,7 @@ ARCHITECTURES: Final[Mapping[str, Family]] = {
     "SmolLM3ForCausalLM": "smollm3",
     "Phi3ForCausalLM": "phi3",
     "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
 }
 """The served architectures and their ``model_type``."""
 

@@ -150,6 +150,47 @@ CASES: dict[str, Case] = {
         },
         norm_mean=0.0,
     ),
+    "gemma3": Case(
+        "gemma3_text",
+        {
+            "head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 8, "pad_token_id": 0,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+            },
+        },
+        SEPARATE,
+        _usual(ALL, "q_proj", "gate_proj", "embed_tokens"),
+        {
+            "local theta": {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                }
+            },
+            "linear rope": {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 100.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+                }
+            },
+            "score scale": {"query_pre_attn_scalar": 32},
+            "no windows": {"layer_types": ["full_attention"] * LAYERS},
+        },
+        norm_mean=0.0,
+    ),
+    "gemma3-capped": Case(
+        "gemma3_text",
+        {
+            "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "pad_token_id": 0,
+            "final_logit_softcapping": 2.0, "attention_bias": True, "tie_word_embeddings": False,
+        },
+        SEPARATE,
+        {"all": lora(ALL)},
+        {"logit cap": {"final_logit_softcapping": None}},
+        norm_mean=0.0,
+    ),
 }  # fmt: skip
 
 

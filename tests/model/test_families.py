@@ -39,7 +39,8 @@ SMOLLM3 = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smoll
 CONFIGS = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3}
 PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 0}
 GEMMA2 = LLAMA | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
-NEWER = {"smollm3": SMOLLM3, "phi3": PHI3, "gemma2": GEMMA2}
+GEMMA3 = LLAMA | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+NEWER = {"smollm3": SMOLLM3, "phi3": PHI3, "gemma2": GEMMA2, "gemma3_text": GEMMA3}
 """Families whose saved models are compared in tests/e2e/test_family_parity.py."""
 
 
@@ -55,7 +56,8 @@ def test_what_a_config_leaves_out_is_transformers_default(family: str) -> None:
     config = transformers.AutoConfig.for_model(**given)
     assert spec.family == family
     assert spec.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    assert spec.rope.theta == config.rope_parameters["rope_theta"]
+    rope = config.rope_parameters
+    assert spec.rope.theta == rope.get("full_attention", rope)["rope_theta"]
     assert spec.tie_embeddings == config.tie_word_embeddings
     assert spec.sliding_window == getattr(config, "sliding_window", None)
     for key, value in (
@@ -277,6 +279,12 @@ BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
         (GEMMA2, {"query_pre_attn_scalar": None}, "`query_pre_attn_scalar` must be a positive number"),
         (GEMMA2, {"layer_types": ["chunked_attention"] * 2}, "layer types"),
         (GEMMA2, {"sliding_window": None}, "no sliding window"),
+        (GEMMA3, {"attn_logit_softcapping": 50.0}, "`attn_logit_softcapping` = 50.0"),
+        (GEMMA3, {"rope_parameters": {"rope_theta": 5.0}}, "not by layer type"),
+        (GEMMA3, {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "rope type `dynamic`"),
+        (GEMMA3, {"rope_local_base_freq": -1}, "`rope_theta` must be a positive number"),
+        (GEMMA3, {"sliding_window_pattern": "LLLLLG"}, "`sliding_window_pattern` must be a positive integer"),
+        (GEMMA3, {"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration is not one of"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value,
 )
@@ -326,3 +334,24 @@ def test_gemmas_embedding_scale_is_rounded_as_transformers_rounds_it(hidden: int
     rounded = embedding.embed_scale.to(getattr(torch, dtype))
     spec = ModelSpec.from_hf_config(GEMMA2 | {"hidden_size": hidden, "torch_dtype": dtype})
     assert torch.tensor(spec.embed_scale, dtype=torch.float32) == rounded.float()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sliding_window_pattern": 2},
+        {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}}},
+        {"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 5.0}}},
+    ],
+)
+def test_gemma3_layers_are_those_of_transformers(changes: dict[str, Any]) -> None:
+    given = GEMMA3 | {"num_hidden_layers": 7} | changes
+    config, spec = transformers.AutoConfig.for_model(**given), ModelSpec.from_hf_config(given)
+    assert list(spec.layer_types) == config.layer_types
+    for kind, rope in zip(spec.layer_types, spec.layer_ropes, strict=True):
+        theirs = config.rope_parameters[kind]
+        assert rope is not None
+        assert (rope.theta, rope.kind) == (theirs["rope_theta"], theirs["rope_type"])
+        assert rope.factor == theirs.get("factor", 1.0)
