@@ -102,9 +102,8 @@ class Assembly:
                 self.tensors.problem("modules with both a delta and replaced rows, which is not served", path)
         idle = []
         for path, place in self.places.items():
-            module = (place.projection, place.layer)
-            read = path in self._folded or module in self._vectors
-            if read and without_effect(self._pairs.get(module), self._vectors.get(module)):
+            read = path in self._folded or self._has_vectors(place)
+            if read and all(without_effect(self._pairs.get(m), self._vectors.get(m)) for m in place.modules):
                 idle.append(path)
         self._check_effect(adapted, idle)
 
@@ -226,26 +225,28 @@ class Assembly:
             problem("values that overflow", f"{place.path}: {reason}")
             return
         self._folded.add(place.path)
-        module = (place.projection, place.layer)
-        if folded.pair is not None:
-            self._pairs[module] = folded.pair
-        if folded.gain is not None or folded.bias is not None:
-            self._vectors[module] = vectors
+        for module, own in folded.split(place).items():
+            if own.pair is not None:
+                self._pairs[module] = own.pair
+            if own.gain is not None or own.bias is not None:
+                self._vectors[module] = LoraVectors(own.gain, own.bias)
 
     def _biases(self, adapted: frozenset[str]) -> None:
         changed = changed_biases(self.config, self.tensors, self.places.values(), adapted, self.base, self._read)
         for path, bias in changed.items():
-            module = (self.places[path].projection, self.places[path].layer)
-            own = self._vectors.get(module, LoraVectors())
-            whole = bias if own.bias is None else bias + array(own.bias)
-            self._vectors[module] = LoraVectors(own.gain, tensor(whole))
+            place = self.places[path]
+            for module, part in zip(place.modules, place.split(tensor(bias)), strict=True):
+                own = self._vectors.get(module, LoraVectors())
+                assert part is not None
+                whole = array(part) if own.bias is None else array(part) + array(own.bias)
+                self._vectors[module] = LoraVectors(own.gain, tensor(whole))
         self._biased = bool(changed)
 
     def _check_effect(self, adapted: frozenset[str], idle: list[str]) -> None:
         if self._tables:
             return
         touched = len(adapted) + sum(
-            1 for path, p in self.places.items() if path not in adapted and (p.projection, p.layer) in self._vectors
+            1 for path, place in self.places.items() if path not in adapted and self._has_vectors(place)
         )
         if not touched and not self.tensors.tokens and not self.tensors.whole:
             self.tensors.problem("nothing to apply", f"{WEIGHTS_FILE} holds no tensor of any module of the base")
@@ -253,6 +254,9 @@ class Assembly:
             self.tensors.problem("nothing to apply", "the delta is exactly zero in every module: was it ever trained?")
         elif idle:
             self.warnings.append(f"the delta is exactly zero in {listed(idle)}")
+
+    def _has_vectors(self, place: Place) -> bool:
+        return any(module in self._vectors for module in place.modules)
 
     def _read(self, entry: TensorEntry) -> torch.Tensor | None:
         """A tensor of the file, or None where its dtype or its values are a problem."""

@@ -35,7 +35,7 @@ def changed_biases(
         trained = config.bias == "all" or (config.bias == "targets" and place.path in adapted)
         if entry is None and (not trained or base is None):
             continue
-        own = base.bias(place.projection, place.layer) if base is not None and place.path not in _TABLES else None
+        own = place.bias(base) if base is not None and place.path not in _TABLES else None
         if entry is None:
             if own is not None:
                 tensors.problem("biases that the config says were trained and that have no tensors", place.path)

@@ -13,7 +13,7 @@ from typing import Final
 from manylora.adapters.kinds.kind import Place, Shape
 from manylora.adapters.peft_targets import TABLE_PATHS
 from manylora.adapters.safetensors_file import TensorEntry
-from manylora.kernels.sites import LoraShapes
+from manylora.kernels.sites import GLOBAL_PROJECTIONS, LoraShapes
 
 PREFIX: Final = "base_model.model."
 _LAYER: Final = re.compile(r"model\.layers\.(\d{1,9})\.")
@@ -53,16 +53,16 @@ _FEATURES: Final = (
 def places_of(shapes: LoraShapes) -> dict[str, Place]:
     """Every module that an adapter of this base may adapt, by PEFT's path of it, in the order of the projections."""
     places: dict[str, Place] = {}
-    for projection in shapes.in_features:
-        for layer in range(shapes.layers_of(projection)):
-            if projection in TABLE_PATHS:
-                path = TABLE_PATHS[projection]
-            else:
-                block = "self_attn" if projection in ("q", "k", "v", "o") else "mlp"
-                path = f"model.layers.{layer}.{block}.{projection}_proj"
-            places[path] = Place(
-                path, projection, layer, shapes.in_features[projection], shapes.out_features[projection]
-            )
+    names, into, out = shapes.names, shapes.in_features, shapes.out_features
+    for linear in names.linears:
+        first, *others = linear.projections
+        sizes = tuple(out[p] for p in linear.projections)
+        for layer in range(shapes.n_layers):
+            path = names.path(linear, layer)
+            places[path] = Place(path, first, layer, into[first], sum(sizes), tuple(others), sizes if others else ())
+    for projection in GLOBAL_PROJECTIONS:
+        path = names.table(projection)
+        places[path] = Place(path, projection, 0, into[projection], out[projection])
     return places
 
 

@@ -138,6 +138,26 @@ class Nf4Tensor:
             flat[whole * self.blocksize :].mul_(absmax[whole])
         return flat.view(n, k).to(dtype)
 
+    def rows(self, first: int, last: int) -> Nf4Tensor:
+        """Rows ``first .. last - 1`` as a weight of their own, in memory of their own: the very same values.
+
+        Scales stay nested where the cut lies between two of their blocks, else they are written out in fp32. Raises
+        ValueError if rows are not whole quantisation blocks.
+        """
+        n, k = self.shape
+        if not 0 <= first < last <= n or k % self.blocksize:
+            raise ValueError(f"rows {first} to {last} cannot be cut out of {self.shape}, blocks of {self.blocksize}")
+        blocks = slice(first * k // self.blocksize, last * k // self.blocksize)
+        absmax: torch.Tensor | NestedAbsmax
+        if isinstance(self.absmax, NestedAbsmax) and blocks.start % self.absmax.blocksize == 0:
+            nested, step = self.absmax, self.absmax.blocksize
+            scales = nested.absmax[blocks.start // step : -(-blocks.stop // step)]
+            absmax = NestedAbsmax(nested.codes[blocks].clone(), nested.code, scales.clone(), nested.offset, step)
+        else:
+            absmax = self.absmax_fp32()[blocks].clone()
+        packed = self.packed[first * k // 2 : last * k // 2].clone()
+        return Nf4Tensor(packed, absmax, self.quant_map, (last - first, k), self.blocksize, self.dtype)
+
     def to(self, device: torch.device | str) -> Nf4Tensor:
         """The same weight on ``device``; itself if it is there already."""
         if self.device == torch.device(device):

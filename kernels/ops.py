@@ -37,12 +37,22 @@ class PagedSequences:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Heads and head size of one layer's attention; ``window`` 0 when every earlier position is seen."""
+    """Heads and head size of one layer's attention; ``window`` 0 when every earlier position is seen.
+
+    ``scale``: what scores ``q . k`` are multiplied with, None for the usual ``head_dim ** -0.5``. ``softcap``: if not
+    0, scaled scores s become ``softcap * tanh(s / softcap)`` before the softmax (Gemma 2).
+    """
 
     n_heads: int
     n_kv_heads: int
     head_dim: int
     window: int = 0
+    scale: float | None = None
+    softcap: float = 0.0
+
+    @property
+    def score_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
 
     @property
     def q_size(self) -> int:
@@ -123,6 +133,15 @@ class Ops(Protocol):
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """``silu(gate) * up`` of ``[rows, 2 * width]``, gate first (SwiGLU, Shazeer 2020)."""
+
+    def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """``gelu(gate) * up``, as ``silu_mul``; GELU in its tanh form (GeGLU, Shazeer 2020)."""
+
+    def add_(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """``x += y`` in place, of ``[rows, width]``; returns ``x``."""
+
+    def softcap_(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        """``cap * tanh(x / cap)`` in place, of fp32 ``[rows, width]``; returns ``x``."""
 
     def new_kv_cache(
         self, n_layers: int, n_pages: int, shape: AttentionShape

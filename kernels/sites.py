@@ -28,8 +28,59 @@ SITES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 
 
 @dataclass(frozen=True)
+class LinearModule:
+    """A linear layer of a block as a checkpoint and PEFT have it: ``path`` within the block, and the projections that
+    its weight holds, their rows one behind the other."""
+
+    path: str
+    projections: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModuleNames:
+    """What transformers calls the modules of a base model. ``blocks`` and the paths of ``linears`` make the full path
+    of a layer's module, ``model.layers.3.self_attn.q_proj``."""
+
+    linears: tuple[LinearModule, ...]
+    blocks: str = "model.layers"
+    embed: str = "model.embed_tokens"
+    head: str = "lm_head"
+
+    def path(self, linear: LinearModule, layer: int) -> str:
+        return f"{self.blocks}.{layer}.{linear.path}"
+
+    def table(self, projection: str) -> str:
+        """The path of ``embed`` or ``lm_head``."""
+        return self.embed if projection == "embed" else self.head
+
+
+SEPARATE: Final = ModuleNames(
+    (
+        LinearModule("self_attn.q_proj", ("q",)),
+        LinearModule("self_attn.k_proj", ("k",)),
+        LinearModule("self_attn.v_proj", ("v",)),
+        LinearModule("self_attn.o_proj", ("o",)),
+        LinearModule("mlp.gate_proj", ("gate",)),
+        LinearModule("mlp.up_proj", ("up",)),
+        LinearModule("mlp.down_proj", ("down",)),
+    )
+)
+"""Llama's names, which most families have: a module for each projection."""
+
+FUSED: Final = ModuleNames(
+    (
+        LinearModule("self_attn.qkv_proj", ("q", "k", "v")),
+        LinearModule("self_attn.o_proj", ("o",)),
+        LinearModule("mlp.gate_up_proj", ("gate", "up")),
+        LinearModule("mlp.down_proj", ("down",)),
+    )
+)
+"""Phi-3's."""
+
+
+@dataclass(frozen=True)
 class LoraShapes:
-    """The shapes that a LoRA adapter of one base model must have.
+    """The shapes that a LoRA adapter of one base model must have, and what the modules are called.
 
     ``in_features[p]`` and ``out_features[p]`` are the K and N of projection ``p``'s weight ``[N, K]``. For ``embed``
     K is the vocabulary size (its input is a one-hot token) and N the hidden size.
@@ -38,6 +89,7 @@ class LoraShapes:
     n_layers: int
     in_features: Mapping[str, int]
     out_features: Mapping[str, int]
+    names: ModuleNames = SEPARATE
 
     def layers_of(self, projection: str) -> int:
         """Number of layers that have ``projection``: 1 for the global ones."""

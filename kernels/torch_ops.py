@@ -138,6 +138,16 @@ class TorchOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * up
+
+    def add_(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x.add_(y)
+
+    def softcap_(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        return x.div_(cap).tanh_().mul_(cap)
+
     def new_kv_cache(
         self, n_layers: int, n_pages: int, shape: AttentionShape
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -184,11 +194,20 @@ class TorchOps:
             mask = seen <= at
             if shape.window:
                 mask &= seen > at - shape.window
-            y = F.scaled_dot_product_attention(
-                queries.reshape(shape.n_kv_heads, group * count, d), own_k, own_v, attn_mask=mask.repeat(group, 1)
-            )
+            y = _attend(queries.reshape(shape.n_kv_heads, group * count, d), own_k, own_v, mask.repeat(group, 1), shape)
             out[first:last] = y.view(shape.n_kv_heads, group, count, d).permute(2, 0, 1, 3).reshape(count, -1)
         return out
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, shape: AttentionShape
+) -> torch.Tensor:
+    """``q`` ``[kv_heads, queries, d]``, ``k`` and ``v`` ``[kv_heads, keys, d]``, ``mask`` bool ``[queries, keys]``."""
+    if not shape.softcap:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=shape.scale)
+    scores = (q.float() @ k.float().mT) * (shape.score_scale / shape.softcap)
+    scores = (scores.tanh_() * shape.softcap).masked_fill_(~mask, float("-inf"))
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 def _rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:

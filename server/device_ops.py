@@ -10,9 +10,10 @@ import torch
 
 from manylora.kernels import cpu
 from manylora.kernels.lora import Implementation
-from manylora.kernels.ops import PAGE_SIZE, AttentionShape, Ops
+from manylora.kernels.ops import PAGE_SIZE, Ops
 from manylora.kernels.torch_ops import TorchOps
 from manylora.server.config import ConfigError, CpuKernels, LoraDtype
+from manylora.server.model.decoder_weights import attention_shape
 from manylora.server.model.families import ModelSpec
 from manylora.server.model.progress import Progress
 from manylora.server.model.weights import BaseWeights
@@ -48,10 +49,10 @@ def choose_path(
 ) -> ComputePath:
     """The fastest operations that this device and these weights allow; the reason is logged where it is not obvious.
 
-    Raises ConfigError if CPU kernels that were asked for by name cannot serve.
+    Raises ConfigError if CPU kernels that were asked for by name cannot serve, or if CUDA's cannot compute the model.
     """
     if device.type == "cuda":
-        return ComputePath(_cuda_ops(device, weights), "auto")
+        return ComputePath(_cuda_ops(device, spec, weights), "auto")
     if asked == "torch":
         logger.info("%s torch: no CPU kernels.", _FLAG)
         return _torch_path(device, weights, "torch")
@@ -79,11 +80,14 @@ def lora_dtype(asked: LoraDtype, ops: Ops) -> torch.dtype:
     return dtype
 
 
-def _cuda_ops(device: torch.device, weights: BaseWeights) -> Ops:
+def _cuda_ops(device: torch.device, spec: ModelSpec, weights: BaseWeights) -> Ops:
     # triton, which a CPU need not have
     from manylora.kernels.cuda import nf4_words
-    from manylora.kernels.cuda.ops import CudaOps
+    from manylora.kernels.cuda.ops import CudaOps, unsupported_attention
 
+    for layer in range(spec.n_layers):
+        if (reason := unsupported_attention(attention_shape(spec, layer))) is not None:
+            raise ConfigError("--device", f"cuda cannot compute this model: {reason}; `--device cpu` can")
     reasons = [r for r in map(nf4_words.unsupported, weights.projections.values()) if r is not None]
     if reasons:
         logger.warning(
@@ -139,12 +143,7 @@ def _compiled_and_tested(
     shapes = ModelShapes(
         spec.lora_shapes(),
         tuple(dict.fromkeys((w.shape[1], w.blocksize) for w in weights.projections.values())),
-        tuple(
-            dict.fromkeys(
-                AttentionShape(spec.n_heads, spec.n_kv_heads, spec.head_dim, spec.window(layer) or 0)
-                for layer in range(spec.n_layers)
-            )
-        ),
+        tuple(dict.fromkeys(attention_shape(spec, layer) for layer in range(spec.n_layers))),
     )
     faults = self_test(ops, shapes, arithmetic)
     if faults:

@@ -20,16 +20,16 @@ from manylora.adapters.peft_loader import load_peft_adapter
 from manylora.adapters.source import resolve_source
 from manylora.adapters.weights import AdapterWeights
 from manylora.kernels.lora_weights import LoraWeights
-from manylora.kernels.sites import GLOBAL_PROJECTIONS, LAYER_PROJECTIONS
+from manylora.kernels.sites import GLOBAL_PROJECTIONS
 from manylora.server.model.errors import ModelError
 from manylora.server.model.families import ModelSpec
 from manylora.server.model.layout import (
     EMBED,
     LM_HEAD,
     plain_shapes,
-    projection_bias,
     projection_shapes,
-    projection_weight,
+    stored_weight,
+    stored_weights,
 )
 from manylora.server.model.merging import merge_bias, merge_embedding, merge_table, merge_weight
 from manylora.server.model.opened import OpenedModel
@@ -168,16 +168,18 @@ class _Merger:
         spec = self._opened.spec
         merged = {EMBED, LM_HEAD}
         yield self._tables()
-        for layer in range(spec.n_layers):
-            for projection in LAYER_PROJECTIONS:
-                weight, bias = projection_weight(projection, layer), projection_bias(projection, layer)
-                merged |= {weight, bias}
-                yield {weight: self._weight(projection, layer)}
-                vectors = self._lora.vectors.get((projection, layer))
-                with _naming(bias):
-                    summed = merge_bias(self._stored.bias(projection, layer), vectors)
-                if summed is not None:
-                    yield {bias: summed}
+        for stored in stored_weights(spec):
+            merged |= {stored.weight, stored.bias}
+            weights, biases = [], []
+            for projection in stored.projections:
+                weights.append(self._weight(projection, stored.layer))
+                vectors = self._lora.vectors.get((projection, stored.layer))
+                with _naming(stored.bias):
+                    summed = merge_bias(self._stored.bias(projection, stored.layer), vectors)
+                biases += [] if summed is None else [summed]
+            yield {stored.weight: torch.cat(weights) if len(weights) > 1 else weights[0]}
+            if biases:
+                yield {stored.bias: torch.cat(biases)}
         for name in self._shapes:
             if name not in merged:
                 yield {name: self._stored.plain(name)}
@@ -187,7 +189,7 @@ class _Merger:
         weight, lora = self._stored.weight(projection, layer), self._lora
         if module not in lora.pairs and module not in lora.vectors:
             return weight
-        with _naming(projection_weight(projection, layer)):
+        with _naming(stored_weight(self._opened.spec, projection, layer).weight):
             return merge_weight(weight, lora.pairs.get(module), lora.vectors.get(module))
 
     def _tables(self) -> dict[str, torch.Tensor]:

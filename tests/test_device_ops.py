@@ -49,6 +49,26 @@ def test_kernels_that_run_and_are_right_are_taken(asked: CpuKernels, caplog: pyt
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+GEMMA2: dict[str, Any] = {
+    "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "head_dim": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"query_pre_attn_scalar": 32}, "no cap on attention scores"),
+        ({"query_pre_attn_scalar": 24, "attn_logit_softcapping": None}, "scale attention scores by head_dim"),
+    ],
+)
+def test_what_the_cuda_kernels_cannot_compute_is_refused_at_load(changes: dict[str, Any], reason: str) -> None:
+    """Before anything is asked of a device: this runs without one."""
+    pytest.importorskip("triton")
+    spec = synthetic_spec("tiny", **GEMMA2, **changes)
+    with pytest.raises(ConfigError, match=f"--device: cuda cannot compute this model: .*{reason}"):
+        choose_path(torch.device("cuda"), "auto", spec, synthetic_base(spec), progress=False)
+
+
 def test_torch_can_be_asked_for() -> None:
     path = chosen("torch")
     assert isinstance(path.ops, TorchOps)

@@ -26,7 +26,7 @@ def dora_gain(place: Place, pair: LoraPair, magnitude: torch.Tensor, base: BaseM
         norms = _column_norms(array(base.table("embed")), pair)
     else:
         is_head = place.projection == "lm_head"
-        weight = base.table("lm_head") if is_head else base.weight(place.projection, place.layer)
+        weight = base.table("lm_head") if is_head else place.weight(base)
         norms = _row_norms(array(weight), pair)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return np.where(np.isfinite(norms), array(magnitude) / norms, np.float32("nan"))

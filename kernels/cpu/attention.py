@@ -27,7 +27,7 @@ from manylora.kernels.cpu.tiles import (
     keep_alive,
     share,
 )
-from manylora.kernels.cpu.vectors import scale_8, softmax_8, sum_8
+from manylora.kernels.cpu.vectors import scale_8, softcap_8, softmax_8, sum_8
 
 PAGE: int = 16
 _SEVERAL_TILES = TARGET.panel_tiles > 1
@@ -50,7 +50,7 @@ def _rotate(head, half, cos, sin):
 @kernel
 def _store_kernel(arguments, part, parts):
     """Rotate queries and keys in place and store the new keys and values."""
-    a = carray(arguments, 20)
+    a = carray(arguments, 22)
     qkv, qkv_stride, tokens = a[0], a[1], a[4]
     cos, sin, keys, values = a[5], a[6], a[7], a[8]
     starts, tables, table_stride, positions = a[10], a[12], a[13], a[14]
@@ -81,12 +81,13 @@ def _store_kernel(arguments, part, parts):
 
 @kernel
 def _attend_kernel(arguments, part, parts):
-    a = carray(arguments, 20)
+    a = carray(arguments, 22)
     qkv, qkv_stride, out, out_stride = a[0], a[1], a[2], a[3]
     keys, values = a[7], a[8]
     n_sequences, starts, contexts, tables, table_stride, positions = a[9], a[10], a[11], a[12], a[13], a[14]
     n_heads, n_kv_heads, head_dim, window = a[15], a[16], a[17], a[18]
     scale = float32_from_bits(a[19])
+    capped, cap_factor, cap = a[21] != 0, float32_from_bits(a[20]), float32_from_bits(a[21])
     group = n_heads // n_kv_heads
     page_bytes = n_kv_heads * head_dim * 64
 
@@ -130,6 +131,8 @@ def _attend_kernel(arguments, part, parts):
                     limit = int32_at(positions, query + r // group) + 1
                     begin = max(0, limit - window) if window > 0 else 0
                     row = float32_view(scores + 4 * r * width, width)
+                    if capped:
+                        softcap_8(scores + 4 * r * width + 64 * first_page, 2 * (pages - first_page), cap_factor, cap)
                     for j in range(16 * first_page, begin):
                         row[j] = -np.inf
                     for j in range(limit, 16 * pages):
@@ -177,6 +180,8 @@ def paged_attention(
     head_dim: int,
     window: int,
     scale_bits: int,
+    cap_factor_bits: int = 0,
+    cap_bits: int = 0,
 ) -> None:
     """Causal attention of the tokens of several sequences, each over its own pages; the pages are updated first.
 
@@ -185,11 +190,13 @@ def paged_attention(
     ``[pages, n_kv_heads, head_dim, 16]``; ``values`` ``[pages, n_kv_heads, 16, head_dim]``; int32: ``starts``
     ``[S + 1]`` (first token of a sequence), ``contexts`` ``[S]`` (its length with the new tokens),
     ``tables`` ``[S, pages]``, ``positions`` ``[T]``.
-    ``window`` 0: none. head_dim % 16 == 0.
+    ``window`` 0: none. head_dim % 16 == 0. Scores are ``q . k``; with ``cap_bits`` they become ``cap * tanh(cap_factor
+    * q . k)`` first; softmax takes ``scale`` times what they are then.
     """
     launch(
         _store_kernel, qkv.data_ptr(), qkv.stride(0) * 4, out.data_ptr(), out.stride(0) * 4, qkv.shape[0],
         cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), contexts.numel(), starts.data_ptr(),
         contexts.data_ptr(), tables.data_ptr(), tables.stride(0), positions.data_ptr(), n_heads, n_kv_heads, head_dim,
-        window, scale_bits, then=_attend_kernel, keep=(qkv, out, starts, contexts, tables, positions),
+        window, scale_bits, cap_factor_bits, cap_bits, then=_attend_kernel,
+        keep=(qkv, out, starts, contexts, tables, positions),
     )  # fmt: skip

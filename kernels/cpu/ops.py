@@ -285,6 +285,19 @@ class NumbaOps:
         elementwise.silu_mul(gate_up, out)
         return out
 
+    def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        out = self._scratch.empty(gate_up.shape[0], gate_up.shape[1] // 2)
+        elementwise.gelu_mul(gate_up, out)
+        return out
+
+    def add_(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        elementwise.add(x, y)
+        return x
+
+    def softcap_(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        elementwise.softcap(x, _bits(1 / cap), _bits(cap))
+        return x
+
     def new_kv_cache(
         self, n_layers: int, n_pages: int, shape: AttentionShape
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -307,8 +320,10 @@ class NumbaOps:
         shape: AttentionShape,
     ) -> torch.Tensor:
         out = self._scratch.empty(qkv.shape[0], shape.q_size)
+        scale, cap = shape.score_scale, shape.softcap
         attention.paged_attention(
             qkv, out, *rope, *cache, sequences.starts, sequences.contexts, sequences.tables, sequences.positions,
-            shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.window, _bits(shape.head_dim**-0.5),
+            shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.window, _bits(1.0 if cap else scale),
+            _bits(scale / cap if cap else 0.0), _bits(cap),
         )  # fmt: skip
         return out

@@ -94,6 +94,9 @@ def _checks(
     yield "embedding and logits", partial(_tables, make, ops, plain, hidden)
     yield "RMS norm", partial(_norm, make, ops, plain, hidden)
     yield "SiLU", partial(_silu, make, ops, plain)
+    yield "GELU", partial(_gelu, make, ops)
+    yield "soft cap", partial(_softcap, make, ops, plain)
+    yield "sum of two", partial(_sum, make, ops)
     for shape in dict.fromkeys(shapes.attention):
         yield f"norm of heads of {shape.head_dim}", partial(_head_norm, make, ops, plain, shape)
         yield f"attention ({shape})", partial(_attention, make, ops, plain, shape)
@@ -234,6 +237,32 @@ def _silu(make: _Inputs, ops: Ops, plain: Ops) -> None:
         # The exponential is good to 2 units, and magnifies its argument's rounding (up to 88 half units of 2^-24);
         # below 1e-30 it is clamped, where the true value is smaller still.
         _compare(f"{rows} rows", got, exact, 100 * _EPS * exact.double().abs() + 1e-30)
+
+
+def _gelu(make: _Inputs, ops: Ops) -> None:
+    for rows in (1, 9):
+        gate_up = make.normal(rows, 2 * _OUTPUTS)
+        gate_up[:, :_OUTPUTS] *= 3  # into both tails
+        got = _run(ops, partial(ops.gelu_mul, gate_up))
+        x, up = gate_up.double().chunk(2, dim=-1)
+        # The tanh form; written with tanh, as torch has it, it is 0 in the left tail even in fp64.
+        exact = x * torch.sigmoid(1.5957691216057308 * (x + 0.044715 * x**3)) * up
+        # As SiLU, of an argument that is itself rounded four times.
+        _compare(f"{rows} rows", got, exact, 500 * _EPS * exact.abs() + 1e-30)
+
+
+def _softcap(make: _Inputs, ops: Ops, plain: Ops) -> None:
+    for rows, width in ((1, _OUTPUTS), (9, _OUTPUTS - 11)):
+        x = 30 * make.normal(rows, width)
+        exact = plain.softcap_(x.double(), 20.0)
+        # tanh is good to 2 units and magnifies its argument's rounding by at most 1.
+        _compare(f"{rows} rows", _run(ops, partial(ops.softcap_, x, 20.0)), exact, 8 * _EPS * exact.abs())
+
+
+def _sum(make: _Inputs, ops: Ops) -> None:
+    x, y = make.normal(9, _OUTPUTS), make.normal(9, _OUTPUTS)
+    exact = x + y
+    _compare("rows", _run(ops, partial(ops.add_, x, y)), exact, 0.0)
 
 
 def _attention(make: _Inputs, ops: Ops, plain: Ops, shape: AttentionShape) -> None:

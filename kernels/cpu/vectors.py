@@ -1,4 +1,4 @@
-"""Loops over a vector of fp32 values as LLVM IR: normalisation, softmax, SiLU, and what else is no product.
+"""Loops over a vector of fp32 values as LLVM IR: normalisation, softmax, activations, and what else is no product.
 
 Lengths are given in vectors of eight. Sums are taken lane by lane, then across the lanes, always in the same order: in
 eight lanes also where registers have more, as the order is part of the result. What has no sum takes whole registers.
@@ -91,6 +91,35 @@ def _exp(b: Builder, x: Value) -> Value:
     exponent = b.fptosi(b.select(b.fcmp_ordered("ord", n, n), n, constant(0.0, kind)), integers)
     biased = b.add(exponent, ir.Constant(integers, [127] * kind.count))
     return b.fmul(p, b.bitcast(b.shl(biased, ir.Constant(integers, [23] * kind.count)), kind))
+
+
+def _tanh(b: Builder, x: Value) -> Value:
+    """tanh of each lane, to about 2 ulp: near zero an odd polynomial, as 1 - 2 / (e^2x + 1) would cancel there.
+
+    The bound and coefficients are those of the Cephes library (tanhf). NaN stays NaN.
+    """
+    kind = x.type
+    fma = fused_multiply_add(b, kind)
+    magnitude = b.call(function(b, f"llvm.fabs.v{kind.count}f32", kind, kind), [x])
+    square = b.fmul(x, x)
+    p = constant(-5.70498872745e-3, kind)
+    for coefficient in (2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1):
+        p = b.call(fma, [p, square, constant(coefficient, kind)])
+    near = b.call(fma, [b.fmul(p, square), x, x])
+    power = _exp(b, b.fadd(magnitude, magnitude))
+    one = constant(1.0, kind)
+    far = b.fsub(one, b.fdiv(constant(2.0, kind), b.fadd(power, one)))
+    far = b.select(b.fcmp_ordered("<", x, constant(0.0, kind)), b.fneg(far), far)
+    return b.select(b.fcmp_ordered("<", magnitude, constant(0.625, kind)), near, far)
+
+
+def _gelu(b: Builder, x: Value) -> Value:
+    """GELU of each lane in its tanh form, ``x / 2 * (1 + tanh(u))`` with ``u = sqrt(2 / pi) (x + 0.044715 x^3)``
+    (Hendrycks and Gimpel 2016), written as ``x / (1 + e^-2u)``: the same, and nothing cancels for negative x."""
+    kind = x.type
+    fma = fused_multiply_add(b, kind)
+    cubic = b.call(fma, [b.fmul(b.fmul(x, x), constant(0.044715, kind)), x, x])
+    return b.fdiv(x, b.fadd(constant(1.0, kind), _exp(b, b.fmul(cubic, constant(-1.5957691216057308, kind)))))
 
 
 def _reduce(b: Builder, vector: Value, combine: Callable[[Value, Value], Value]) -> Value:
@@ -206,3 +235,39 @@ def silu_mul_8(typingctx, gate, up, out, vectors):
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen
+
+
+@intrinsic
+def gelu_mul_8(typingctx, gate, up, out, vectors):
+    """``out = gelu(gate) * up`` over ``8 * vectors`` fp32 values, GELU in its tanh form."""
+
+    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+        gate, up, out, vectors = args
+
+        def multiply(kind: Any, at: Value) -> None:
+            value = _gelu(b, load(b, b.add(gate, at), kind, 4))
+            store(b, b.fmul(value, load(b, b.add(up, at), kind, 4)), b.add(out, at), 4)
+
+        _each_vector(b, vectors, multiply)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+@intrinsic
+def softcap_8(typingctx, address, vectors, factor, cap):
+    """Replace ``8 * vectors`` fp32 values ``s`` by ``cap * tanh(factor * s)``."""
+
+    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+        address, vectors, factor, cap = args
+        factors, caps = _splats(b, factor), _splats(b, cap)
+
+        def bound(kind: Any, at: Value) -> None:
+            place = b.add(address, at)
+            value = _tanh(b, b.fmul(load(b, place, kind, 4), factors(kind)))
+            store(b, b.fmul(value, caps(kind)), place, 4)
+
+        _each_vector(b, vectors, bound)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32, types.float32), codegen

@@ -292,6 +292,15 @@ class CudaOps:
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return elementwise.silu_mul(gate_up)
 
+    def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._torch.gelu_mul(gate_up)
+
+    def add_(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self._torch.add_(x, y)
+
+    def softcap_(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        return self._torch.softcap_(x, cap)
+
     def new_kv_cache(
         self, n_layers: int, n_pages: int, shape: AttentionShape
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -312,6 +321,8 @@ class CudaOps:
         sequences: PagedSequences,
         shape: AttentionShape,
     ) -> torch.Tensor:
+        if (reason := unsupported_attention(shape)) is not None:
+            raise ValueError(f"attention {shape} cannot be computed: {reason}")
         rows, is_decode = qkv.shape[0], qkv.shape[0] == sequences.contexts.numel()
         if sequences is not self._sequences:
             self._look_at(sequences, rows, is_decode)
@@ -347,6 +358,15 @@ class CudaOps:
             lengths = (sequences.starts[1:] - sequences.starts[:-1]).long()
             self._owners = torch.repeat_interleave(indices, lengths, output_size=rows)
         self._sequences, self._blocks = sequences, {}
+
+
+def unsupported_attention(shape: AttentionShape) -> str | None:
+    """Why the attention kernels cannot compute a layer, or None."""
+    if shape.softcap:
+        return "the CUDA kernels have no cap on attention scores"
+    if shape.scale is not None and shape.scale != shape.head_dim**-0.5:
+        return f"the CUDA kernels scale attention scores by head_dim ** -0.5, not by {shape.scale:g}"
+    return None
 
 
 def _flat(parts: Sequence[AnyLinear]) -> list[CudaLinear | CudaDense]:

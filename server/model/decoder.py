@@ -1,4 +1,4 @@
-"""The decoder of every served family, driven by its `ModelSpec`: pre-norm blocks of attention and SwiGLU."""
+"""The decoder of every served family, driven by its `ModelSpec`: pre-norm blocks of attention and a gated MLP."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class _Layer:
     """One block, its sites bound to the operations and to the adapters."""
 
     def __init__(self, weights: LayerWeights, layer: int, ops: Ops, lora: BatchedLora | None) -> None:
-        self.input_norm, self.post_attention_norm = weights.input_norm, weights.post_attention_norm
+        self.input_norm, self.attention_out_norm = weights.input_norm, weights.attention_out_norm
+        self.post_attention_norm, self.mlp_out_norm = weights.post_attention_norm, weights.mlp_out_norm
         self.q_norm, self.k_norm, self.attention = weights.q_norm, weights.k_norm, weights.attention
         self.qkv, self.o, self.gate_up, self.down = (
             SiteLinear(ops, weights.sites[site], site, layer, lora) for site in ("qkv", "o", "gate_up", "down")
@@ -42,6 +43,7 @@ class Decoder:
         self.spec, self.weights, self.ops, self.lora = spec, weights, ops, lora
         self._layers = [_Layer(layer, i, ops, lora) for i, layer in enumerate(weights.layers)]
         self._recordings = ops.recordings()
+        self._activate = {"silu": ops.silu_mul, "gelu_tanh": ops.gelu_mul}[spec.hidden_act]
 
     @property
     def nbytes(self) -> int:
@@ -57,6 +59,8 @@ class Decoder:
         x = self.ops.embed(batch.token_ids, self.weights.embedding)
         if batch.lora is not None and self.lora is not None:
             self.lora.add_embedding_(x, batch.token_ids, batch.lora)
+        if self.spec.embed_scale != 1.0:
+            x *= self.spec.embed_scale
         if self._recordings is not None and batch.routed is None and self._may_be_recorded(batch):
             return self._recorded(self._recordings, x, batch, cache)
         adapters = batch.routed
@@ -68,9 +72,9 @@ class Decoder:
         self, x: torch.Tensor, sequences: PagedSequences, adapters: Any | None, cache: KVCache
     ) -> torch.Tensor:
         """All layers, in place on the embedded tokens ``x`` ``[T, hidden]``."""
-        ops, epsilon, rope = self.ops, self.spec.rms_norm_eps, self.weights.rope
+        ops, epsilon = self.ops, self.spec.rms_norm_eps
         with ops.together():
-            for layer, pages in zip(self._layers, cache.layers, strict=True):
+            for layer, rope, pages in zip(self._layers, self.weights.rope, cache.layers, strict=True):
                 with ops.together():
                     qkv = layer.qkv(ops.rms_norm(x, layer.input_norm, epsilon), adapters)
                     if layer.q_norm is not None and layer.k_norm is not None:
@@ -78,10 +82,18 @@ class Decoder:
                         ops.head_norm_(qkv[:, :q], layer.q_norm, epsilon)
                         ops.head_norm_(qkv[:, q : q + k], layer.k_norm, epsilon)
                     attended = ops.attention(qkv, rope, pages, sequences, layer.attention)
-                    x = layer.o(attended, adapters, add_to=x)
+                    x = self._onto(x, layer.o, attended, adapters, layer.attention_out_norm)
                     gate_up = layer.gate_up(ops.rms_norm(x, layer.post_attention_norm, epsilon), adapters)
-                    x = layer.down(ops.silu_mul(gate_up), adapters, add_to=x)
+                    x = self._onto(x, layer.down, self._activate(gate_up), adapters, layer.mlp_out_norm)
         return x
+
+    def _onto(
+        self, x: torch.Tensor, linear: SiteLinear, y: torch.Tensor, adapters: Any | None, norm: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``linear(y)``, normed if there is a ``norm``, added to the residual stream ``x`` in place."""
+        if norm is None:
+            return linear(y, adapters, add_to=x)
+        return self.ops.add_(x, self.ops.rms_norm(linear(y, adapters), norm, self.spec.rms_norm_eps))
 
     def _may_be_recorded(self, batch: ForwardBatch) -> bool:
         """A step of few tokens, of adapters with pairs alone: what gains and biases need is laid out on the host for
@@ -144,11 +156,10 @@ class Decoder:
         logits = self.ops.logits(hidden, self.weights.head)
         if self.weights.head_bias is not None:
             logits += self.weights.head_bias
-        if self.lora is None:
-            return logits
-        adapters: Any = batch.routed
-        if batch.lora is not None and self.lora.touches("lm_head", batch.lora):
-            adapters = batch.lora if rows is None else batch.lora.select(rows)
-        if adapters is not None:
-            self.lora.add_(logits, hidden, adapters, "lm_head", 0)
-        return logits
+        if self.lora is not None:
+            adapters: Any = batch.routed
+            if batch.lora is not None and self.lora.touches("lm_head", batch.lora):
+                adapters = batch.lora if rows is None else batch.lora.select(rows)
+            if adapters is not None:
+                self.lora.add_(logits, hidden, adapters, "lm_head", 0)
+        return self.ops.softcap_(logits, self.spec.logit_softcap) if self.spec.logit_softcap else logits

@@ -13,19 +13,25 @@ import torch
 
 from manylora.kernels.ops import AttentionShape, Ops
 from manylora.kernels.sites import LAYER_PROJECTIONS, SITES, LoraShapes
-from manylora.server.model.families import ModelSpec, rope_inv_freq
+from manylora.server.model.families import ModelSpec, RopeSpec, rope_inv_freq
 from manylora.server.model.weights import BaseWeights
 
 LAYER_SITES = tuple(site for site in SITES if site != "lm_head")
+RopeTables = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin, fp32 ``[positions, head_dim / 2]``."""
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One block. ``sites``: the prepared linear layer of each fused site, by ``LAYER_SITES``. ``biases``: fp32
-    ``[out_features]`` on the CPU, by projection, of those that have one (they are in the prepared layers already)."""
+    """One block, its norms with the model's offset. ``sites``: the prepared linear layer of each fused site, by
+    ``LAYER_SITES``. ``biases``: fp32 ``[out_features]`` on the CPU, by projection, of those that have one (they are in
+    the prepared layers already). ``attention_out_norm`` and ``mlp_out_norm``: of what is added to the residual stream,
+    if that is normed."""
 
     input_norm: torch.Tensor
+    attention_out_norm: torch.Tensor | None
     post_attention_norm: torch.Tensor
+    mlp_out_norm: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     sites: Mapping[str, Any]
@@ -38,7 +44,8 @@ class DecoderWeights:
     """All of a model, prepared for one implementation of the operations. Frozen: nothing writes into its tensors.
 
     ``embedding`` and ``head`` are prepared tables, one and the same object if they are tied; ``head_bias`` fp32
-    ``[vocab]`` is added to the logits (no base has one); ``rope``: cos and sin, see ``rope_tables``.
+    ``[vocab]`` is added to the logits (no base has one); ``rope``: each layer's cos and sin, see ``rope_tables``; equal
+    ones are in memory once.
     """
 
     layers: tuple[LayerWeights, ...]
@@ -46,7 +53,7 @@ class DecoderWeights:
     embedding: Any
     head: Any
     head_bias: torch.Tensor | None
-    rope: tuple[torch.Tensor, torch.Tensor]
+    rope: tuple[RopeTables, ...]
 
     @classmethod
     def prepare(cls, spec: ModelSpec, base: BaseWeights, ops: Ops, *, max_context: int) -> DecoderWeights:
@@ -55,11 +62,11 @@ class DecoderWeights:
         embedding = ops.prepare_embedding(base.embed, head=base.lm_head is None)
         return cls(
             layers=tuple(_layer(spec, base, layer, ops) for layer in range(spec.n_layers)),
-            final_norm=_norm(base.final_norm, ops),
+            final_norm=_norm(base.final_norm, spec, ops),
             embedding=embedding,
             head=embedding if base.lm_head is None else ops.prepare_embedding(base.lm_head, head=True),
             head_bias=None,
-            rope=rope_tables(spec, max_context, ops.device),
+            rope=_ropes(spec, max_context, ops.device),
         )
 
     @property
@@ -78,8 +85,8 @@ class DecoderWeights:
         return sum(matrix.nbytes for matrix in self.matrices)
 
 
-def _norm(weight: torch.Tensor, ops: Ops) -> torch.Tensor:
-    return weight.to(ops.device, torch.float32).contiguous()
+def _norm(weight: torch.Tensor, spec: ModelSpec, ops: Ops) -> torch.Tensor:
+    return (weight.to(ops.device, torch.float32) + spec.norm_offset).contiguous()
 
 
 def _layer(spec: ModelSpec, base: BaseWeights, layer: int, ops: Ops) -> LayerWeights:
@@ -88,16 +95,26 @@ def _layer(spec: ModelSpec, base: BaseWeights, layer: int, ops: Ops) -> LayerWei
     }
     shapes = spec.lora_shapes()
     return LayerWeights(
-        input_norm=_norm(base.input_norms[layer], ops),
-        post_attention_norm=_norm(base.post_attention_norms[layer], ops),
-        q_norm=_norm(base.q_norms[layer], ops) if spec.qk_norm else None,
-        k_norm=_norm(base.k_norms[layer], ops) if spec.qk_norm else None,
+        input_norm=_norm(base.input_norms[layer], spec, ops),
+        attention_out_norm=_norm(base.attention_out_norms[layer], spec, ops) if spec.out_norms else None,
+        post_attention_norm=_norm(base.post_attention_norms[layer], spec, ops),
+        mlp_out_norm=_norm(base.mlp_out_norms[layer], spec, ops) if spec.out_norms else None,
+        q_norm=_norm(base.q_norms[layer], spec, ops) if spec.qk_norm else None,
+        k_norm=_norm(base.k_norms[layer], spec, ops) if spec.qk_norm else None,
         sites={
             site: ops.prepare_linear([base.projections[p, layer] for p in SITES[site]], site_bias(site, biases, shapes))
             for site in LAYER_SITES
         },
         biases=biases,
-        attention=AttentionShape(spec.n_heads, spec.n_kv_heads, spec.head_dim, spec.window(layer) or 0),
+        attention=attention_shape(spec, layer),
+    )
+
+
+def attention_shape(spec: ModelSpec, layer: int) -> AttentionShape:
+    """What a layer asks of ``Ops.attention``."""
+    window = spec.window(layer) or 0
+    return AttentionShape(
+        spec.n_heads, spec.n_kv_heads, spec.head_dim, window, spec.attention_scale, spec.attention_softcap
     )
 
 
@@ -109,9 +126,20 @@ def site_bias(site: str, biases: Mapping[str, torch.Tensor], shapes: LoraShapes)
     return torch.cat([biases[p] if p in biases else torch.zeros(shapes.out_features[p]) for p in SITES[site]])
 
 
-def rope_tables(spec: ModelSpec, n_positions: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position, fp32 ``[n_positions, head_dim / 2]``, computed in fp64 (RoPE, Su et al. 2021)."""
-    frequencies, attention_scaling = rope_inv_freq(spec.rope, spec.head_dim)
+def _ropes(spec: ModelSpec, n_positions: int, device: torch.device) -> tuple[RopeTables, ...]:
+    made = {rope: rope_tables(rope, spec.head_dim, n_positions, device) for rope in dict.fromkeys(spec.layer_ropes)}
+    return tuple(made[rope] for rope in spec.layer_ropes)
+
+
+def rope_tables(rope: RopeSpec | None, head_dim: int, n_positions: int, device: torch.device) -> RopeTables:
+    """cos and sin of every position, fp32 ``[n_positions, head_dim / 2]``, computed in fp64 (RoPE, Su et al. 2021).
+
+    None: a layer that is not rotated. Its cos is 1 and its sin 0, by which a rotation changes no bit.
+    """
+    if rope is None:
+        shape = n_positions, head_dim // 2
+        return torch.ones(shape, device=device), torch.zeros(shape, device=device)
+    frequencies, attention_scaling = rope_inv_freq(rope, head_dim)
     angles = torch.outer(torch.arange(n_positions, dtype=torch.float64), torch.tensor(frequencies, dtype=torch.float64))
     cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
     return cos.float().to(device).contiguous(), sin.float().to(device).contiguous()

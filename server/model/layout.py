@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
-from manylora.kernels.sites import LAYER_PROJECTIONS
+from manylora.kernels.sites import SEPARATE
 from manylora.server.model.errors import BadCheckpoint, UnsupportedModel
 from manylora.server.model.families import ModelSpec
 
 EMBED: Final = "model.embed_tokens.weight"
 LM_HEAD: Final = "lm_head.weight"
 FINAL_NORM: Final = "model.norm.weight"
-
-_MODULES: Final[Mapping[str, str]] = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
 
 _IGNORED: Final = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 """Buffers of older transformers that are computed from the config."""
@@ -32,44 +24,111 @@ NESTED_PARTS: Final = ("nested_absmax", "nested_quant_map")
 """What bitsandbytes stores beside an NF4 ``….weight``: always, and when its scales are quantised too."""
 
 
+@dataclass(frozen=True)
+class StoredWeight:
+    """One linear layer of one block as a checkpoint has it: ``projections`` lie in its weight ``(N, K)`` one behind the
+    other, and in its bias, which it has if ``has_bias``."""
+
+    path: str
+    layer: int
+    projections: tuple[str, ...]
+    shape: tuple[int, int]
+    has_bias: bool
+    sizes: tuple[int, ...]
+    """Rows of each projection."""
+
+    @property
+    def weight(self) -> str:
+        return f"{self.path}.weight"
+
+    @property
+    def bias(self) -> str:
+        return f"{self.path}.bias"
+
+    def rows(self, projection: str) -> slice:
+        """Where a projection's rows are."""
+        place = self.projections.index(projection)
+        first = sum(self.sizes[:place])
+        return slice(first, first + self.sizes[place])
+
+
+def stored_weights(spec: ModelSpec) -> list[StoredWeight]:
+    """Every linear layer of the blocks, in layer order."""
+    shapes = spec.lora_shapes()
+    found = []
+    for layer in range(spec.n_layers):
+        for linear in spec.names.linears:
+            sizes = tuple(shapes.out_features[p] for p in linear.projections)
+            shape = sum(sizes), shapes.in_features[linear.projections[0]]
+            has_bias = spec.has_bias(linear.projections[0])
+            path = spec.names.path(linear, layer)
+            found.append(StoredWeight(path, layer, linear.projections, shape, has_bias, sizes))
+    return found
+
+
+def stored_weight(spec: ModelSpec, projection: str, layer: int) -> StoredWeight:
+    """The linear layer that holds a projection."""
+    return next(one for one in stored_weights(spec) if one.layer == layer and projection in one.projections)
+
+
 def projection_weight(projection: str, layer: int) -> str:
-    """``model.layers.3.self_attn.q_proj.weight`` for ``("q", 3)``."""
-    return f"model.layers.{layer}.{_MODULES[projection]}.weight"
+    """``model.layers.3.self_attn.q_proj.weight`` for ``("q", 3)``, where each projection is a module of its own."""
+    return f"{_separate(projection, layer)}.weight"
 
 
 def projection_bias(projection: str, layer: int) -> str:
-    return f"model.layers.{layer}.{_MODULES[projection]}.bias"
+    return f"{_separate(projection, layer)}.bias"
+
+
+def _separate(projection: str, layer: int) -> str:
+    linear = next(linear for linear in SEPARATE.linears if linear.projections == (projection,))
+    return SEPARATE.path(linear, layer)
+
+
+@dataclass(frozen=True)
+class NormNames:
+    """What the norms of a block are called, by what they do; ``attention_out`` and ``mlp_out``, if there are such, norm
+    what is then added to the residual stream."""
+
+    attention: str = "input_layernorm"
+    mlp: str = "post_attention_layernorm"
+    attention_out: str | None = None
+    mlp_out: str | None = None
+
+
+_LLAMA_NORMS: Final = NormNames()
+_OUT_NORMS: Final = NormNames(
+    mlp="pre_feedforward_layernorm", attention_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm"
+)
+"""Gemma 2's. ``post_attention_layernorm`` is another norm there than Llama's of that name."""
+
+
+def norm_names(spec: ModelSpec) -> NormNames:
+    return _OUT_NORMS if spec.out_norms else _LLAMA_NORMS
 
 
 def norm_name(norm: str, layer: int) -> str:
-    """``norm``: ``input_layernorm``, ``post_attention_layernorm``, ``self_attn.q_norm`` or ``self_attn.k_norm``."""
+    """``norm``: one of `NormNames`, ``self_attn.q_norm`` or ``self_attn.k_norm``."""
     return f"model.layers.{layer}.{norm}.weight"
 
 
 def projection_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    """Weight name -> ``(N, K)`` of every projection that is quantised, in layer order."""
-    shapes = spec.lora_shapes()
-    return {
-        projection_weight(projection, layer): (shapes.out_features[projection], shapes.in_features[projection])
-        for layer in range(spec.n_layers)
-        for projection in LAYER_PROJECTIONS
-    }
+    """Weight name -> ``(N, K)`` of every weight that is quantised, in layer order."""
+    return {stored.weight: stored.shape for stored in stored_weights(spec)}
 
 
 def plain_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that stays in 16 or 32 bits. A tied ``lm_head`` is not among them."""
     hidden = spec.hidden_size
     shapes: dict[str, tuple[int, ...]] = {EMBED: (spec.vocab_size, hidden)}
-    out = spec.lora_shapes().out_features
     for layer in range(spec.n_layers):
-        shapes[norm_name("input_layernorm", layer)] = (hidden,)
-        shapes[norm_name("post_attention_layernorm", layer)] = (hidden,)
+        for norm in dataclasses.astuple(norm_names(spec)):
+            if norm is not None:
+                shapes[norm_name(norm, layer)] = (hidden,)
         if spec.qk_norm:
             shapes[norm_name("self_attn.q_norm", layer)] = (spec.head_dim,)
             shapes[norm_name("self_attn.k_norm", layer)] = (spec.head_dim,)
-        for projection in LAYER_PROJECTIONS:
-            if spec.has_bias(projection):
-                shapes[projection_bias(projection, layer)] = (out[projection],)
+    shapes |= {stored.bias: stored.shape[:1] for stored in stored_weights(spec) if stored.has_bias}
     shapes[FINAL_NORM] = (hidden,)
     if not spec.tie_embeddings:
         shapes[LM_HEAD] = (spec.vocab_size, hidden)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from manylora.kernels.nf4_tensor import Nf4Tensor
-from manylora.kernels.sites import LAYER_PROJECTIONS
 from manylora.server.model.bnb_format import decode
 from manylora.server.model.checkpoint import FLOAT_TYPES, TensorSource
 from manylora.server.model.errors import BadCheckpoint
@@ -16,10 +15,9 @@ from manylora.server.model.layout import (
     LM_HEAD,
     check_quantized,
     norm_name,
+    norm_names,
     plain_shapes,
-    projection_bias,
-    projection_shapes,
-    projection_weight,
+    stored_weights,
 )
 from manylora.server.model.progress import Progress
 from manylora.server.model.weights import BaseWeights
@@ -31,7 +29,6 @@ def read_weights(
     """All tensors of ``source`` on ``device``. Raises BadCheckpoint (every fault) or UnsupportedModel."""
     infos = source.infos
     check_quantized(source.what, spec, {name: info.shape for name, info in infos.items()})
-    shapes = projection_shapes(spec)
     faults = [
         f"{name} is of type {infos[name].dtype}, not one of {', '.join(FLOAT_TYPES)}"
         for name in plain_shapes(spec)
@@ -40,16 +37,17 @@ def read_weights(
     projections: dict[tuple[str, int], Nf4Tensor] = {}
     total = sum(torch.Size(info.shape).numel() * (1 if info.dtype == "U8" else 2) for info in infos.values())
     with Progress("Reading the NF4 base", total, show=progress) as bar:
-        for layer in range(spec.n_layers):
-            for projection in LAYER_PROJECTIONS:
-                name = projection_weight(projection, layer)
-                try:
-                    weight = decode(name, shapes[name], infos, source.get)
-                except ValueError as error:
-                    faults.append(f"{name}: {error}")
-                    continue
-                projections[projection, layer] = weight.to(device)
-                bar.advance(weight.nbytes)
+        for stored in stored_weights(spec):
+            try:
+                weight = decode(stored.weight, stored.shape, infos, source.get)
+            except ValueError as error:
+                faults.append(f"{stored.weight}: {error}")
+                continue
+            for projection in stored.projections:
+                rows = stored.rows(projection)
+                part = weight if rows == slice(0, stored.shape[0]) else weight.rows(rows.start, rows.stop)
+                projections[projection, stored.layer] = part.to(device)
+            bar.advance(weight.nbytes)
         if faults:
             raise BadCheckpoint(source.what, faults)
 
@@ -58,9 +56,15 @@ def read_weights(
             bar.advance(tensor.nbytes)
             return tensor.to(device)
 
-        def norms(name: str) -> tuple[torch.Tensor, ...]:
-            return tuple(plain(norm_name(name, layer)) for layer in range(spec.n_layers))
+        def norms(name: str | None) -> tuple[torch.Tensor, ...]:
+            return () if name is None else tuple(plain(norm_name(name, layer)) for layer in range(spec.n_layers))
 
+        names = norm_names(spec)
+        biases: dict[tuple[str, int], torch.Tensor] = {}
+        for stored in stored_weights(spec):
+            if stored.has_bias:
+                whole = plain(stored.bias)
+                biases |= {(p, stored.layer): whole[stored.rows(p)].contiguous() for p in stored.projections}
         embed = plain(EMBED).to(torch.bfloat16)
         lm_head = plain(LM_HEAD).to(torch.bfloat16) if LM_HEAD in infos else None
         if spec.tie_embeddings and lm_head is not None:
@@ -71,14 +75,11 @@ def read_weights(
             lm_head = None
         return BaseWeights(
             projections=projections,
-            biases={
-                (projection, layer): plain(projection_bias(projection, layer))
-                for layer in range(spec.n_layers)
-                for projection in LAYER_PROJECTIONS
-                if spec.has_bias(projection)
-            },
-            input_norms=norms("input_layernorm"),
-            post_attention_norms=norms("post_attention_layernorm"),
+            biases=biases,
+            input_norms=norms(names.attention),
+            post_attention_norms=norms(names.mlp),
+            attention_out_norms=norms(names.attention_out),
+            mlp_out_norms=norms(names.mlp_out),
             q_norms=norms("self_attn.q_norm") if spec.qk_norm else (),
             k_norms=norms("self_attn.k_norm") if spec.qk_norm else (),
             final_norm=plain(FINAL_NORM),

@@ -65,7 +65,9 @@ class RopeSpec:
     truncate: bool = True
 
 
-def parse_rope(config: Mapping[str, Any], max_position: int) -> tuple[RopeSpec, list[str]]:
+def parse_rope(
+    config: Mapping[str, Any], max_position: int, *, default_theta: float = DEFAULT_THETA
+) -> tuple[RopeSpec, list[str]]:
     """Read the rotary embedding from a Hugging Face config; returns it and every reason to refuse it.
 
     Two spellings exist: transformers 5 writes one ``rope_parameters`` object; older files have ``rope_theta`` beside an
@@ -105,7 +107,7 @@ def parse_rope(config: Mapping[str, Any], max_position: int) -> tuple[RopeSpec, 
             return default
         return float(value)
 
-    theta = number("rope_theta", _theta_beside(config, reasons))
+    theta = number("rope_theta", _theta_beside(config, default_theta, reasons))
     # transformers lets a field of the config itself overrule the one inside the rope parameters (Phi-3's habit).
     original = config.get("original_max_position_embeddings", given.get("original_max_position_embeddings"))
     if original is not None and (isinstance(original, bool) or not isinstance(original, int) or original <= 0):
@@ -131,13 +133,13 @@ def parse_rope(config: Mapping[str, Any], max_position: int) -> tuple[RopeSpec, 
     return spec, reasons
 
 
-def _theta_beside(config: Mapping[str, Any], reasons: list[str]) -> float:
+def _theta_beside(config: Mapping[str, Any], default: float, reasons: list[str]) -> float:
     theta = config.get("rope_theta")
     if theta is None:
-        return DEFAULT_THETA
+        return default
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
         reasons.append(f"`rope_theta` must be a positive number, got {theta!r}")
-        return DEFAULT_THETA
+        return default
     return float(theta)
 
 

@@ -13,11 +13,10 @@ from manylora.server.model.errors import BadCheckpoint
 from manylora.server.model.layout import (
     EMBED,
     LM_HEAD,
+    StoredWeight,
     check_quantized,
     plain_shapes,
-    projection_bias,
-    projection_shapes,
-    projection_weight,
+    stored_weight,
 )
 from manylora.server.model.opened import OpenedModel
 from manylora.server.model.quantize import check_unquantized
@@ -32,7 +31,6 @@ class StoredBase:
 
     def __init__(self, opened: OpenedModel) -> None:
         self._opened = opened
-        self._shapes = projection_shapes(opened.spec)
         if opened.quantized:
             self._check_nf4()
         else:
@@ -40,17 +38,23 @@ class StoredBase:
 
     def weight(self, projection: str, layer: int) -> torch.Tensor:
         """fp32 ``[out_features, in_features]`` of one of the layers' projections."""
-        name, source = projection_weight(projection, layer), self._opened.source
+        stored = stored_weight(self._opened.spec, projection, layer)
+        return self.stored(stored)[stored.rows(projection)]
+
+    def stored(self, stored: StoredWeight) -> torch.Tensor:
+        """fp32 ``[out_features, in_features]`` of a linear layer with all of its projections."""
+        name, source = stored.weight, self._opened.source
         if not self._opened.quantized:
             return self.plain(name)
         try:
-            return self._finite(name, decode(name, self._shapes[name], source.infos, source.get).dequantize())
+            return self._finite(name, decode(name, stored.shape, source.infos, source.get).dequantize())
         except ValueError as error:
             raise BadCheckpoint(self._opened.what, f"{name}: {error}") from error
 
     def bias(self, projection: str, layer: int) -> torch.Tensor | None:
         """fp32 ``[out_features]``; None if the module has none."""
-        return self.plain(projection_bias(projection, layer)) if self._opened.spec.has_bias(projection) else None
+        stored = stored_weight(self._opened.spec, projection, layer)
+        return self.plain(stored.bias)[stored.rows(projection)] if stored.has_bias else None
 
     def table(self, projection: str) -> torch.Tensor:
         """fp32 ``[vocab, hidden]`` of ``"embed"`` or ``"lm_head"``."""

@@ -16,7 +16,9 @@ class BaseWeights:
 
     ``projections`` maps ``(projection, layer)`` (`kernels.sites.LAYER_PROJECTIONS`; every pair is present) to the NF4
     weight ``[N, K]``. ``biases`` maps the pairs that have one (Qwen2: q, k, v) to ``[N]``. The norms are one
-    ``[hidden]`` per layer, ``q_norms`` and ``k_norms`` one ``[head_dim]`` per layer (Qwen3) or empty. Biases and
+    ``[hidden]`` per layer; ``input_norms`` are those before attention, ``post_attention_norms`` those before the MLP.
+    ``attention_out_norms`` and ``mlp_out_norms`` (Gemma 2: of what is added to the residual stream) may be empty, as
+    may ``q_norms`` and ``k_norms``, one ``[head_dim]`` per layer (Qwen3). Biases and
     norms have the dtype of the source (`ModelSpec.dtype`). ``embed`` and ``lm_head`` are bf16 ``[vocab, hidden]``;
     ``lm_head`` is None when tied to ``embed``.
     """
@@ -30,6 +32,8 @@ class BaseWeights:
     final_norm: torch.Tensor
     embed: torch.Tensor
     lm_head: torch.Tensor | None
+    attention_out_norms: tuple[torch.Tensor, ...] = ()
+    mlp_out_norms: tuple[torch.Tensor, ...] = ()
 
     @property
     def output_embedding(self) -> torch.Tensor:
@@ -43,6 +47,8 @@ class BaseWeights:
             *self.biases.values(),
             *self.input_norms,
             *self.post_attention_norms,
+            *self.attention_out_norms,
+            *self.mlp_out_norms,
             *self.q_norms,
             *self.k_norms,
             self.final_norm,

@@ -90,3 +90,22 @@ def test_nested_parts_that_do_not_fit_are_refused() -> None:
     for field, value in faults:
         with pytest.raises(ValueError, match="nested"):
             dataclasses.replace(tensor.absmax, **{field: value})
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize(("n", "k"), [(192, 576), (512, 128)])
+def test_rows_cut_out_have_the_values_of_the_whole(n: int, k: int, nested: bool) -> None:
+    """Wherever they are cut: between two blocks of nested scales, where they stay nested, or within one."""
+    tensor, _ = make(n, k, nested=nested)
+    whole = tensor.dequantize()
+    for first, last in ((0, n), (0, n // 2), (n // 2, n), (1, 2), (n - 3, n)):
+        part = tensor.rows(first, last)
+        assert torch.equal(part.dequantize(), whole[first:last]), (first, last)
+        assert part.packed.untyped_storage().nbytes() == part.packed.nbytes  # the whole may be let go of
+        assert part.nested == (nested and first * k // 64 % 256 == 0)
+
+
+def test_rows_that_are_no_whole_blocks_cannot_be_cut() -> None:
+    tensor, _ = make(4, 96, nested=False)
+    with pytest.raises(ValueError, match="cannot be cut"):
+        tensor.rows(1, 2)

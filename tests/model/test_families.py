@@ -35,7 +35,13 @@ LLAMA: dict[str, Any] = {
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+SMOLLM3 = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
 CONFIGS = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3}
+PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 0}
+GEMMA2 = LLAMA | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
+GEMMA3 = LLAMA | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+NEWER = {"smollm3": SMOLLM3, "phi3": PHI3, "gemma2": GEMMA2, "gemma3_text": GEMMA3}
+"""Families whose saved models are compared in tests/e2e/test_family_parity.py."""
 
 
 def test_families_are_read_without_torch() -> None:
@@ -43,15 +49,24 @@ def test_families_are_read_without_torch() -> None:
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [*CONFIGS, *NEWER])
 def test_what_a_config_leaves_out_is_transformers_default(family: str) -> None:
-    spec = ModelSpec.from_hf_config(CONFIGS[family])
-    config = transformers.AutoConfig.for_model(**CONFIGS[family])
+    given = {**CONFIGS, **NEWER}[family]
+    spec = ModelSpec.from_hf_config(given)
+    config = transformers.AutoConfig.for_model(**given)
     assert spec.family == family
     assert spec.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    assert spec.rope.theta == config.rope_parameters["rope_theta"]
+    rope = config.rope_parameters
+    assert spec.rope.theta == rope.get("full_attention", rope)["rope_theta"]
     assert spec.tie_embeddings == config.tie_word_embeddings
     assert spec.sliding_window == getattr(config, "sliding_window", None)
+    for key, value in (
+        ("attn_logit_softcapping", spec.attention_softcap),
+        ("final_logit_softcapping", spec.logit_softcap),
+    ):
+        assert value == (getattr(config, key, None) or 0.0)
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    assert spec.attention_scale == (None if scalar is None else scalar**-0.5)
     if hasattr(config, "layer_types") and config.layer_types:
         assert list(spec.layer_types) == config.layer_types
 
@@ -172,6 +187,24 @@ def test_qwen_windows_are_those_of_transformers(base: dict[str, Any], changes: d
     assert [spec.window(layer) for layer in range(2)] == [32 if t == "sliding_attention" else None for t in layer_types]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_hidden_layers": 9},
+        {"no_rope_layer_interval": 3},
+        {"no_rope_layers": [0, 1, 1, 1, 0]},
+        {"use_sliding_window": True, "sliding_window": 16},
+        {"use_sliding_window": False, "sliding_window": 16},
+    ],
+)
+def test_smollm3_layers_are_those_of_transformers(changes: dict[str, Any]) -> None:
+    given = SMOLLM3 | {"num_hidden_layers": 5} | changes
+    config, spec = transformers.AutoConfig.for_model(**given), ModelSpec.from_hf_config(given)
+    assert [rope is not None for rope in spec.layer_ropes] == [bool(rotated) for rotated in config.no_rope_layers]
+    assert list(spec.layer_types) == config.layer_types
+
+
 def test_mistral_windows() -> None:
     assert ModelSpec.from_hf_config(MISTRAL | {"sliding_window": None}).window(0) is None
     assert ModelSpec.from_hf_config(MISTRAL | {"sliding_window": 16}).window(1) == 16
@@ -220,6 +253,38 @@ BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
         (QWEN3, {"layer_types": ["full_attention", "linear_attention"]}, "layer types"),
         (QWEN3, {"layer_types": ["full_attention"]}, "1 layers of 2"),
         (QWEN3, {"layer_types": ["full_attention", "sliding_attention"]}, "no sliding window"),
+        (LLAMA, {"no_rope_layers": [1, 0]}, "`no_rope_layers`"),
+        (SMOLLM3, {"no_rope_layers": [1]}, "`no_rope_layers` names 1 layers of 2"),
+        (SMOLLM3, {"no_rope_layers": [1, 2]}, "`no_rope_layers` must be a list"),
+        (SMOLLM3, {"no_rope_layer_interval": 0}, "`no_rope_layer_interval`"),
+        (SMOLLM3, {"layer_types": ["full_attention", "sliding_attention"]}, "no sliding window"),
+        (SMOLLM3, {"num_key_value_heads": None}, "`num_key_value_heads` is missing"),
+        (
+            PHI3,
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}},
+            "`longrope`",
+        ),
+        (PHI3, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type `yarn` in a Phi-3 model"),
+        (PHI3, {"partial_rotary_factor": 0.75}, "`partial_rotary_factor` 0.75"),
+        (PHI3, {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3Other"}}, "custom model code"),
+        (PHI3, {"auto_map": "modeling_phi3.Phi3ForCausalLM"}, "custom model code"),
+        (PHI3, {"attention_bias": True}, "`attention_bias` in a Phi-3 model"),
+        (PHI3, {"layer_types": ["full_attention"] * 2}, "`layer_types` in a Phi-3 model"),
+        (PHI3, {"hidden_act": "gelu_new"}, "activation `gelu_new`"),
+        (GEMMA2, {"hidden_act": "silu"}, "activation `silu`"),
+        (GEMMA2, {"hidden_activation": "gelu"}, r"activation `gelu` \(known: gelu_pytorch_tanh\)"),
+        (GEMMA2, {"use_bidirectional_attention": True}, "`use_bidirectional_attention`"),
+        (GEMMA2, {"attn_logit_softcapping": -1.0}, "`attn_logit_softcapping` must be a positive number"),
+        (GEMMA2, {"final_logit_softcapping": "30"}, "`final_logit_softcapping` must be a positive number"),
+        (GEMMA2, {"query_pre_attn_scalar": None}, "`query_pre_attn_scalar` must be a positive number"),
+        (GEMMA2, {"layer_types": ["chunked_attention"] * 2}, "layer types"),
+        (GEMMA2, {"sliding_window": None}, "no sliding window"),
+        (GEMMA3, {"attn_logit_softcapping": 50.0}, "`attn_logit_softcapping` = 50.0"),
+        (GEMMA3, {"rope_parameters": {"rope_theta": 5.0}}, "not by layer type"),
+        (GEMMA3, {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "rope type `dynamic`"),
+        (GEMMA3, {"rope_local_base_freq": -1}, "`rope_theta` must be a positive number"),
+        (GEMMA3, {"sliding_window_pattern": "LLLLLG"}, "`sliding_window_pattern` must be a positive integer"),
+        (GEMMA3, {"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration is not one of"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value,
 )
@@ -248,3 +313,45 @@ def test_every_reason_is_in_one_message() -> None:
 )
 def test_features_that_change_nothing_are_not_refused(changes: dict[str, Any]) -> None:
     ModelSpec.from_hf_config(LLAMA | changes)
+
+
+def test_microsofts_copies_of_the_phi3_classes_are_not_custom_code() -> None:
+    """Their checkpoints name them in `auto_map`; transformers has the same classes, and they are what is computed."""
+    named = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    assert ModelSpec.from_hf_config(PHI3 | {"auto_map": named}) == ModelSpec.from_hf_config(PHI3)
+
+
+def test_phi3_windows_are_every_layers() -> None:
+    spec = ModelSpec.from_hf_config(PHI3 | {"sliding_window": 16})
+    assert [spec.window(layer) for layer in range(2)] == [16, 16]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("hidden", [64, 1152, 2304, 2560, 3072, 3584, 5376])
+def test_gemmas_embedding_scale_is_rounded_as_transformers_rounds_it(hidden: int, dtype: str) -> None:
+    """To the type that the model was trained in: sqrt(3072) is 55.5 in bf16."""
+    embedding = transformers.models.gemma2.modeling_gemma2.Gemma2TextScaledWordEmbedding(4, 8, 0, hidden**0.5)
+    rounded = embedding.embed_scale.to(getattr(torch, dtype))
+    spec = ModelSpec.from_hf_config(GEMMA2 | {"hidden_size": hidden, "torch_dtype": dtype})
+    assert torch.tensor(spec.embed_scale, dtype=torch.float32) == rounded.float()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sliding_window_pattern": 2},
+        {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}}},
+        {"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 5.0}}},
+    ],
+)
+def test_gemma3_layers_are_those_of_transformers(changes: dict[str, Any]) -> None:
+    given = GEMMA3 | {"num_hidden_layers": 7} | changes
+    config, spec = transformers.AutoConfig.for_model(**given), ModelSpec.from_hf_config(given)
+    assert list(spec.layer_types) == config.layer_types
+    for kind, rope in zip(spec.layer_types, spec.layer_ropes, strict=True):
+        theirs = config.rope_parameters[kind]
+        assert rope is not None
+        assert (rope.theta, rope.kind) == (theirs["rope_theta"], theirs["rope_type"])
+        assert rope.factor == theirs.get("factor", 1.0)
