@@ -11,7 +11,7 @@ import torch
 
 _BYTES: Final = 128 << 20
 """Several times what a processor's last cache keeps of it."""
-_PASSES: Final = 5
+_PASSES: Final = 10
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,7 @@ def serve_config(arguments: argparse.Namespace) -> ServeConfig:
             admin_key=arguments.admin_key or next(iter(_from_environment("MANYLORA_ADMIN_KEY")), None),
             keys_file=None if arguments.keys is None else _path(arguments.keys),
             protect_metrics=arguments.protect_metrics,
+            playground=not arguments.no_playground,
             request_timeout=arguments.request_timeout or None,
             client_timeout=arguments.client_timeout,
             adapter_roots=(*roots, *([adapter_dir] if adapter_dir is not None and adapter_dir.is_dir() else [])),

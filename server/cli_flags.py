@@ -101,6 +101,7 @@ def add_serve(commands: Commands) -> argparse.ArgumentParser:
         metavar="FILE",
         help="tenants: their keys, adapters and limits, as `manylora keys` writes them; read again on SIGHUP",
     )
+    add("--no-playground", action="store_true", help="no page at /, where answers can be tried out in a browser")
     add("--protect-metrics", action="store_true", help="/metrics takes the admin key: it names adapters and tenants")
     add(
         "--request-timeout",

@@ -3,6 +3,7 @@
 | route                   | no key configured | --api-key, --keys | --admin-key | both       |
 | ----------------------- | ----------------- | ----------------- | ----------- | ---------- |
 | /health /ready /metrics | open              | open              | open        | open       |
+| / (the playground)      | open              | open              | open        | open       |
 | managing adapters       | loopback only     | see below         | admin key   | admin key  |
 | everything else         | open              | key               | open        | either key |
 
@@ -31,10 +32,11 @@ from manylora.server.api.access.keys import KeyRing
 from manylora.server.api.access.rate_limits import RateLimited
 from manylora.server.api.context import RequestContext, context_in, context_of
 from manylora.server.api.errors import ApiError, bad_request, too_many_requests
+from manylora.server.api.playground import ASSET_PATHS, PAGE_PATH
 from manylora.server.config import ApiConfig, is_loopback
 
 METRICS_PATH: Final = "/metrics"
-OPEN_PATHS: Final = frozenset({"/health", "/ready", METRICS_PATH})
+OPEN_PATHS: Final = frozenset({"/health", "/ready", METRICS_PATH, PAGE_PATH}) | ASSET_PATHS
 
 _ADMIN_ROOT: Final = "/v1/adapters"
 _ADMIN_PATHS: Final = frozenset(
