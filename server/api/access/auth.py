@@ -63,7 +63,7 @@ class AuthMiddleware:
         self._open = OPEN_PATHS - {METRICS_PATH} if config.protect_metrics else OPEN_PATHS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self._open:
+        if scope["type"] != "http" or self._is_open(scope):
             await self._app(scope, receive, send)
             return
         is_admin = _is_admin(scope["path"])
@@ -83,6 +83,10 @@ class AuthMiddleware:
         finally:
             if caller.limits is not None:
                 caller.limits.spend_tokens(_tokens(context))
+
+    def _is_open(self, scope: Scope) -> bool:
+        # The page is there to be read: no other request is answered at a path that many a proxy makes of others.
+        return scope["path"] in self._open and (scope["path"] != PAGE_PATH or scope["method"] in _READING)
 
     def _caller(self, scope: Scope) -> Caller:
         """Who may use the server. Raises ApiError."""

@@ -39,13 +39,19 @@ _HEADERS: Final = {
 }
 
 
+_ABSENT: Final = {404}
+"""With ``--no-playground``."""
+
+
 def _file(name: str) -> Response:
     return Response(_FILES[name], media_type=_TYPES[Path(name).suffix], headers=_HEADERS)
 
 
 @router.get(
     PAGE_PATH,
-    openapi_extra=describes(answers={200: [Content("text/html", None, "<!doctype html>\n")]}, access="open"),
+    openapi_extra=describes(
+        answers={200: [Content("text/html", None, "<!doctype html>\n")]}, errors=_ABSENT, access="open"
+    ),
 )
 async def playground() -> Response:
     """The playground: a page for people. Not there with `--no-playground`."""
@@ -54,7 +60,7 @@ async def playground() -> Response:
 
 @router.get(
     "/playground/style.css",
-    openapi_extra=describes(answers={200: [Content("text/css", None, ":root {}\n")]}, access="open"),
+    openapi_extra=describes(answers={200: [Content("text/css", None, ":root {}\n")]}, errors=_ABSENT, access="open"),
 )
 async def style() -> Response:
     """Its style."""
@@ -67,7 +73,7 @@ def _serve_module(name: str) -> None:
 
     module.__name__, module.__doc__ = f"module_{Path(name).stem}", "One of its modules."
     answers = {200: [Content("text/javascript", None, "export {};\n")]}
-    router.get(_ASSETS_ROOT + name, openapi_extra=describes(answers=answers, access="open"))(module)
+    router.get(_ASSETS_ROOT + name, openapi_extra=describes(answers=answers, errors=_ABSENT, access="open"))(module)
 
 
 for _name in _FILES:

@@ -89,15 +89,17 @@ class Lane {
     const answer = this.find(".answer");
     answer.textContent = "";
     tell(this.find(".problem"), null);
+    put(this.find(".rate"), "");
     put(this.find(".figures"), "waiting");
     this.root.classList.add("running");
     const asked = performance.now();
     let first = 0, firstTokens = 0, tokens = 0, version = "", reason = "";
     const figures = () => {
       const seconds = (performance.now() - first) / 1000;
-      const rate = tokens > firstTokens && seconds > 0 ? `${((tokens - firstTokens) / seconds).toFixed(1)} tokens/s` : "";
+      put(this.find(".rate"), tokens > firstTokens && seconds > 0 ? `${((tokens - firstTokens) / seconds).toFixed(1)} tokens/s` : "");
       const began = first ? `first after ${((first - asked) / 1000).toFixed(2)} s` : "";
-      return [`${tokens} tokens`, rate, began, reason, version && `version ${version}`].filter(Boolean).join(" · ");
+      const by = version && version !== "base" ? `version ${version}` : version;
+      return [`${tokens} tokens`, began, reason, by].filter(Boolean).join(" · ");
     };
     try {
       for await (const event of events(isChat ? "/v1/chat/completions" : "/v1/completions", body, signal)) {
