@@ -77,11 +77,41 @@ def demo_base() -> str | None:
     return next((str(path) for path in sorted(Path(found.origin).parent.glob("*.gguf"))), None)
 
 
-def serve_config(arguments: argparse.Namespace) -> ServeConfig:
-    """The configuration that the flags ask for. Raises ConfigError."""
+def _model(arguments: argparse.Namespace, command: str) -> str:
     model = arguments.model if arguments.model is not None else demo_base()
     if model is None:
-        raise ConfigError("serve", _NO_MODEL)
+        raise ConfigError(command, _NO_MODEL)
+    return str(model)
+
+
+def engine_config(arguments: argparse.Namespace) -> EngineConfig:
+    """The engine that the flags for sizes ask for. Raises ConfigError."""
+    kv_memory = None if arguments.kv_memory is None else parse_size(arguments.kv_memory, "--kv-memory")
+    table_memory = None if arguments.table_memory is None else parse_size(arguments.table_memory, "--table-memory")
+    host_memory = None if arguments.host_memory is None else parse_size(arguments.host_memory, "--host-memory")
+    return EngineConfig(
+        device=arguments.device,
+        cpu_kernels=arguments.cpu_kernels,
+        cpu_arithmetic=arguments.cpu_arithmetic,
+        lora_dtype=arguments.lora_dtype,
+        max_rows=arguments.max_rows,
+        max_device_adapters=arguments.max_device_adapters,
+        max_host_adapters=arguments.max_host_adapters,
+        table_memory=table_memory,
+        host_memory=host_memory,
+        max_rank=arguments.max_rank,
+        max_context=arguments.max_context,
+        max_batch_tokens=arguments.max_batch_tokens,
+        max_queue=arguments.max_queue,
+        kv_memory=kv_memory,
+        prefix_cache=arguments.prefix_cache == "on",
+        threads=arguments.threads,
+    )
+
+
+def serve_config(arguments: argparse.Namespace) -> ServeConfig:
+    """The configuration that the flags ask for. Raises ConfigError."""
+    model = _model(arguments, "serve")
     adapters = tuple(AdapterSpec.parse(text) for text in arguments.adapter)
     adapter_dir = None if arguments.adapter_dir is None else _path(arguments.adapter_dir)
     state_dir: Path | None
@@ -92,9 +122,6 @@ def serve_config(arguments: argparse.Namespace) -> ServeConfig:
             state_dir = None
         case given:
             state_dir = _path(given)
-    kv_memory = None if arguments.kv_memory is None else parse_size(arguments.kv_memory, "--kv-memory")
-    table_memory = None if arguments.table_memory is None else parse_size(arguments.table_memory, "--table-memory")
-    host_memory = None if arguments.host_memory is None else parse_size(arguments.host_memory, "--host-memory")
     roots = [_path(root) for root in arguments.adapter_root]
     return ServeConfig(
         model=model,
@@ -107,24 +134,7 @@ def serve_config(arguments: argparse.Namespace) -> ServeConfig:
         cache_dir=None if arguments.cache_dir is None else _path(arguments.cache_dir),
         log_level=arguments.log_level,
         log_format=arguments.log_format,
-        engine=EngineConfig(
-            device=arguments.device,
-            cpu_kernels=arguments.cpu_kernels,
-            cpu_arithmetic=arguments.cpu_arithmetic,
-            lora_dtype=arguments.lora_dtype,
-            max_rows=arguments.max_rows,
-            max_device_adapters=arguments.max_device_adapters,
-            max_host_adapters=arguments.max_host_adapters,
-            table_memory=table_memory,
-            host_memory=host_memory,
-            max_rank=arguments.max_rank,
-            max_context=arguments.max_context,
-            max_batch_tokens=arguments.max_batch_tokens,
-            max_queue=arguments.max_queue,
-            kv_memory=kv_memory,
-            prefix_cache=arguments.prefix_cache == "on",
-            threads=arguments.threads,
-        ),
+        engine=engine_config(arguments),
         api=ApiConfig(
             host=arguments.host,
             port=arguments.port,
@@ -132,6 +142,7 @@ def serve_config(arguments: argparse.Namespace) -> ServeConfig:
             admin_key=arguments.admin_key or next(iter(_from_environment("MANYLORA_ADMIN_KEY")), None),
             keys_file=None if arguments.keys is None else _path(arguments.keys),
             protect_metrics=arguments.protect_metrics,
+            playground=not arguments.no_playground,
             request_timeout=arguments.request_timeout or None,
             client_timeout=arguments.client_timeout,
             adapter_roots=(*roots, *([adapter_dir] if adapter_dir is not None and adapter_dir.is_dir() else [])),
@@ -177,6 +188,44 @@ def _serve(arguments: argparse.Namespace) -> int:
     finally:
         for sock in sockets:
             sock.close()
+
+
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    if arguments.adapters is not None and arguments.adapters < 0:
+        raise ConfigError("--adapters", f"expected 0 or more, got {arguments.adapters}")
+    if not 1 <= arguments.rank <= 256:
+        raise ConfigError("--rank", f"expected 1 to 256, got {arguments.rank}")
+    if arguments.context < 1:
+        raise ConfigError("--context", f"expected 1 or more tokens, got {arguments.context}")
+    if arguments.max_rank is None:
+        arguments.max_rank = arguments.rank
+    if arguments.rank > arguments.max_rank:
+        raise ConfigError("--rank", f"{arguments.rank} is more than --max-rank {arguments.max_rank}")
+    model, engine = _model(arguments, "plan"), engine_config(arguments)
+    memory = None if arguments.memory is None else parse_size(arguments.memory, "--memory")
+    bandwidth = None
+    if arguments.bandwidth is not None:
+        bandwidth = parse_size(arguments.bandwidth.removesuffix("/s"), "--bandwidth")
+        if bandwidth <= 0:
+            raise ConfigError("--bandwidth", f"expected more than nothing a second, got {arguments.bandwidth}")
+    set_up_logging("warning")
+    from manylora.server.model.errors import ModelError
+    from manylora.server.plan import as_json, readable
+    from manylora.server.plan_command import Wish, make_plan, serve_command
+
+    wish = Wish(model, engine, arguments.adapters, arguments.rank, memory, bandwidth, arguments.context)
+    try:
+        plan = make_plan(wish)
+    except ModelError as error:
+        return _refuse(str(error))
+    if arguments.json:
+        _say(json.dumps({**as_json(plan), "serve": serve_command(plan, wish)}, indent=2))
+    else:
+        _say("\n".join([*readable(plan), "", "Serve it so:", f"  {serve_command(plan, wish)}"]))
+    return DONE
 
 
 # --- quantize, merge and inspect -------------------------------------------------------------------------------------
@@ -303,7 +352,15 @@ def _tenant_settings(arguments: argparse.Namespace) -> dict[str, str | bool | in
 
 
 def _parser() -> argparse.ArgumentParser:
-    from manylora.server.cli_flags import add_adapters, add_inspect, add_keys, add_merge, add_quantize, add_serve
+    from manylora.server.cli_flags import (
+        add_adapters,
+        add_inspect,
+        add_keys,
+        add_merge,
+        add_plan,
+        add_quantize,
+        add_serve,
+    )
 
     parser = argparse.ArgumentParser(
         prog="manylora",
@@ -312,6 +369,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_serve(commands).set_defaults(run=_serve)
+    add_plan(commands).set_defaults(run=_plan)
     add_quantize(commands).set_defaults(run=_quantize)
     add_merge(commands).set_defaults(run=_merge)
     add_inspect(commands).set_defaults(run=_inspect)

@@ -101,6 +101,7 @@ def add_serve(commands: Commands) -> argparse.ArgumentParser:
         metavar="FILE",
         help="tenants: their keys, adapters and limits, as `manylora keys` writes them; read again on SIGHUP",
     )
+    add("--no-playground", action="store_true", help="no page at /, where answers can be tried out in a browser")
     add("--protect-metrics", action="store_true", help="/metrics takes the admin key: it names adapters and tenants")
     add(
         "--request-timeout",
@@ -148,6 +149,12 @@ def add_serve(commands: Commands) -> argparse.ArgumentParser:
         help="send traces to this OpenTelemetry collector, over HTTP (needs the extra `otel`; default: off)",
     )
 
+    add_sizes(parser, max_rank=256)
+    return parser
+
+
+def add_sizes(parser: argparse.ArgumentParser, *, max_rank: int | None) -> None:
+    """The flags of ``EngineConfig``."""
     add = parser.add_argument_group("sizes (by default chosen for the device and the model, and logged)").add_argument
     add("--device", default="auto", metavar="D", help="auto, cpu or cuda (default: %(default)s)")
     add(
@@ -181,7 +188,8 @@ def add_serve(commands: Commands) -> argparse.ArgumentParser:
     add("--table-memory", metavar="BYTES", help="embedding and lm_head rows that adapters replace, on the device")
     add("--host-memory", metavar="BYTES", help="adapters in host memory; more are read again (default: a quarter)")
     add("--max-host-adapters", type=int, metavar="N", help="adapters in host memory at once (default: what fits)")
-    add("--max-rank", type=int, default=256, metavar="R", help="largest rank of an adapter (default: %(default)s)")
+    rank = "--rank" if max_rank is None else "%(default)s"
+    add("--max-rank", type=int, default=max_rank, metavar="R", help=f"largest rank of an adapter (default: {rank})")
     add("--kv-memory", metavar="BYTES", help="memory for keys and values, e.g. 2GiB")
     add(
         "--prefix-cache",
@@ -190,6 +198,39 @@ def add_serve(commands: Commands) -> argparse.ArgumentParser:
         help="keep keys and values of past requests in what --kv-memory leaves, for requests that begin alike: of one "
         "tenant, one adapter version and scale, and one cache_salt (default: %(default)s)",
     )
+
+
+def add_plan(commands: Commands) -> argparse.ArgumentParser:
+    parser = _command(
+        commands,
+        "plan",
+        "say what a server would take, and how fast it could be at best",
+        "Print the memory that a server of these sizes takes, part by part, how many adapters it holds where, and how\n"
+        "long a decode step takes at least: what it must read over the memory's bandwidth. No weight is read. What\n"
+        "does not fit is refused (exit code 2), with what to change. The same code sizes `serve`, which logs it.",
+        "  manylora plan --model Qwen/Qwen3-0.6B --adapters 100 --rank 16 --memory 24GiB",
+    )
+    add = parser.add_argument_group("what is to be served").add_argument
+    add(
+        "--model", metavar="M", help="checkpoint directory, .gguf file or hub id (default: the demo base, if installed)"
+    )
+    add("--adapters", type=int, metavar="N", help="how many adapters there will be")
+    add("--rank", type=int, default=16, metavar="R", help="of the adapters (default: %(default)s)")
+    add(
+        "--context",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens of a request, for the floor (default: %(default)s)",
+    )
+    add("--memory", metavar="BYTES", help="of the device; on a CPU of the machine (default: what is free here)")
+    add(
+        "--bandwidth",
+        metavar="B",
+        help="bytes a second of its memory, such as 3350GB (default: measured, if it is here)",
+    )
+    add("--json", action="store_true", help="print JSON, in bytes and milliseconds")
+    add_sizes(parser, max_rank=None)
     return parser
 
 

@@ -170,6 +170,8 @@ class ApiConfig:
     adapters_on_demand: int = 0
     """Requests may name adapters that are not loaded: folders of ``adapter_roots``, which are then loaded, so many at a
     time. 0: off."""
+    playground: bool = True
+    """Serve the playground's page at ``/``."""
     upload_dir: Path | None = None
     """Where uploaded adapters are kept; ``None``: uploads are off."""
     allow_request_chat_template: bool = False

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from manylora.kernels import cpu
 from manylora.kernels.lora import Implementation
+from manylora.kernels.nf4_code import NF4_CODE
+from manylora.kernels.nf4_tensor import Nf4Tensor
 from manylora.kernels.ops import PAGE_SIZE, Ops
 from manylora.kernels.torch_ops import TorchOps
 from manylora.server.config import ConfigError, CpuKernels, LoraDtype
 from manylora.server.model.decoder_weights import attention_shape
 from manylora.server.model.families import ModelSpec
+from manylora.server.model.layout import projection_shapes
 from manylora.server.model.progress import Progress
 from manylora.server.model.weights import BaseWeights
+from manylora.server.sizing import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +66,7 @@ def choose_path(
     if variant is None:
         return _refused(device, weights, asked, "; ".join(f"{v.name}: {cpu.missing(v)}" for v in cpu.VARIANTS), "torch")
     cpu.choose(variant)
-    reason = _unsuited(spec, weights)
+    reason = _unsuited(spec, weights.projections.values())
     if reason is not None:
         return _refused(device, weights, asked, f"they cannot compute this model: {reason}", "auto")
     ops, faults = _compiled_and_tested(variant, arithmetic, spec, weights, progress=progress)
@@ -71,13 +76,43 @@ def choose_path(
     return ComputePath(ops, "auto")
 
 
-def lora_dtype(asked: LoraDtype, ops: Ops) -> torch.dtype:
-    """What adapters' pages hold beside these operations. Raises ConfigError for what their kernels cannot read."""
-    dtype = ops.dtype if asked == "auto" else {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
-    if dtype not in (ops.dtype, torch.bfloat16 if ops.device.type == "cpu" else ops.dtype):
-        name = str(ops.dtype).removeprefix("torch.")
-        raise ConfigError("--lora-dtype", f"on {ops.device.type} adapters are held in {name}, got {asked}")
+def lora_dtype(asked: LoraDtype, device: str, computed: torch.dtype) -> torch.dtype:
+    """What adapters' pages hold beside operations that compute in ``computed``. Raises ConfigError for what their
+    kernels cannot read."""
+    dtype = computed if asked == "auto" else {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
+    if dtype not in (computed, torch.bfloat16 if device == "cpu" else computed):
+        name = str(computed).removeprefix("torch.")
+        raise ConfigError("--lora-dtype", f"on {device} adapters are held in {name}, got {asked}")
     return dtype
+
+
+def expected_layout(device: str, asked: CpuKernels, spec: ModelSpec, blocksizes: Mapping[str, int]) -> Layout:
+    """How ``choose_path`` will have the base held, from shapes alone; a self-test that fails is not foreseen.
+
+    Raises ConfigError for CPU kernels that were asked for by name and cannot serve.
+    """
+    if device != "cpu":
+        return "words"
+    if asked == "torch":
+        return "fp32"
+    check_cpu_kernels(asked)
+    variant = cpu.best() if asked == "auto" else next(one for one in cpu.VARIANTS if one.name == asked)
+    if variant is None:
+        return "fp32"
+    cpu.choose(variant)
+    reason = _unsuited(spec, _without_bytes(spec, blocksizes))
+    if reason is not None and asked != "auto":
+        raise ConfigError(_FLAG, f"{asked}: they cannot compute this model: {reason}; `auto` or `torch` serve without")
+    return "tiles" if reason is None else "fp32"
+
+
+def _without_bytes(spec: ModelSpec, blocksizes: Mapping[str, int]) -> Iterator[Nf4Tensor]:
+    """The base's weights, shapes only."""
+    for name, (n, k) in projection_shapes(spec).items():
+        block = blocksizes.get(name, 64)
+        packed = torch.empty(n * k // 2, dtype=torch.uint8, device="meta")
+        absmax = torch.empty(-(-n * k // block), device="meta")
+        yield Nf4Tensor(packed, absmax, torch.tensor(NF4_CODE), (n, k), block)
 
 
 def _cuda_ops(device: torch.device, spec: ModelSpec, weights: BaseWeights) -> Ops:
@@ -114,13 +149,13 @@ def _torch_path(device: torch.device, weights: BaseWeights, lora: Implementation
     return ComputePath(TorchOps(device, torch.float32, resident=True), lora)
 
 
-def _unsuited(spec: ModelSpec, weights: BaseWeights) -> str | None:
+def _unsuited(spec: ModelSpec, weights: Iterable[Nf4Tensor]) -> str | None:
     """Why the CPU kernels cannot compute with the model; None if they can."""
     from manylora.kernels.cpu.ops import unsupported  # numba, which need not be there
 
     if spec.head_dim % PAGE_SIZE:
         return f"its head size {spec.head_dim} is no multiple of {PAGE_SIZE}"
-    return next((r for r in map(unsupported, weights.projections.values()) if r is not None), None)
+    return next((r for r in map(unsupported, weights) if r is not None), None)
 
 
 def _compiled_and_tested(

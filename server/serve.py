@@ -57,4 +57,6 @@ def _say_what_to_try(running: Running, config: ServeConfig, sock: socket.socket)
     _log.info(
         "try:  curl -s http://%s:%d/v1/completions -H 'Content-Type: application/json'%s -d '%s'", host, port, key, body
     )
+    if config.api.playground:
+        _log.info("open: http://%s:%d/ in a browser", host, port)
     _log.info("see:  http://%s:%d/v1/models  /v1/adapters  /metrics  /openapi.json", host, port)

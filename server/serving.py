@@ -1,13 +1,12 @@
 """Puts a server together: base, adapters' pool and registry, engine; for ``manylora serve``, tests and benchmarks.
 
-Sizes left open in the configuration are chosen here, where the device and the model are known, and logged.
+Sizes left open in the configuration are chosen (``sizing``) once the device and the model are known, and logged.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -19,12 +18,12 @@ from manylora.adapters.slots import SlotManager
 from manylora.adapters.versions import AdapterInfo, AdapterRef
 from manylora.adapters.watcher import FolderWatcher
 from manylora.kernels.lora import BatchedLora
-from manylora.kernels.lora_pool import MAX_RANK, LoraPool
-from manylora.kernels.ops import PAGE_SIZE, Ops
-from manylora.kernels.sites import LAYER_PROJECTIONS, PROJECTIONS, RANK_PAGE
+from manylora.kernels.lora_pool import LoraPool
+from manylora.kernels.ops import PAGE_SIZE
 from manylora.server.adapter_loading import AdapterLoader, first_adapters
 from manylora.server.api.state import Serving
-from manylora.server.config import ConfigError, EngineConfig, ServeConfig
+from manylora.server.bandwidth import measure_bandwidth
+from manylora.server.config import ConfigError, ServeConfig
 from manylora.server.device_ops import check_cpu_kernels, choose_path, lora_dtype
 from manylora.server.engine.auto_merge import AutoMerger, TokenShares
 from manylora.server.engine.decode_graphs import DecodeGraphs
@@ -39,38 +38,25 @@ from manylora.server.engine.sampler import Sampler
 from manylora.server.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from manylora.server.model.decoder import Decoder
 from manylora.server.model.decoder_weights import DecoderWeights
-from manylora.server.model.families import ModelSpec
 from manylora.server.model.kv_cache import KVCache
 from manylora.server.model.loader import LoadedBase, load_base
+from manylora.server.plan import Plan, readable
+from manylora.server.sizing import Form, Room, Sizes, choose_sizes, free_memory
 
 logger = logging.getLogger(__name__)
-
-_MIB = 1 << 20
 
 _DRAFTS_UP_TO_CPU = 16
 """Tokens of a step that drafts may fill it up to. A step of one token waits for memory; one of 16 computes (measured by
 bench/speculation.py)."""
 _DRAFTS_UP_TO_CUDA = 64
 
+_PLANNED_RANK, _PLANNED_CONTEXT = 16, 512
+"""Of the adapters and requests whose decode floor is told at the start."""
+
 _UPLOAD_THREADS = 2
 """Copies to the device at once: they are bound by the bus, and by the interpreter."""
 _READ_THREADS = 3
 """Reads of adapters that had left host memory: two slow disks, and one more."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the engine was built with: the configuration, its gaps filled."""
-
-    max_rows: int
-    max_batch_tokens: int
-    max_context: int
-    max_slots: int
-    max_pages: int
-    max_rank: int
-    kv_pages: int
-    table_bytes: int
-    host_memory: int
 
 
 @dataclass
@@ -85,6 +71,7 @@ class Running:
     decoder: Decoder
     runner: ModelRunner
     sizes: Sizes
+    plan: Plan
     host: HostTier
     watcher: FolderWatcher | None
     merges: MergeManager
@@ -129,95 +116,9 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def choose_sizes(config: EngineConfig, spec: ModelSpec, ops: Ops) -> Sizes:
-    """Fill the configuration's gaps. Raises ConfigError for what the model or the machine cannot give."""
-    on_cpu = ops.device.type == "cpu"
-    if config.max_context is not None and config.max_context > spec.max_position:
-        raise ConfigError(
-            "--max-context", f"{config.max_context} is more than the model's own {spec.max_position} positions"
-        )
-    if config.max_rank > MAX_RANK:
-        raise ConfigError("--max-rank", f"at most {MAX_RANK} is served, got {config.max_rank}")
-    max_context = config.max_context or spec.max_position
-    max_rows = config.max_rows or (32 if on_cpu else 128)
-    max_batch_tokens = config.max_batch_tokens or max(max_rows, 256 if on_cpu else 2048)
-    max_slots = config.max_device_adapters or 32
-    # Two pages a slot serve ranks up to 32 everywhere; larger ones share what smaller ones leave.
-    max_pages = max(2 * max_slots, -(-config.max_rank // RANK_PAGE))
-    page_bytes = KVCache.bytes_per_page(spec, ops.dtype)
-    free = _free_memory(ops.device)
-    # Room for two adapters that bring a whole table of their own (a retrained lm_head), or many that add some tokens.
-    two_tables = 2 * spec.vocab_size * spec.hidden_size * ops.dtype.itemsize
-    table_bytes = min(two_tables, free // 16) if config.table_memory is None else config.table_memory
-    if config.kv_memory is not None:
-        kv_pages = config.kv_memory // page_bytes
-    else:
-        if not on_cpu:
-            # There the base and the adapters' pages are still to come; on the CPU the base is there already, and pages
-            # are committed as they are first used.
-            base = _base_bytes(spec)
-            adapters = max_pages * _adapter_page_bytes(spec, ops.dtype) + max_slots * _vector_bytes(spec) + table_bytes
-            if base + adapters > free:
-                raise ConfigError(
-                    "--max-device-adapters",
-                    f"the base ({base // _MIB} MiB) and {max_pages} pages of adapters ({adapters // _MIB} MiB) need "
-                    f"more than the {free // _MIB} MiB that are free on {ops.device}; lower it, or --max-rank",
-                )
-            free -= base + adapters
-        kv_pages = min(free // (4 if on_cpu else 2) // page_bytes, max_rows * KVCache.pages_for(max_context))
-    if kv_pages * PAGE_SIZE < max_context:
-        needed = KVCache.pages_for(max_context) * page_bytes
-        if config.max_context is not None or kv_pages < 1:
-            raise ConfigError(
-                "--kv-memory",
-                f"one request of {max_context} tokens needs {needed // _MIB + 1} MiB of keys and values, there is room "
-                f"for {kv_pages * page_bytes // _MIB} MiB; raise it or lower --max-context",
-            )
-        max_context = kv_pages * PAGE_SIZE
-    return Sizes(
-        max_rows=max_rows,
-        max_batch_tokens=max_batch_tokens,
-        max_context=max_context,
-        max_slots=max_slots,
-        max_pages=max_pages,
-        max_rank=config.max_rank,
-        kv_pages=kv_pages,
-        table_bytes=table_bytes,
-        host_memory=config.host_memory or _free_memory(torch.device("cpu")) // 4,
-    )
-
-
 def _drafts_up_to(device: torch.device, max_rows: int) -> int:
     """See ``SchedulerConfig``. There are decode graphs for ``max_rows`` tokens."""
     return _DRAFTS_UP_TO_CPU if device.type == "cpu" else min(_DRAFTS_UP_TO_CUDA, max_rows)
-
-
-def _base_bytes(spec: ModelSpec) -> int:
-    """Of the base on a device: NF4 with nested scales, 16-bit tables."""
-    shapes = spec.lora_shapes()
-    weights = sum(shapes.in_features[p] * shapes.out_features[p] for p in LAYER_PROJECTIONS) * spec.n_layers
-    tables = (1 if spec.tie_embeddings else 2) * spec.vocab_size * spec.hidden_size * 2
-    return weights // 2 + weights // 64 + weights // 4096 + tables
-
-
-def _vector_bytes(spec: ModelSpec) -> int:
-    """Of a slot's gains and biases, at every projection."""
-    shapes = spec.lora_shapes()
-    return sum(shapes.out_features[p] * shapes.layers_of(p) for p in PROJECTIONS) * 2 * torch.float32.itemsize
-
-
-def _adapter_page_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Of one page of every projection, in all layers."""
-    shapes = spec.lora_shapes()
-    widths = sum((shapes.in_features[p] + shapes.out_features[p]) * shapes.layers_of(p) for p in PROJECTIONS)
-    return widths * RANK_PAGE * dtype.itemsize
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that can be had on the device now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(os.sysconf("SC_AVPHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
 
 
 def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None = None) -> Running:
@@ -239,14 +140,23 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
         device, config.engine.cpu_kernels, spec, weights, arithmetic=config.engine.cpu_arithmetic, progress=progress
     )
     ops = path.ops
-    sizes = choose_sizes(config.engine, spec, ops)
+    pages = lora_dtype(config.engine.lora_dtype, device.type, ops.dtype)
+    form = Form.of(ops, pages, weights)
+    # The base is in host memory already: on a CPU its bytes will be given to what it is re-laid into.
+    free = free_memory(torch.device("cpu"))
+    sizes = choose_sizes(
+        config.engine,
+        spec,
+        form,
+        Room(free + weights.nbytes if device.type == "cpu" else free_memory(device), free),
+    )
     pool = LoraPool(
         spec.lora_shapes(),
         max_slots=sizes.max_slots,
         max_pages=sizes.max_pages,
         max_rank=sizes.max_rank,
         dtype=ops.dtype,
-        page_dtype=lora_dtype(config.engine.lora_dtype, ops),
+        page_dtype=pages,
         device=device,
         table_bytes=sizes.table_bytes,
     )
@@ -323,21 +233,13 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
     auto_merger = None
     if config.auto_merge is not None and shares is not None:
         auto_merger = AutoMerger(config.auto_merge, merges, shares)
-    logger.info(
-        "%s on %s (%s operations, LoRA: %s): base %d MiB, %d rows, context of %d, KV cache %d MiB, %d adapter slots "
-        "of %s, %d MiB of host memory for adapters",
-        name,
-        device,
-        ops.name,
-        lora.implementation,
-        decoder.nbytes // _MIB,
-        sizes.max_rows,
-        sizes.max_context,
-        sizes.kv_pages * KVCache.bytes_per_page(spec, ops.dtype) // _MIB,
-        sizes.max_slots,
-        str(pool.page_dtype).removeprefix("torch."),
-        sizes.host_memory // _MIB,
-    )
+    planned = Plan(
+        name, spec, form, sizes, rank=min(_PLANNED_RANK, sizes.max_rank),
+        context=min(_PLANNED_CONTEXT, sizes.max_context), bandwidth=measure_bandwidth(device),
+    )  # fmt: skip
+    logger.info("%s on %s: %s operations, LoRA: %s", name, device, ops.name, lora.implementation)
+    for line in readable(planned):
+        logger.info("plan: %s", line)
     serving = Serving(
         engine=engine,
         registry=registry,
@@ -355,7 +257,7 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
     if config.adapter_dir is not None and config.watch is not None:
         watcher = FolderWatcher(config.adapter_dir, registry, interval=config.watch)
     return Running(
-        serving, engine, registry, slots, pool, decoder, runner, sizes, host, watcher, merges, auto_merger,
+        serving, engine, registry, slots, pool, decoder, runner, sizes, planned, host, watcher, merges, auto_merger,
         grammars,
         (reads, uploads),
     )  # fmt: skip

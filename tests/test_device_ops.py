@@ -217,13 +217,13 @@ def test_cpu_kernels_on_cuda_are_refused() -> None:
 
 
 def test_what_adapters_are_held_in() -> None:
-    fp32, half = TorchOps(CPU, torch.float32, resident=False), TorchOps(CPU, torch.bfloat16, resident=False)
-    assert lora_dtype("auto", fp32) == torch.float32
-    assert lora_dtype("float32", fp32) == torch.float32
-    assert lora_dtype("bfloat16", fp32) == torch.bfloat16
-    assert lora_dtype("auto", half) == torch.bfloat16
+
+    assert lora_dtype("auto", "cpu", torch.float32) == torch.float32
+    assert lora_dtype("float32", "cpu", torch.float32) == torch.float32
+    assert lora_dtype("bfloat16", "cpu", torch.float32) == torch.bfloat16
+    assert lora_dtype("auto", "cuda", torch.bfloat16) == torch.bfloat16
     with pytest.raises(ConfigError, match=r"^--lora-dtype: on cpu adapters are held in bfloat16, got float32"):
-        lora_dtype("float32", half)
+        lora_dtype("float32", "cuda", torch.bfloat16)
 
 
 class _Compiles(event.Listener):  # type: ignore[misc]

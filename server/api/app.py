@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import Any
 
 from fastapi import FastAPI
@@ -15,7 +16,7 @@ from starlette.routing import BaseRoute
 
 from manylora.adapters.on_demand import OnDemand
 from manylora.adapters.versions import AdapterRef
-from manylora.server.api import chat, completions, health, models, tokenization
+from manylora.server.api import chat, completions, health, models, playground, tokenization
 from manylora.server.api.access.auth import AuthMiddleware
 from manylora.server.api.access.keys import KeyRing
 from manylora.server.api.context import ContextMiddleware
@@ -31,7 +32,7 @@ from manylora.server.api.openapi.document import document
 from manylora.server.api.state import AppState, Serving
 from manylora.server.config import ApiConfig
 
-_ROUTES = (completions, chat, models, tokenization, adapters, dialects, health)
+_ROUTES = (completions, chat, models, tokenization, adapters, dialects, health, playground)
 
 _ADMIN_THREADS = 2
 """Loads at once, and as many again that requests asked for; more wait, so that they leave the processor to those who
@@ -78,27 +79,32 @@ def create_app(serving: Serving, config: ApiConfig, *, tracing: Tracing | None =
     keys = KeyRing(config)
     keys.when_changed(serving.metrics.retain_tenants)
     app.state.manylora = AppState(serving, config, executor, http_metrics, uploads, on_demand, keys)
-    for module in _ROUTES:
+    served = [module for module in _ROUTES if config.playground or module is not playground]
+    for module in served:
         app.include_router(module.router)
     app.openapi = cache(partial(_document, config))  # type: ignore[method-assign]
-    install_error_handlers(app, routes())
+    install_error_handlers(app, _routes_of(served))
     app.add_middleware(AuthMiddleware, config=config, keys=keys)
     # The trace's id is in the log.
     listeners = [] if tracing is None else [tracing.record]
-    observation = Observation([*routes(), *app.routes], [*listeners, http_metrics.record, log_request])
+    observation = Observation([*_routes_of(served), *app.routes], [*listeners, http_metrics.record, log_request])
     app.add_middleware(ContextMiddleware, observer=observation)  # added last, so it is the outermost
     return app
 
 
 def routes() -> list[BaseRoute]:
     """Every route of the application but that of the document itself."""
-    return [route for module in _ROUTES for route in module.router.routes]
+    return _routes_of(_ROUTES)
+
+
+def _routes_of(modules: Iterable[ModuleType]) -> list[BaseRoute]:
+    return [route for module in modules for route in module.router.routes]
 
 
 def _document(config: ApiConfig) -> dict[str, Any]:
     """``/openapi.json``."""
     return document(
-        routes(),
+        [route for route in routes() if config.playground or route not in playground.router.routes],
         version=_version(),
         takes_api_key=bool(config.api_keys) or config.keys_file is not None,
         takes_admin_key=config.admin_key is not None,

@@ -277,7 +277,12 @@ def serve(case: Case, root: Path, kernels: CpuKernels, *, config: Callable[[Path
     settings = ServeConfig(
         model=case.model_type,
         engine=EngineConfig(
-            max_context=128, max_rows=32, max_device_adapters=64, table_memory=16 << 20, cpu_kernels=kernels
+            max_context=128,
+            max_rows=32,
+            max_device_adapters=64,
+            table_memory=16 << 20,
+            cpu_kernels=kernels,
+            cpu_arithmetic="fp32",  # as the references' side
         ),
     )
     running = build(settings, base=base, progress=False)

@@ -3,6 +3,7 @@
 | route                   | no key configured | --api-key, --keys | --admin-key | both       |
 | ----------------------- | ----------------- | ----------------- | ----------- | ---------- |
 | /health /ready /metrics | open              | open              | open        | open       |
+| / (the playground)      | open              | open              | open        | open       |
 | managing adapters       | loopback only     | see below         | admin key   | admin key  |
 | everything else         | open              | key               | open        | either key |
 
@@ -31,10 +32,11 @@ from manylora.server.api.access.keys import KeyRing
 from manylora.server.api.access.rate_limits import RateLimited
 from manylora.server.api.context import RequestContext, context_in, context_of
 from manylora.server.api.errors import ApiError, bad_request, too_many_requests
+from manylora.server.api.playground import ASSET_PATHS, PAGE_PATH
 from manylora.server.config import ApiConfig, is_loopback
 
 METRICS_PATH: Final = "/metrics"
-OPEN_PATHS: Final = frozenset({"/health", "/ready", METRICS_PATH})
+OPEN_PATHS: Final = frozenset({"/health", "/ready", METRICS_PATH, PAGE_PATH}) | ASSET_PATHS
 
 _ADMIN_ROOT: Final = "/v1/adapters"
 _ADMIN_PATHS: Final = frozenset(
@@ -61,7 +63,7 @@ class AuthMiddleware:
         self._open = OPEN_PATHS - {METRICS_PATH} if config.protect_metrics else OPEN_PATHS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self._open:
+        if scope["type"] != "http" or self._is_open(scope):
             await self._app(scope, receive, send)
             return
         is_admin = _is_admin(scope["path"])
@@ -81,6 +83,10 @@ class AuthMiddleware:
         finally:
             if caller.limits is not None:
                 caller.limits.spend_tokens(_tokens(context))
+
+    def _is_open(self, scope: Scope) -> bool:
+        # The page is there to be read: no other request is answered at a path that many a proxy makes of others.
+        return scope["path"] in self._open and (scope["path"] != PAGE_PATH or scope["method"] in _READING)
 
     def _caller(self, scope: Scope) -> Caller:
         """Who may use the server. Raises ApiError."""

@@ -81,6 +81,7 @@ TAGS: Final[Mapping[str, str]] = {
     "adapters": "The server's own way to manage adapters.",
     "adapters: vLLM and SGLang": "The same, as their clients do it.",
     "operations": "Probes and metrics.",
+    "playground": "A page for people, at `/`.",
 }
 
 _SLASHES: Final = "Slashes in it are sent as they are, or as %2F."
