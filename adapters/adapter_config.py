@@ -42,6 +42,8 @@ class AdapterConfig:
     token_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """``trainable_token_indices`` by projection; for the type TRAINABLE_TOKENS, those of every target."""
     ensure_weight_tying: bool = False
+    fan_in_fan_out: bool | None = False
+    """None for types that have no such field, and that PEFT does not put on weights stored as ``[in, out]``."""
 
     def rank(self, module: str) -> int:
         if self.kept is not None and (kept := self.kept.get(module)) is not None:

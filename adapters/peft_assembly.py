@@ -18,8 +18,8 @@ from manylora.adapters.peft_biases import changed_biases
 from manylora.adapters.peft_files import WEIGHTS_FILE
 from manylora.adapters.peft_report import listed, not_applicable, not_composable, report_of, without_effect
 from manylora.adapters.peft_tables import TableReader
-from manylora.adapters.peft_targets import EMBED_PATH, HEAD_PATH, TABLE_PATHS
 from manylora.adapters.peft_tensors import SortedTensors, check_shape, places_of, sort_tensors
+from manylora.adapters.peft_types import FAN_IN
 from manylora.adapters.safetensors_file import TORCH_DTYPES, TensorEntry
 from manylora.adapters.weights import LoadReport
 from manylora.kernels.lora_weights import LoraPair, LoraVectors, LoraWeights, Module, TableRows
@@ -47,6 +47,8 @@ class Assembly:
         self.buffer = buffer
         self.kind = kind_of(config)
         self.n_layers = shapes.n_layers
+        self.transposed = shapes.names.transposed
+        self.table_paths = (shapes.names.embed, shapes.names.head)
         places = places_of(shapes)
         self.places = dict(sorted(places.items(), key=lambda p: (PROJECTIONS.index(p[1].projection), p[1].layer)))
         self.tensors = SortedTensors()
@@ -86,6 +88,7 @@ class Assembly:
     def _assemble(self) -> None:
         if self.base is None:
             self._note_needs()
+        self._check_fan_in()
         adapted = frozenset(self.tensors.parts)
         if self.kind is not None:
             self._check_targets(adapted)
@@ -97,7 +100,7 @@ class Assembly:
         reader = TableReader(self.config, self.tensors, self.places, self.base, self._read, self.warnings)
         self._tables = reader.tables()
         for projection in self._tables:
-            path = TABLE_PATHS[projection]
+            path = reader.paths[projection]
             if path in adapted:
                 self.tensors.problem("modules with both a delta and replaced rows, which is not served", path)
         idle = []
@@ -106,6 +109,16 @@ class Assembly:
             if read and all(without_effect(self._pairs.get(m), self._vectors.get(m)) for m in place.modules):
                 idle.append(path)
         self._check_effect(adapted, idle)
+
+    def _check_fan_in(self) -> None:
+        """``fan_in_fan_out`` says that the base's weights are stored as [in, out], as GPT-2's are and no other's."""
+        says = self.config.fan_in_fan_out
+        if says and not self.transposed:
+            self.tensors.problem("fan_in_fan_out = true", FAN_IN)
+        elif says is False and self.transposed:
+            self.warnings.append(
+                "fan_in_fan_out = false, on a base that stores its weights as [in, out]: taken as true, as PEFT does"
+            )
 
     def _note_needs(self) -> None:
         if self.kind is not None and self.kind.needs_base:
@@ -132,7 +145,7 @@ class Assembly:
         ambiguous: list[str] = []
         ties = self._ties_factors()
         for path in self.places:
-            targeted = path in self.config.targets or (ties and path in (EMBED_PATH, HEAD_PATH))
+            targeted = path in self.config.targets or (ties and path in self.table_paths)
             if path in adapted and (clash := self.config.ambiguous_alphas(path)):
                 ambiguous.append(f"{path}: {clash[0]!r} counts, as in PEFT, and not {', '.join(map(repr, clash[1:]))}")
             if targeted and path not in adapted:
@@ -150,11 +163,11 @@ class Assembly:
         unknown = [path for path in self.config.kept or () if path not in adapted]
         for path in unknown:
             problem("modules of rank_pattern that have no tensors", path)
-        if ties and {EMBED_PATH, HEAD_PATH} <= adapted:
+        if ties and set(self.table_paths) <= adapted:
             self._check_tied_factors()
 
     def _check_tied_factors(self) -> None:
-        embed, head = self.tensors.parts[EMBED_PATH], self.tensors.parts[HEAD_PATH]
+        embed, head = (self.tensors.parts[path] for path in self.table_paths)
         for of_embed, of_head in (("lora_embedding_A", "lora_B.weight"), ("lora_embedding_B", "lora_A.weight")):
             one, other = embed.get(of_embed), head.get(of_head)
             if one is None or other is None or one.shape != other.shape[::-1]:
@@ -187,7 +200,11 @@ class Assembly:
         """Whether PEFT has such a delta at the module, of a rank that is served; else that is said."""
         if self.kind is None:
             return False
-        if (reason := self.kind.accepts(place)) is not None:
+        if self.transposed and self.config.fan_in_fan_out is None:
+            reason = f"PEFT has no {self.kind.name} on weights that are stored as [in, out]"
+        else:
+            reason = self.kind.accepts(place) or ""
+        if reason:
             self.tensors.problem("modules that the adapter's kind does not have", f"{place.path}: {reason}")
             return False
         if (rank := self.kind.rank(place)) > MAX_RANK:

@@ -12,8 +12,8 @@ from manylora.adapters.base import BaseModel
 from manylora.adapters.fp32 import Array, array
 from manylora.adapters.kinds.kind import Place
 from manylora.adapters.peft_tables import Read
-from manylora.adapters.peft_targets import TABLE_PATHS
 from manylora.adapters.peft_tensors import SortedTensors
+from manylora.kernels.sites import GLOBAL_PROJECTIONS
 
 
 def changed_biases(
@@ -35,7 +35,7 @@ def changed_biases(
         trained = config.bias == "all" or (config.bias == "targets" and place.path in adapted)
         if entry is None and (not trained or base is None):
             continue
-        own = place.bias(base) if base is not None and place.path not in _TABLES else None
+        own = place.bias(base) if base is not None and place.projection not in GLOBAL_PROJECTIONS else None
         if entry is None:
             if own is not None:
                 tensors.problem("biases that the config says were trained and that have no tensors", place.path)
@@ -52,6 +52,3 @@ def changed_biases(
             new = array(value)
             result[place.path] = new - array(own) if own is not None else np.zeros_like(new)
     return result
-
-
-_TABLES = frozenset(TABLE_PATHS.values())

@@ -161,7 +161,7 @@ class _Reader:
         alphas = {k: self._alpha(f"alpha_pattern[{_clip(k)!a}]", v) for k, v in alphas.items()}
         saved = self._saved()
         token_ids = self._token_ids()
-        targets = self._targets(peft_type, frozenset(TABLE_PATHS[p] for p in saved))
+        targets = self._targets(peft_type, frozenset(path for p in saved for path in TABLE_PATHS[p]))
         if "save_projection" in has and not self._flag("save_projection", default=True):
             self.refuse(
                 "save_projection",
@@ -185,6 +185,7 @@ class _Reader:
             decompose_factor=self._factor() if "decompose_factor" in has else -1,
             saved=saved,
             token_ids=token_ids,
+            fan_in_fan_out=self._flag("fan_in_fan_out") if "fan_in_fan_out" in has else None,
             ensure_weight_tying="ensure_weight_tying" in has and self._flag("ensure_weight_tying"),
         )
         if config.use_dora and config.lora_bias:

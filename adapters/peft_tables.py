@@ -18,10 +18,10 @@ from manylora.adapters.adapter_config import AdapterConfig
 from manylora.adapters.base import BaseModel
 from manylora.adapters.fp32 import equal, equal_but_for_rounding
 from manylora.adapters.kinds.kind import Place
-from manylora.adapters.peft_targets import TABLE_PATHS
 from manylora.adapters.peft_tensors import SortedTensors, check_table_shape
 from manylora.adapters.safetensors_file import TensorEntry
 from manylora.kernels.lora_weights import TableRows
+from manylora.kernels.sites import GLOBAL_PROJECTIONS
 
 Read = Callable[[TensorEntry], torch.Tensor | None]
 """A tensor of the file, or None where its dtype or its values were reported as a problem."""
@@ -44,7 +44,8 @@ class TableReader:
     ) -> None:
         self.config = config
         self.tensors = tensors
-        self.places = {projection: places[path] for projection, path in TABLE_PATHS.items()}
+        self.places = {p.projection: p for p in places.values() if p.projection in GLOBAL_PROJECTIONS}
+        self.paths = {projection: place.path for projection, place in self.places.items()}
         self.base = base
         self.tied = base is not None and base.tied
         self.read = read
@@ -55,7 +56,7 @@ class TableReader:
         whole = self._whole()
         tokens = self._tokens()
         for projection in sorted(whole.keys() & tokens.keys()):
-            self.tensors.problem("tables replaced as a whole and by tokens at once", TABLE_PATHS[projection])
+            self.tensors.problem("tables replaced as a whole and by tokens at once", self.paths[projection])
         for path, entry in self.tensors.frozen.items():
             self._check_copy(path, entry, frozen=True)
         return {**tokens, **whole}
@@ -63,9 +64,9 @@ class TableReader:
     def _whole(self) -> dict[str, TableRows]:
         saved = self.config.saved
         both = bool(saved) and self.config.ensure_weight_tying and self.tied
-        expected = frozenset(TABLE_PATHS) if both else saved
+        expected = frozenset(self.paths) if both else saved
         result = {}
-        for projection, path in TABLE_PATHS.items():
+        for projection, path in self.paths.items():
             entry = self.tensors.whole.get(path)
             if entry is not None and projection not in expected:
                 self._check_copy(path, entry, frozen=False)
@@ -88,7 +89,7 @@ class TableReader:
         ids = dict(self.config.token_ids)
         only_tokens = self.config.peft_type == "TRAINABLE_TOKENS"
         if only_tokens:
-            ids = {p: listed for p, listed in ids.items() if TABLE_PATHS[p] in self.config.targets}
+            ids = {p: listed for p, listed in ids.items() if self.paths[p] in self.config.targets}
         # A tied output layer follows the embedding, unless it was given other tokens.
         follows = self.tied and "embed" in ids and (only_tokens or ids.get("lm_head", ids["embed"]) == ids["embed"])
         if self.tied and self.config.ensure_weight_tying and "embed" in ids and not follows:
@@ -104,19 +105,19 @@ class TableReader:
         for projection, listed in ids.items():
             if (rows := self._rows(projection, listed)) is not None:
                 result[projection] = rows
-        for projection, path in TABLE_PATHS.items():
+        for projection, path in self.paths.items():
             if path in self.tensors.tokens and projection not in ids:
                 self.tensors.problem(
                     "retrained tokens that the config does not announce", self.tensors.tokens[path].name
                 )
         if follows and "embed" in result:
             if only_tokens and "lm_head" in result and not _equal(result["embed"], result["lm_head"]):
-                self.tensors.problem("retrained tokens that differ between tied tables", TABLE_PATHS["lm_head"])
+                self.tensors.problem("retrained tokens that differ between tied tables", self.paths["lm_head"])
             result["lm_head"] = result["embed"]
         return result
 
     def _rows(self, projection: str, ids: tuple[int, ...]) -> TableRows | None:
-        place, path = self.places[projection], TABLE_PATHS[projection]
+        place, path = self.places[projection], self.paths[projection]
         vocab, hidden = (place.n_in, place.n_out) if projection == "embed" else (place.n_out, place.n_in)
         entry = self.tensors.tokens.get(path)
         if entry is None:
@@ -140,7 +141,7 @@ class TableReader:
 
     def _check_copy(self, path: str, entry: TensorEntry, *, frozen: bool) -> None:
         """PEFT saves whole embeddings beside what was trained, of which they are no part: they must be the base's."""
-        projection = self.places["embed"].projection if path == TABLE_PATHS["embed"] else "lm_head"
+        projection = self.places["embed"].projection if path == self.paths["embed"] else "lm_head"
         if (wrong := check_table_shape(entry, self.places[projection])) is not None:
             self.tensors.problem(COPIES, wrong)
         elif self.base is None:

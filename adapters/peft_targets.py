@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 
 from manylora.adapters.patterns import Patterns
 
-EMBED_PATH = "model.embed_tokens"
+EMBED_PATHS = ("model.embed_tokens", "transformer.wte")
+"""Of the served families; a base has one of them (``LoraShapes.names``)."""
 HEAD_PATH = "lm_head"
-TABLE_PATHS: Mapping[str, str] = {"embed": EMBED_PATH, "lm_head": HEAD_PATH}
-TABLE_NAMES: Mapping[str, str] = {"embed_tokens": "embed", EMBED_PATH: "embed", HEAD_PATH: "lm_head"}
+TABLE_PATHS: Mapping[str, tuple[str, ...]] = {"embed": EMBED_PATHS, "lm_head": (HEAD_PATH,)}
+TABLE_NAMES: Mapping[str, str] = {
+    "embed_tokens": "embed", "wte": "embed", **dict.fromkeys(EMBED_PATHS, "embed"), HEAD_PATH: "lm_head",
+}  # fmt: skip
 """What ``modules_to_save`` and ``trainable_token_indices`` may name, and the projection that it means."""
 
 
@@ -36,7 +39,7 @@ class Targets:
             return False
         if isinstance(self.target_modules, str):
             if self.target_modules.lower() == "all-linear":
-                return module not in (HEAD_PATH, EMBED_PATH)  # the output layer is left out; the other is not linear
+                return module not in (HEAD_PATH, *EMBED_PATHS)  # the output layer is left out; the other is not linear
             return self.patterns.match(self.target_modules, module, whole=True) is not None
         if module in self.target_modules:  # a full path overrides layers_to_transform
             return True

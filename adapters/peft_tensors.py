@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from manylora.adapters.kinds.kind import Place, Shape
-from manylora.adapters.peft_targets import TABLE_PATHS
 from manylora.adapters.safetensors_file import TensorEntry
 from manylora.kernels.sites import GLOBAL_PROJECTIONS, LoraShapes
 
@@ -118,7 +117,7 @@ def _sort_one(
             return True
     module, _, last = name.rpartition(".")
     plain = module.removesuffix(".base_layer")
-    if last == "weight" and plain in TABLE_PATHS.values() and plain in places:
+    if last == "weight" and _is_table(places.get(plain)):
         (result.whole if plain == module else result.frozen)[plain] = entry
         return True
     if last == "bias" and plain in places:
@@ -127,10 +126,14 @@ def _sort_one(
             result.frozen_bias.add(plain)
         return True
     tokens = _TOKENS.get(peft_type)
-    if tokens is not None and (module := name.removesuffix(f".{tokens}")) != name and module in TABLE_PATHS.values():
+    if tokens is not None and (module := name.removesuffix(f".{tokens}")) != name and _is_table(places.get(module)):
         result.tokens[module] = entry
         return True
     return False
+
+
+def _is_table(place: Place | None) -> bool:
+    return place is not None and place.projection in GLOBAL_PROJECTIONS
 
 
 def _explain(result: SortedTensors, entry: TensorEntry, n_layers: int, told: frozenset[str]) -> None:

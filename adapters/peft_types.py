@@ -41,10 +41,9 @@ _HARMLESS_LYCORIS: Final[Mapping[str, str]] = {
     "init_weights": "initialisation only",
 }
 
-_FAN_IN: Final = "for bases that store their weights transposed (GPT-2's Conv1D); the served bases do not"
+FAN_IN: Final = "for bases that store their weights transposed (GPT-2's Conv1D); this base does not"
 _EFFECTIVE: Final = "a decomposition of convolutions, which the served bases do not have"
 _REFUSED_LORA: Final[Mapping[str, str]] = {
-    "fan_in_fan_out": _FAN_IN,
     "megatron_config": "LoRA over Megatron's parallel layers, which is not served",
     "layer_replication": "layers of the base are repeated, which is not served",
     "target_parameters": "LoRA on bare parameters (mixture-of-experts weights), which is not served",
@@ -89,7 +88,7 @@ SERVED: Final[Mapping[str, ServedType]] = MappingProxyType(
             "LoRA",
             _EVERY_TYPE | _TARGETS | _TABLES
             | {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias",
-               "use_dora", "lora_bias"},
+               "use_dora", "lora_bias", "fan_in_fan_out"},
             _HARMLESS_LORA,
             _REFUSED_LORA,
             _REFUSED_UNLESS_NONE_LORA,
@@ -98,7 +97,7 @@ SERVED: Final[Mapping[str, ServedType]] = MappingProxyType(
         ),
         "ADALORA": ServedType(
             "AdaLoRA",
-            _EVERY_TYPE | _TARGETS | _TABLES | {"init_r", "lora_alpha", "rank_pattern", "bias"},
+            _EVERY_TYPE | _TARGETS | _TABLES | {"init_r", "lora_alpha", "rank_pattern", "bias", "fan_in_fan_out"},
             {
                 **_HARMLESS_LORA,
                 **_ADALORA_SCHEDULE,
@@ -116,7 +115,7 @@ SERVED: Final[Mapping[str, ServedType]] = MappingProxyType(
         "VERA": ServedType(
             "VeRA",
             _EVERY_TYPE | {"target_modules", "layers_to_transform", "layers_pattern"}
-            | {"modules_to_save", "r", "save_projection", "bias"},
+            | {"modules_to_save", "r", "save_projection", "bias", "fan_in_fan_out"},
             {
                 **_HARMLESS,
                 "projection_prng_key": "initialisation only, where the projections are saved",
@@ -124,7 +123,7 @@ SERVED: Final[Mapping[str, ServedType]] = MappingProxyType(
                 "d_initial": "initialisation only",
                 "init_weights": "initialisation only",
             },
-            {"fan_in_fan_out": _FAN_IN},
+            {},
             {},
             256,
             ("none", "all", "vera_only"),

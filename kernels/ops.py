@@ -127,6 +127,9 @@ class Ops(Protocol):
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         """``x / sqrt(mean(x^2) + epsilon) * weight`` (Zhang and Sennrich 2019); ``weight`` is fp32."""
 
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """``(x - mean) / sqrt(variance + epsilon) * weight + bias`` (Ba et al. 2016); fp32 ``weight``, ``bias``."""
+
     def head_norm_(self, heads: torch.Tensor, weight: torch.Tensor, epsilon: float) -> None:
         """``rms_norm`` in place of each head in ``[rows, n_heads * head_dim]``, a column slice of a wider tensor;
         ``weight`` is ``[head_dim]``."""
@@ -136,6 +139,9 @@ class Ops(Protocol):
 
     def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """``gelu(gate) * up``, as ``silu_mul``; GELU in its tanh form (GeGLU, Shazeer 2020)."""
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """``gelu(x)`` in its tanh form (Hendrycks and Gimpel 2016)."""
 
     def add_(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """``x += y`` in place, of ``[rows, width]``; returns ``x``."""

@@ -45,9 +45,16 @@ class ModuleNames:
     blocks: str = "model.layers"
     embed: str = "model.embed_tokens"
     head: str = "lm_head"
+    transposed: bool = False
+    """Whether the layers' weights are stored as ``[in, out]`` (Conv1D)."""
 
     def path(self, linear: LinearModule, layer: int) -> str:
         return f"{self.blocks}.{layer}.{linear.path}"
+
+    @property
+    def prefix(self) -> str:
+        """What begins the names of all modules but the output layer: ``model.``"""
+        return self.embed[: self.embed.index(".") + 1]
 
     def table(self, projection: str) -> str:
         """The path of ``embed`` or ``lm_head``."""
@@ -77,13 +84,27 @@ FUSED: Final = ModuleNames(
 )
 """Phi-3's."""
 
+CONV1D: Final = ModuleNames(
+    (
+        LinearModule("attn.c_attn", ("q", "k", "v")),
+        LinearModule("attn.c_proj", ("o",)),
+        LinearModule("mlp.c_fc", ("up",)),
+        LinearModule("mlp.c_proj", ("down",)),
+    ),
+    blocks="transformer.h",
+    embed="transformer.wte",
+    transposed=True,
+)
+"""GPT-2's, whose MLP has no gate."""
+
 
 @dataclass(frozen=True)
 class LoraShapes:
     """The shapes that a LoRA adapter of one base model must have, and what the modules are called.
 
     ``in_features[p]`` and ``out_features[p]`` are the K and N of projection ``p``'s weight ``[N, K]``. For ``embed``
-    K is the vocabulary size (its input is a one-hot token) and N the hidden size.
+    K is the vocabulary size (its input is a one-hot token) and N the hidden size. A projection that the base does not
+    have has N = 0: the site that would hold it is computed without.
     """
 
     n_layers: int

@@ -130,6 +130,9 @@ class TorchOps:
         wide = x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * weight).to(self.dtype)
 
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float) -> torch.Tensor:
+        return F.layer_norm(x.float(), x.shape[-1:], weight, bias, epsilon).to(self.dtype)
+
     def head_norm_(self, heads: torch.Tensor, weight: torch.Tensor, epsilon: float) -> None:
         each = heads.view(heads.shape[0], -1, weight.numel())
         each.copy_(self.rms_norm(each, weight, epsilon))
@@ -141,6 +144,9 @@ class TorchOps:
     def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.gelu(gate, approximate="tanh") * up
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(x, approximate="tanh")
 
     def add_(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x.add_(y)

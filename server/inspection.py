@@ -18,7 +18,7 @@ from manylora.server.model.resolve import open_model, resolve
 from manylora.server.model.stored_base import StoredBase
 
 _FACTOR: Final = re.compile(
-    r"base_model\.model\.(?:model\.layers\.(?P<layer>\d{1,6})\.)?(?:\w+\.)*?(?P<module>\w+)\.lora_(?:embedding_)?A(?:\.weight)?"
+    r"base_model\.model\.(?:(?:model\.layers|transformer\.h)\.(?P<layer>\d{1,6})\.)?(?:\w+\.)*?(?P<module>\w+)\.lora_(?:embedding_)?A(?:\.weight)?"
 )
 """PEFT's name of the factor whose first dimension is the rank."""
 

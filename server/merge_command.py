@@ -24,8 +24,8 @@ from manylora.kernels.sites import GLOBAL_PROJECTIONS
 from manylora.server.model.errors import ModelError
 from manylora.server.model.families import ModelSpec
 from manylora.server.model.layout import (
-    EMBED,
     LM_HEAD,
+    embed_name,
     plain_shapes,
     projection_shapes,
     stored_weight,
@@ -141,6 +141,7 @@ class _Merger:
     def __init__(self, opened: OpenedModel, stored: StoredBase, weights: AdapterWeights) -> None:
         self._opened, self._stored, self._lora = opened, stored, weights.lora
         self._shapes = {**plain_shapes(opened.spec), **projection_shapes(opened.spec)}
+        self._embed = embed_name(opened.spec)
         self.tied = opened.spec.tie_embeddings
         """Whether the merged lm_head is the merged embedding; known once those have been made."""
 
@@ -148,7 +149,7 @@ class _Merger:
         """Bytes of the merged tensors; the most that they can be before it is known whether they are tied."""
         sizes = sum(torch.Size(shape).numel() for shape in self._shapes.values())
         if self.tied and (("embed", 0) in _touched(self._lora) or ("lm_head", 0) in _touched(self._lora)):
-            sizes += torch.Size(self._shapes[EMBED]).numel()
+            sizes += torch.Size(self._shapes[self._embed]).numel()
         return sizes * DTYPE.itemsize
 
     def groups(self, *, progress: bool) -> Iterator[dict[str, torch.Tensor]]:
@@ -158,7 +159,7 @@ class _Merger:
                 rounded = {name: self._round(name, tensor) for name, tensor in group.items()}
                 group.clear()
                 if self.tied and LM_HEAD in rounded:
-                    self.tied = torch.equal(rounded[LM_HEAD], rounded[EMBED])
+                    self.tied = torch.equal(rounded[LM_HEAD], rounded[self._embed])
                     if self.tied:
                         del rounded[LM_HEAD]
                 yield rounded
@@ -166,7 +167,7 @@ class _Merger:
 
     def _tensors(self) -> Iterator[dict[str, torch.Tensor]]:
         spec = self._opened.spec
-        merged = {EMBED, LM_HEAD}
+        merged = {self._embed, LM_HEAD}
         yield self._tables()
         for stored in stored_weights(spec):
             merged |= {stored.weight, stored.bias}
@@ -177,7 +178,8 @@ class _Merger:
                 with _naming(stored.bias):
                     summed = merge_bias(self._stored.bias(projection, stored.layer), vectors)
                 biases += [] if summed is None else [summed]
-            yield {stored.weight: torch.cat(weights) if len(weights) > 1 else weights[0]}
+            whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+            yield {stored.weight: whole.T.contiguous() if stored.transposed else whole}
             if biases:
                 yield {stored.bias: torch.cat(biases)}
         for name in self._shapes:
@@ -195,14 +197,14 @@ class _Merger:
     def _tables(self) -> dict[str, torch.Tensor]:
         """The embedding and, unless it stays the embedding, the output layer."""
         touched = _touched(self._lora)
-        tables = {EMBED: self._table("embed")}
+        tables = {self._embed: self._table("embed")}
         if not self.tied or ("embed", 0) in touched or ("lm_head", 0) in touched:
             tables[LM_HEAD] = self._table("lm_head")
         return tables
 
     def _table(self, projection: str) -> torch.Tensor:
         table, lora, module = self._stored.table(projection), self._lora, (projection, 0)
-        with _naming(EMBED if projection == "embed" else LM_HEAD):
+        with _naming(self._embed if projection == "embed" else LM_HEAD):
             if projection in lora.tables:
                 return merge_table(table, lora.tables[projection])
             if module not in lora.pairs and module not in lora.vectors:

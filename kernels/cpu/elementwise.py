@@ -10,7 +10,7 @@ from numba import carray, njit
 from manylora.kernels.cpu.compiling import kernel
 from manylora.kernels.cpu.threads import launch
 from manylora.kernels.cpu.tiles import float32_from_bits, float32_view, share
-from manylora.kernels.cpu.vectors import gelu_mul_8, rms_norm_8, silu_mul_8, softcap_8
+from manylora.kernels.cpu.vectors import gelu_8, gelu_mul_8, layer_norm_8, rms_norm_8, silu_mul_8, softcap_8
 
 _SERIAL = 16384
 """Elements below which waking the other threads costs more than it saves (about 4 microseconds of work)."""
@@ -58,6 +58,25 @@ def _gelu_mul_kernel(arguments, part, parts):
     for row in range(rows):
         gate = x + row * x_stride + 32 * first
         gelu_mul_8(gate, gate + 4 * width, out + row * out_stride + 32 * first, last - first)
+
+
+@kernel
+def _gelu_kernel(arguments, part, parts):
+    a = carray(arguments, 6)
+    x, x_stride, out, out_stride, rows, width = a[0], a[1], a[2], a[3], a[4], a[5]
+    first, last = share(width // 8, part, parts, 1)
+    for row in range(rows):
+        gelu_8(x + row * x_stride + 32 * first, out + row * out_stride + 32 * first, last - first)
+
+
+@kernel
+def _layer_norm_kernel(arguments, part, parts):
+    a = carray(arguments, 9)
+    x, x_stride, weight, bias, out, out_stride, rows, width = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
+    epsilon = float32_from_bits(a[8])
+    first, last = share(rows, part, parts, 1)
+    for row in range(first, last):
+        layer_norm_8(x + row * x_stride, weight, bias, out + row * out_stride, width // 8, epsilon)
 
 
 @kernel
@@ -119,6 +138,25 @@ def gelu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     launch(
         _gelu_mul_kernel, gate_up.data_ptr(), gate_up.stride(0) * 4, out.data_ptr(), out.stride(0) * 4, rows, width,
         keep=(gate_up, out), parallel=rows * width > _SERIAL // 4,
+    )  # fmt: skip
+
+
+def gelu(x: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = gelu(x)`` of ``[rows, width]``, fp32, in its tanh form; width % 8 == 0."""
+    rows, width = out.shape
+    launch(
+        _gelu_kernel, x.data_ptr(), x.stride(0) * 4, out.data_ptr(), out.stride(0) * 4, rows, width, keep=(x, out),
+        parallel=rows * width > _SERIAL // 4,
+    )  # fmt: skip
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon_bits: int, out: torch.Tensor) -> None:
+    """``out = (x - mean) / sqrt(variance + eps) * weight + bias`` of each row of ``[rows, width]``; otherwise as
+    ``rms_norm``."""
+    rows, width = x.shape
+    launch(
+        _layer_norm_kernel, x.data_ptr(), x.stride(0) * 4, weight.data_ptr(), bias.data_ptr(), out.data_ptr(),
+        out.stride(0) * 4, rows, width, epsilon_bits, keep=(x, out), parallel=x.numel() > _SERIAL,
     )  # fmt: skip
 
 

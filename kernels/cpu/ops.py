@@ -277,6 +277,11 @@ class NumbaOps:
         elementwise.rms_norm(x, weight, _bits(epsilon), out)
         return out
 
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float) -> torch.Tensor:
+        out = self._scratch.empty(*x.shape)
+        elementwise.layer_norm(x, weight, bias, _bits(epsilon), out)
+        return out
+
     def head_norm_(self, heads: torch.Tensor, weight: torch.Tensor, epsilon: float) -> None:
         elementwise.rms_norm(heads, weight, _bits(epsilon), heads)
 
@@ -288,6 +293,11 @@ class NumbaOps:
     def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         out = self._scratch.empty(gate_up.shape[0], gate_up.shape[1] // 2)
         elementwise.gelu_mul(gate_up, out)
+        return out
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        out = self._scratch.empty(*x.shape)
+        elementwise.gelu(x, out)
         return out
 
     def add_(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -93,6 +93,7 @@ def _checks(
     hidden = lora.in_features["q"]
     yield "embedding and logits", partial(_tables, make, ops, plain, hidden)
     yield "RMS norm", partial(_norm, make, ops, plain, hidden)
+    yield "layer norm", partial(_layer_norm, make, ops, hidden)
     yield "SiLU", partial(_silu, make, ops, plain)
     yield "GELU", partial(_gelu, make, ops)
     yield "soft cap", partial(_softcap, make, ops, plain)
@@ -220,6 +221,17 @@ def _norm(make: _Inputs, ops: Ops, plain: Ops, width: int) -> None:
         _compare(f"{rows} rows", got, exact, _sum_bound(width) * exact.double().abs())
 
 
+def _layer_norm(make: _Inputs, ops: Ops, width: int) -> None:
+    for rows in (1, 37):
+        x, weight, bias = 3 * make.normal(rows, width) + 1, make.normal(width), make.normal(width)
+        got = _run(ops, partial(ops.layer_norm, x, weight, bias, _EPSILON))
+        wide = x.double()
+        scaled = (wide - wide.mean(-1, keepdim=True)) / (wide.var(-1, correction=0, keepdim=True) + _EPSILON).sqrt()
+        # Relative to what is added: the mean is off by its sum's bound, and so is each difference to it.
+        size = scaled.abs() * weight.abs() + weight.abs() + bias.abs()
+        _compare(f"{rows} rows", got, scaled * weight + bias, _sum_bound(width) * size)
+
+
 def _head_norm(make: _Inputs, ops: Ops, plain: Ops, shape: AttentionShape) -> None:
     width = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
     ours, weight = make.normal(3, width), make.normal(shape.head_dim)
@@ -249,6 +261,8 @@ def _gelu(make: _Inputs, ops: Ops) -> None:
         exact = x * torch.sigmoid(1.5957691216057308 * (x + 0.044715 * x**3)) * up
         # As SiLU, of an argument that is itself rounded four times.
         _compare(f"{rows} rows", got, exact, 500 * _EPS * exact.abs() + 1e-30)
+        alone = _run(ops, partial(ops.gelu, gate_up[:, :_OUTPUTS]))
+        _compare(f"{rows} rows without up", alone, exact / up, 500 * _EPS * (exact / up).abs() + 1e-30)
 
 
 def _softcap(make: _Inputs, ops: Ops, plain: Ops) -> None:

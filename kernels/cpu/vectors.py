@@ -271,3 +271,55 @@ def softcap_8(typingctx, address, vectors, factor, cap):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32, types.float32), codegen
+
+
+@intrinsic
+def gelu_8(typingctx, x, out, vectors):
+    """``out = gelu(x)`` over ``8 * vectors`` fp32 values, in its tanh form."""
+
+    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+        x, out, vectors = args
+
+        def activate(kind: Any, at: Value) -> None:
+            store(b, _gelu(b, load(b, b.add(x, at), kind, 4)), b.add(out, at), 4)
+
+        _each_vector(b, vectors, activate)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), codegen
+
+
+@intrinsic
+def layer_norm_8(typingctx, x, weight, bias, out, vectors, epsilon):
+    """``out = (x - mean) / sqrt(variance + epsilon) * weight + bias`` over ``8 * vectors`` fp32 values.
+
+    The mean first, then the mean square of what differs from it: in one pass the two would cancel.
+    """
+
+    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+        x, weight, bias, out, vectors, epsilon = args
+        fma = fused_multiply_add(b)
+        sqrt = function(b, "llvm.sqrt.f32", F32, F32)
+        count = b.sitofp(b.mul(vectors, i64(8)), F32)
+        total = cgutils.alloca_once(b, V8F)
+        b.store(constant(0.0), total)
+        with cgutils.for_range(b, vectors, intp=I64) as loop:
+            value = load(b, b.add(x, b.mul(loop.index, i64(32))), V8F, 4)
+            b.store(b.fadd(value, b.load(total)), total)
+        mean = _splats(b, b.fdiv(_reduce(b, b.load(total), b.fadd), count))
+        b.store(constant(0.0), total)
+        with cgutils.for_range(b, vectors, intp=I64) as loop:
+            value = b.fsub(load(b, b.add(x, b.mul(loop.index, i64(32))), V8F, 4), mean(V8F))
+            b.store(b.call(fma, [value, value, b.load(total)]), total)
+        variance = b.fdiv(_reduce(b, b.load(total), b.fadd), count)
+        factor = _splats(b, b.fdiv(ir.Constant(F32, 1.0), b.call(sqrt, [b.fadd(variance, epsilon)])))
+
+        def normalise(kind: Any, at: Value) -> None:
+            value = b.fmul(b.fsub(load(b, b.add(x, at), kind, 4), mean(kind)), factor(kind))
+            value = b.fadd(b.fmul(value, load(b, b.add(weight, at), kind, 4)), load(b, b.add(bias, at), kind, 4))
+            store(b, value, b.add(out, at), 4)
+
+        _each_vector(b, vectors, normalise)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5, types.float32), codegen

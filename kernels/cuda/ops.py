@@ -286,6 +286,9 @@ class CudaOps:
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         return elementwise.rms_norm(x, weight, epsilon)
 
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float) -> torch.Tensor:
+        return self._torch.layer_norm(x, weight, bias, epsilon)
+
     def head_norm_(self, heads: torch.Tensor, weight: torch.Tensor, epsilon: float) -> None:
         elementwise.head_norm_(heads, weight, epsilon)
 
@@ -294,6 +297,9 @@ class CudaOps:
 
     def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self._torch.gelu_mul(gate_up)
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        return self._torch.gelu(x)
 
     def add_(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return self._torch.add_(x, y)

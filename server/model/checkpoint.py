@@ -81,6 +81,24 @@ class SafetensorsSource:
         return tensor.clone()
 
 
+class _Prefixed:
+    """A source whose tensors have a prefix in front of their names."""
+
+    def __init__(self, source: TensorSource, prefix: str) -> None:
+        self.what, self._source, self._prefix = source.what, source, prefix
+        self.infos = {prefix + name: info for name, info in source.infos.items()}
+
+    def get(self, name: str) -> torch.Tensor:
+        return self._source.get(name.removeprefix(self._prefix))
+
+
+def with_prefix(source: TensorSource, prefix: str) -> TensorSource:
+    """``source`` with the prefix of a whole model's names, where it was saved without the output layer and so has none
+    of them (GPT-2's first checkpoints; transformers reads both)."""
+    bare = bool(source.infos) and not any(name.startswith((prefix, "lm_head.")) for name in source.infos)
+    return _Prefixed(source, prefix) if bare and prefix != "model." else source
+
+
 class MemorySource:
     """Tensors that were just made; each is handed over once and then forgotten, so that none is in memory twice."""
 

@@ -62,11 +62,13 @@ NEUTRAL: Final[Mapping[str, Callable[[Any], bool]]] = {
 class ConfigReader:
     """Reads the config of one family. A family overrides the class variables, and the methods whose answer is its own.
 
-    ``reads``: keys of ``NEUTRAL`` that it understands. ``eps_key`` with the default of its config class. Raises
-    UnsupportedModel from ``spec``; all other methods add to ``reasons``.
+    ``reads``: keys of ``NEUTRAL`` that it understands; the defaults are those of its config class. ``spec`` raises
+    UnsupportedModel; all other methods add to ``reasons``.
     """
 
     family: ClassVar[Family]
+    keys: ClassVar[Mapping[str, str]] = {}
+    """The family's own spelling of keys, where it is not Llama's."""
     reads: ClassVar[frozenset[str]] = frozenset()
     default_eps: ClassVar[float] = 1e-6
     default_theta: ClassVar[float] = 10_000.0
@@ -97,7 +99,7 @@ class ConfigReader:
             architecture=architecture,
             vocab_size=self.size("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=self.size("intermediate_size"),
+            intermediate_size=self.size("intermediate_size", default=self.default_intermediate_size(hidden)),
             n_layers=n_layers,
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
@@ -126,6 +128,9 @@ class ConfigReader:
 
     def default_kv_heads(self, n_heads: int) -> int | None:
         """What ``num_key_value_heads`` is if the config does not say; None: its absence would be a guess."""
+        return None
+
+    def default_intermediate_size(self, hidden: int) -> int | None:
         return None
 
     def default_head_dim(self, hidden: int, n_heads: int) -> int:
@@ -171,6 +176,7 @@ class ConfigReader:
 
     def size(self, key: str, *, default: int | None = None) -> int:
         """A positive integer; ``default`` where the key is absent or null."""
+        key = self.keys.get(key, key)
         value = self.config.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
@@ -180,7 +186,8 @@ class ConfigReader:
             return 0
         return value
 
-    def eps(self, key: str = "rms_norm_eps") -> float:
+    def eps(self) -> float:
+        key = self.keys.get("rms_norm_eps", "rms_norm_eps")
         eps = self.config.get(key, self.default_eps)
         if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
             self.reasons.append(f"`{key}` must be a small positive number, got {eps!r}")

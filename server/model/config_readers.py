@@ -296,6 +296,62 @@ class _Gemma3(_Gemma2):
         return rope
 
 
+class _Gpt2(ConfigReader):
+    """GPT-2: learned positions instead of rotary ones, LayerNorm, an MLP without a gate, biases everywhere."""
+
+    family: ClassVar[Family] = "gpt2"
+    keys: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+        "intermediate_size": "n_inner",
+        "rms_norm_eps": "layer_norm_epsilon",
+    }
+    default_eps: ClassVar[float] = 1e-5
+    tied_by_default: ClassVar[bool] = True
+
+    def traits(self) -> dict[str, Any]:
+        return super().traits() | {
+            "qkv_bias": True,
+            "o_bias": True,
+            "mlp_bias": True,
+            "hidden_act": "gelu_tanh",
+            "norm": "layer",
+            "gated": False,
+            "learned_positions": True,
+            "attention_scale": None if self.config.get("scale_attn_weights", True) else 1.0,
+        }
+
+    def default_kv_heads(self, n_heads: int) -> int | None:
+        return n_heads
+
+    def default_intermediate_size(self, hidden: int) -> int | None:
+        return 4 * hidden
+
+    def rope(self, max_position: int) -> RopeSpec:
+        return RopeSpec()  # of no layer
+
+    def layer_ropes(self, rope: RopeSpec, layer_types: tuple[LayerType, ...]) -> tuple[RopeSpec | None, ...]:
+        return (None,) * len(layer_types)
+
+    def activation(self) -> None:
+        self.only("activation_function", "gelu_new")
+
+    def refuse_features(self) -> None:
+        super().refuse_features()
+        for key in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
+            if self.config.get(key):
+                self.reasons.append(f"config feature `{key}` = {self.config[key]!r}")
+        # transformers reads neither in a GPT-2 config: whoever wrote them meant another model.
+        for key in ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act"):
+            if self.config.get(key) is not None:
+                self.reasons.append(f"`{key}` in a GPT-2 model, which transformers does not apply")
+        hidden, heads = self.config.get("n_embd"), self.config.get("n_head")
+        if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads:
+            self.reasons.append(f"`n_embd` {hidden} is not a multiple of `n_head` {heads}")
+
+
 def _rounded(value: float, dtype: str) -> float:
     """A factor as a model of this type multiplies with it: Gemma was trained with sqrt(hidden) in its weights' type."""
     bits = {"bfloat16": 8, "float16": 11}.get(dtype)
@@ -311,5 +367,5 @@ def _refuse_mlp_bias(reader: ConfigReader) -> None:
 
 
 _READERS: Final[Mapping[Family, type[ConfigReader]]] = {
-    reader.family: reader for reader in (_Llama, _Mistral, _Qwen2, _Qwen3, _SmolLM3, _Phi3, _Gemma2, _Gemma3)
+    reader.family: reader for reader in (_Llama, _Mistral, _Qwen2, _Qwen3, _SmolLM3, _Phi3, _Gemma2, _Gemma3, _Gpt2)
 }

@@ -1,4 +1,4 @@
-"""The decoder of every served family, driven by its `ModelSpec`: pre-norm blocks of attention and a gated MLP."""
+"""The decoder of every served family, driven by its `ModelSpec`: pre-norm blocks of attention and an MLP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from manylora.kernels.lora import BatchedLora
 from manylora.kernels.ops import Ops, PagedSequences
 from manylora.kernels.sites import SITES
-from manylora.server.model.decoder_weights import DecoderWeights, LayerWeights
+from manylora.server.model.decoder_weights import DecoderWeights, LayerWeights, Norm
 from manylora.server.model.families import ModelSpec
 from manylora.server.model.forward_batch import ForwardBatch
 from manylora.server.model.kv_cache import KVCache
@@ -43,7 +43,8 @@ class Decoder:
         self.spec, self.weights, self.ops, self.lora = spec, weights, ops, lora
         self._layers = [_Layer(layer, i, ops, lora) for i, layer in enumerate(weights.layers)]
         self._recordings = ops.recordings()
-        self._activate = {"silu": ops.silu_mul, "gelu_tanh": ops.gelu_mul}[spec.hidden_act]
+        activations = {"silu": ops.silu_mul, "gelu_tanh": ops.gelu_mul if spec.gated else ops.gelu}
+        self._activate = activations[spec.hidden_act]
 
     @property
     def nbytes(self) -> int:
@@ -61,6 +62,8 @@ class Decoder:
             self.lora.add_embedding_(x, batch.token_ids, batch.lora)
         if self.spec.embed_scale != 1.0:
             x *= self.spec.embed_scale
+        if self.weights.positions is not None:
+            x += self.weights.positions[batch.sequences.positions.long()]
         if self._recordings is not None and batch.routed is None and self._may_be_recorded(batch):
             return self._recorded(self._recordings, x, batch, cache)
         adapters = batch.routed
@@ -76,24 +79,29 @@ class Decoder:
         with ops.together():
             for layer, rope, pages in zip(self._layers, self.weights.rope, cache.layers, strict=True):
                 with ops.together():
-                    qkv = layer.qkv(ops.rms_norm(x, layer.input_norm, epsilon), adapters)
+                    qkv = layer.qkv(self._norm(x, layer.input_norm), adapters)
                     if layer.q_norm is not None and layer.k_norm is not None:
                         q, k = layer.attention.q_size, layer.attention.kv_size
                         ops.head_norm_(qkv[:, :q], layer.q_norm, epsilon)
                         ops.head_norm_(qkv[:, q : q + k], layer.k_norm, epsilon)
                     attended = ops.attention(qkv, rope, pages, sequences, layer.attention)
                     x = self._onto(x, layer.o, attended, adapters, layer.attention_out_norm)
-                    gate_up = layer.gate_up(ops.rms_norm(x, layer.post_attention_norm, epsilon), adapters)
+                    gate_up = layer.gate_up(self._norm(x, layer.post_attention_norm), adapters)
                     x = self._onto(x, layer.down, self._activate(gate_up), adapters, layer.mlp_out_norm)
         return x
 
     def _onto(
-        self, x: torch.Tensor, linear: SiteLinear, y: torch.Tensor, adapters: Any | None, norm: torch.Tensor | None
+        self, x: torch.Tensor, linear: SiteLinear, y: torch.Tensor, adapters: Any | None, norm: Norm | None
     ) -> torch.Tensor:
         """``linear(y)``, normed if there is a ``norm``, added to the residual stream ``x`` in place."""
         if norm is None:
             return linear(y, adapters, add_to=x)
-        return self.ops.add_(x, self.ops.rms_norm(linear(y, adapters), norm, self.spec.rms_norm_eps))
+        return self.ops.add_(x, self._norm(linear(y, adapters), norm))
+
+    def _norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        if norm.bias is None:
+            return self.ops.rms_norm(x, norm.weight, self.spec.rms_norm_eps)
+        return self.ops.layer_norm(x, norm.weight, norm.bias, self.spec.rms_norm_eps)
 
     def _may_be_recorded(self, batch: ForwardBatch) -> bool:
         """A step of few tokens, of adapters with pairs alone: what gains and biases need is laid out on the host for
@@ -152,7 +160,7 @@ class Decoder:
             if rows.numel() == 0:
                 return torch.empty(0, self.spec.vocab_size, dtype=torch.float32, device=self.ops.device)
             x = x[rows]
-        hidden = self.ops.rms_norm(x, self.weights.final_norm, self.spec.rms_norm_eps)
+        hidden = self._norm(x, self.weights.final_norm)
         logits = self.ops.logits(hidden, self.weights.head)
         if self.weights.head_bias is not None:
             logits += self.weights.head_bias

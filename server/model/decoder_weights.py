@@ -22,16 +22,24 @@ RopeTables = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Norm:
+    """fp32 ``[hidden]``, the model's offset in it; with a ``bias`` it is a LayerNorm, else an RMSNorm."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class LayerWeights:
-    """One block, its norms with the model's offset. ``sites``: the prepared linear layer of each fused site, by
+    """One block. ``sites``: the prepared linear layer of each fused site, by
     ``LAYER_SITES``. ``biases``: fp32 ``[out_features]`` on the CPU, by projection, of those that have one (they are in
     the prepared layers already). ``attention_out_norm`` and ``mlp_out_norm``: of what is added to the residual stream,
     if that is normed."""
 
-    input_norm: torch.Tensor
-    attention_out_norm: torch.Tensor | None
-    post_attention_norm: torch.Tensor
-    mlp_out_norm: torch.Tensor | None
+    input_norm: Norm
+    attention_out_norm: Norm | None
+    post_attention_norm: Norm
+    mlp_out_norm: Norm | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     sites: Mapping[str, Any]
@@ -45,15 +53,17 @@ class DecoderWeights:
 
     ``embedding`` and ``head`` are prepared tables, one and the same object if they are tied; ``head_bias`` fp32
     ``[vocab]`` is added to the logits (no base has one); ``rope``: each layer's cos and sin, see ``rope_tables``; equal
-    ones are in memory once.
+    ones are in memory once. ``positions`` ``[positions, hidden]`` of the operations' type is added to embeddings, if
+    there is one.
     """
 
     layers: tuple[LayerWeights, ...]
-    final_norm: torch.Tensor
+    final_norm: Norm
     embedding: Any
     head: Any
     head_bias: torch.Tensor | None
     rope: tuple[RopeTables, ...]
+    positions: torch.Tensor | None
 
     @classmethod
     def prepare(cls, spec: ModelSpec, base: BaseWeights, ops: Ops, *, max_context: int) -> DecoderWeights:
@@ -62,11 +72,12 @@ class DecoderWeights:
         embedding = ops.prepare_embedding(base.embed, head=base.lm_head is None)
         return cls(
             layers=tuple(_layer(spec, base, layer, ops) for layer in range(spec.n_layers)),
-            final_norm=_norm(base.final_norm, spec, ops),
+            final_norm=Norm(_norm(base.final_norm, spec, ops), _bias(base.final_norm_bias, ops)),
             embedding=embedding,
             head=embedding if base.lm_head is None else ops.prepare_embedding(base.lm_head, head=True),
             head_bias=None,
             rope=_ropes(spec, max_context, ops.device),
+            positions=None if base.positions is None else base.positions.to(ops.device, ops.dtype),
         )
 
     @property
@@ -89,20 +100,31 @@ def _norm(weight: torch.Tensor, spec: ModelSpec, ops: Ops) -> torch.Tensor:
     return (weight.to(ops.device, torch.float32) + spec.norm_offset).contiguous()
 
 
+def _bias(bias: torch.Tensor | None, ops: Ops) -> torch.Tensor | None:
+    return None if bias is None else bias.to(ops.device, torch.float32).contiguous()
+
+
 def _layer(spec: ModelSpec, base: BaseWeights, layer: int, ops: Ops) -> LayerWeights:
     biases = {
         p: bias.to("cpu", torch.float32) for p in LAYER_PROJECTIONS if (bias := base.biases.get((p, layer))) is not None
     }
     shapes = spec.lora_shapes()
+
+    def norm(weights: tuple[torch.Tensor, ...], norm_biases: tuple[torch.Tensor, ...] = ()) -> Norm:
+        return Norm(_norm(weights[layer], spec, ops), _bias(norm_biases[layer], ops) if norm_biases else None)
+
     return LayerWeights(
-        input_norm=_norm(base.input_norms[layer], spec, ops),
-        attention_out_norm=_norm(base.attention_out_norms[layer], spec, ops) if spec.out_norms else None,
-        post_attention_norm=_norm(base.post_attention_norms[layer], spec, ops),
-        mlp_out_norm=_norm(base.mlp_out_norms[layer], spec, ops) if spec.out_norms else None,
+        input_norm=norm(base.input_norms, base.input_norm_biases),
+        attention_out_norm=norm(base.attention_out_norms) if spec.out_norms else None,
+        post_attention_norm=norm(base.post_attention_norms, base.post_attention_norm_biases),
+        mlp_out_norm=norm(base.mlp_out_norms) if spec.out_norms else None,
         q_norm=_norm(base.q_norms[layer], spec, ops) if spec.qk_norm else None,
         k_norm=_norm(base.k_norms[layer], spec, ops) if spec.qk_norm else None,
         sites={
-            site: ops.prepare_linear([base.projections[p, layer] for p in SITES[site]], site_bias(site, biases, shapes))
+            site: ops.prepare_linear(
+                [base.projections[p, layer] for p in SITES[site] if shapes.out_features[p]],
+                site_bias(site, biases, shapes),
+            )
             for site in LAYER_SITES
         },
         biases=biases,

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from manylora.kernels.sites import FUSED, SEPARATE, LoraShapes, ModuleNames
+from manylora.kernels.sites import CONV1D, FUSED, SEPARATE, LoraShapes, ModuleNames
 from manylora.server.model.rope import RopeKind, RopeSpec, rope_inv_freq
 
 __all__ = ["ARCHITECTURES", "Activation", "Family", "LayerType", "ModelSpec", "RopeKind", "RopeSpec", "rope_inv_freq"]
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma2", "gemma3_text"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma2", "gemma3_text", "gpt2"]
 LayerType = Literal["full_attention", "sliding_attention"]
+Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu_tanh"]
 
 ARCHITECTURES: Final[Mapping[str, Family]] = {
@@ -29,10 +30,11 @@ ARCHITECTURES: Final[Mapping[str, Family]] = {
     "Phi3ForCausalLM": "phi3",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
+    "GPT2LMHeadModel": "gpt2",
 }
 """The served architectures and their ``model_type``."""
 
-_NAMES: Final[Mapping[Family, ModuleNames]] = {"phi3": FUSED}
+_NAMES: Final[Mapping[Family, ModuleNames]] = {"phi3": FUSED, "gpt2": CONV1D}
 """What the modules are called, where that is not what Llama calls them."""
 
 
@@ -48,7 +50,9 @@ class ModelSpec:
     What only some families have: ``norm_offset`` is added to the weight of every norm; ``out_norms``: what attention
     and MLP give is normed before it is added to the residual stream; ``embed_scale`` multiplies embeddings, adapters'
     deltas included; ``attention_scale`` multiplies scores, None for ``head_dim ** -0.5``; ``attention_softcap`` and
-    ``logit_softcap`` c make ``c * tanh(s / c)`` of scores and logits s, 0 for none.
+    ``logit_softcap`` c make ``c * tanh(s / c)`` of scores and logits s, 0 for none. ``norm`` "layer": LayerNorm with a
+    bias, whose epsilon is ``rms_norm_eps`` too; not ``gated``: the MLP has no gate; ``learned_positions``: each
+    position has a vector that is added to its token's embedding.
     """
 
     family: Family
@@ -81,6 +85,9 @@ class ModelSpec:
     attention_scale: float | None = None
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
+    norm: Norm = "rms"
+    gated: bool = True
+    learned_positions: bool = False
 
     @classmethod
     def from_hf_config(
@@ -128,7 +135,7 @@ class ModelSpec:
             "k": self.kv_size,
             "v": self.kv_size,
             "o": hidden,
-            "gate": inner,
+            "gate": inner if self.gated else 0,
             "up": inner,
             "down": hidden,
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,12 +11,11 @@ from manylora.kernels.sites import SEPARATE
 from manylora.server.model.errors import BadCheckpoint, UnsupportedModel
 from manylora.server.model.families import ModelSpec
 
-EMBED: Final = "model.embed_tokens.weight"
 LM_HEAD: Final = "lm_head.weight"
-FINAL_NORM: Final = "model.norm.weight"
+POSITIONS: Final = "transformer.wpe.weight"
 
-_IGNORED: Final = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
-"""Buffers of older transformers that are computed from the config."""
+_IGNORED: Final = re.compile(r"(.*\.)?rotary_emb\.inv_freq|transformer\.h\.\d+\.attn\.(masked_)?bias")
+"""Buffers of older transformers that are computed from the config (GPT-2's are its causal mask)."""
 
 REQUIRED_PARTS: Final = ("absmax", "quant_map", "quant_state.bitsandbytes__nf4")
 NESTED_PARTS: Final = ("nested_absmax", "nested_quant_map")
@@ -36,6 +34,12 @@ class StoredWeight:
     has_bias: bool
     sizes: tuple[int, ...]
     """Rows of each projection."""
+    transposed: bool = False
+    """Whether a checkpoint that is not quantised has it as ``(K, N)``; in NF4 it is always ``(N, K)``."""
+
+    @property
+    def plain_shape(self) -> tuple[int, int]:
+        return self.shape[::-1] if self.transposed else self.shape
 
     @property
     def weight(self) -> str:
@@ -62,7 +66,8 @@ def stored_weights(spec: ModelSpec) -> list[StoredWeight]:
             shape = sum(sizes), shapes.in_features[linear.projections[0]]
             has_bias = spec.has_bias(linear.projections[0])
             path = spec.names.path(linear, layer)
-            found.append(StoredWeight(path, layer, linear.projections, shape, has_bias, sizes))
+            stored = StoredWeight(path, layer, linear.projections, shape, has_bias, sizes, spec.names.transposed)
+            found.append(stored)
     return found
 
 
@@ -94,6 +99,13 @@ class NormNames:
     mlp: str = "post_attention_layernorm"
     attention_out: str | None = None
     mlp_out: str | None = None
+    final: str = "model.norm"
+    """The full path of the last norm, which is of no block."""
+
+    @property
+    def of_block(self) -> tuple[str, ...]:
+        named = (self.attention, self.mlp, self.attention_out, self.mlp_out)
+        return tuple(name for name in named if name is not None)
 
 
 _LLAMA_NORMS: Final = NormNames()
@@ -103,13 +115,24 @@ _OUT_NORMS: Final = NormNames(
 """Gemma 2's. ``post_attention_layernorm`` is another norm there than Llama's of that name."""
 
 
+_LAYER_NORMS: Final = NormNames("ln_1", "ln_2", final="transformer.ln_f")
+"""GPT-2's."""
+
+
 def norm_names(spec: ModelSpec) -> NormNames:
+    if spec.norm == "layer":
+        return _LAYER_NORMS
     return _OUT_NORMS if spec.out_norms else _LLAMA_NORMS
 
 
-def norm_name(norm: str, layer: int) -> str:
+def norm_path(spec: ModelSpec, norm: str, layer: int) -> str:
     """``norm``: one of `NormNames`, ``self_attn.q_norm`` or ``self_attn.k_norm``."""
-    return f"model.layers.{layer}.{norm}.weight"
+    return f"{spec.names.blocks}.{layer}.{norm}"
+
+
+def embed_name(spec: ModelSpec) -> str:
+    """The embedding's weight."""
+    return f"{spec.names.embed}.weight"
 
 
 def projection_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
@@ -120,16 +143,19 @@ def projection_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
 def plain_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that stays in 16 or 32 bits. A tied ``lm_head`` is not among them."""
     hidden = spec.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {EMBED: (spec.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {embed_name(spec): (spec.vocab_size, hidden)}
+    names = norm_names(spec)
+    norms = [names.final]
     for layer in range(spec.n_layers):
-        for norm in dataclasses.astuple(norm_names(spec)):
-            if norm is not None:
-                shapes[norm_name(norm, layer)] = (hidden,)
+        norms += [norm_path(spec, norm, layer) for norm in names.of_block]
         if spec.qk_norm:
-            shapes[norm_name("self_attn.q_norm", layer)] = (spec.head_dim,)
-            shapes[norm_name("self_attn.k_norm", layer)] = (spec.head_dim,)
+            heads = (norm_path(spec, norm, layer) for norm in ("self_attn.q_norm", "self_attn.k_norm"))
+            shapes |= {f"{norm}.weight": (spec.head_dim,) for norm in heads}
+    parts = ("weight", "bias") if spec.norm == "layer" else ("weight",)
+    shapes |= {f"{norm}.{part}": (hidden,) for norm in norms for part in parts}
+    if spec.learned_positions:
+        shapes[POSITIONS] = (spec.max_position, hidden)
     shapes |= {stored.bias: stored.shape[:1] for stored in stored_weights(spec) if stored.has_bias}
-    shapes[FINAL_NORM] = (hidden,)
     if not spec.tie_embeddings:
         shapes[LM_HEAD] = (spec.vocab_size, hidden)
     return shapes
@@ -137,7 +163,8 @@ def plain_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 def check_plain(what: str, spec: ModelSpec, found: Mapping[str, tuple[int, ...]]) -> None:
     """Check an unquantised checkpoint's tensor names and shapes; raises BadCheckpoint with everything wrong."""
-    _check(what, {**plain_shapes(spec), **projection_shapes(spec)}, dict(found))
+    stored = {one.weight: one.plain_shape for one in stored_weights(spec)}
+    _check(what, {**plain_shapes(spec), **stored}, dict(found))
 
 
 def check_quantized(what: str, spec: ModelSpec, found: Mapping[str, tuple[int, ...]]) -> None:

@@ -7,9 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
-from manylora.server.model.checkpoint import HF_DTYPES, TOKENIZER_FILES, SafetensorsSource, TensorSource, read_configs
+from manylora.server.model.checkpoint import (
+    HF_DTYPES,
+    TOKENIZER_FILES,
+    SafetensorsSource,
+    TensorSource,
+    read_configs,
+    with_prefix,
+)
 from manylora.server.model.families import ModelSpec
-from manylora.server.model.layout import EMBED
+from manylora.server.model.layout import embed_name
 from manylora.server.model.tokenizer import Tokenizer
 
 
@@ -56,10 +63,13 @@ class DirectoryModel:
         self.config, self.generation_config = read_configs(directory)
         self.spec = ModelSpec.from_hf_config(self.config, self.generation_config, what=self.what)
         self.quantized = self.config.get("quantization_config") is not None
-        self.source = SafetensorsSource(directory)
-        if not (self.config.get("dtype") or self.config.get("torch_dtype")) and EMBED in self.source.infos:
+        stored = SafetensorsSource(directory)
+        self._weight_files = tuple(stored.files)
+        self.source: TensorSource = with_prefix(stored, self.spec.names.prefix)
+        embed = embed_name(self.spec)
+        if not (self.config.get("dtype") or self.config.get("torch_dtype")) and embed in self.source.infos:
             # Where the config does not say, transformers takes the type that the weights are stored in.
-            dtype = HF_DTYPES.get(self.source.infos[EMBED].dtype, "float32")
+            dtype = HF_DTYPES.get(self.source.infos[embed].dtype, "float32")
             self.config, self.spec = self.config | {"dtype": dtype}, dataclasses.replace(self.spec, dtype=dtype)
 
     def tokenizer(self) -> Tokenizer:
@@ -74,4 +84,4 @@ class DirectoryModel:
         """Every file that makes this model what it is, by name: what its digest covers."""
         names = ("config.json", "generation_config.json", *TOKENIZER_FILES)
         small = {name: self.directory / name for name in names if (self.directory / name).is_file()}
-        return small | {path.name: path for path in self.source.files}
+        return small | {path.name: path for path in self._weight_files}

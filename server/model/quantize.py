@@ -13,11 +13,12 @@ from manylora.server.model.checkpoint import FLOAT_TYPES
 from manylora.server.model.errors import BadCheckpoint, ModelError, UnsupportedModel
 from manylora.server.model.families import ModelSpec
 from manylora.server.model.layout import (
-    EMBED,
     LM_HEAD,
     check_plain,
+    embed_name,
     plain_shapes,
     projection_shapes,
+    stored_weights,
 )
 from manylora.server.model.opened import OpenedModel
 from manylora.server.model.progress import Progress
@@ -55,8 +56,9 @@ def check_unquantized(opened: OpenedModel) -> None:
         raise UnsupportedModel(opened.what, f"weights that are not {', '.join(FLOAT_TYPES)}: {', '.join(sorted(odd))}")
     if not spec.tie_embeddings or LM_HEAD not in source.infos:
         return
-    if source.infos[LM_HEAD].shape != source.infos[EMBED].shape or not torch.equal(
-        source.get(LM_HEAD), source.get(EMBED)
+    embed = embed_name(spec)
+    if source.infos[LM_HEAD].shape != source.infos[embed].shape or not torch.equal(
+        source.get(LM_HEAD), source.get(embed)
     ):
         raise BadCheckpoint(
             opened.what,
@@ -85,12 +87,15 @@ def quantized_groups(
         raise UnsupportedModel(
             opened.what, f"its rows of {sorted(set(widths.values()))} are not whole NF4 blocks of 64"
         )
+    transposed = {stored.weight for stored in stored_weights(spec) if stored.transposed}
     dtype = torch_dtype(spec.dtype)
     sizes = {name: torch.Size(source.infos[name].shape).numel() * 2 for name in names}
     with Progress("Quantising to NF4", sum(sizes.values()), show=progress) as bar:
         for name in names:
             tensor = source.get(name).to(dtype)
             if name in shapes:
+                # bitsandbytes has every weight as [N, K], whichever way round its source is.
+                tensor = tensor.T.contiguous() if name in transposed else tensor
                 try:
                     weight = quantize(tensor.to(device), nested=nested)
                 except ValueError as error:

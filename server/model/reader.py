@@ -10,12 +10,12 @@ from manylora.server.model.checkpoint import FLOAT_TYPES, TensorSource
 from manylora.server.model.errors import BadCheckpoint
 from manylora.server.model.families import ModelSpec
 from manylora.server.model.layout import (
-    EMBED,
-    FINAL_NORM,
     LM_HEAD,
+    POSITIONS,
     check_quantized,
-    norm_name,
+    embed_name,
     norm_names,
+    norm_path,
     plain_shapes,
     stored_weights,
 )
@@ -56,8 +56,9 @@ def read_weights(
             bar.advance(tensor.nbytes)
             return tensor.to(device)
 
-        def norms(name: str | None) -> tuple[torch.Tensor, ...]:
-            return () if name is None else tuple(plain(norm_name(name, layer)) for layer in range(spec.n_layers))
+        def norms(name: str | None, part: str = "weight") -> tuple[torch.Tensor, ...]:
+            paths = () if name is None else tuple(norm_path(spec, name, layer) for layer in range(spec.n_layers))
+            return tuple(plain(f"{path}.{part}") for path in paths)
 
         names = norm_names(spec)
         biases: dict[tuple[str, int], torch.Tensor] = {}
@@ -65,7 +66,7 @@ def read_weights(
             if stored.has_bias:
                 whole = plain(stored.bias)
                 biases |= {(p, stored.layer): whole[stored.rows(p)].contiguous() for p in stored.projections}
-        embed = plain(EMBED).to(torch.bfloat16)
+        embed = plain(embed_name(spec)).to(torch.bfloat16)
         lm_head = plain(LM_HEAD).to(torch.bfloat16) if LM_HEAD in infos else None
         if spec.tie_embeddings and lm_head is not None:
             if not torch.equal(embed, lm_head):
@@ -82,7 +83,11 @@ def read_weights(
             mlp_out_norms=norms(names.mlp_out),
             q_norms=norms("self_attn.q_norm") if spec.qk_norm else (),
             k_norms=norms("self_attn.k_norm") if spec.qk_norm else (),
-            final_norm=plain(FINAL_NORM),
+            final_norm=plain(f"{names.final}.weight"),
             embed=embed,
             lm_head=lm_head,
+            input_norm_biases=norms(names.attention, "bias") if spec.norm == "layer" else (),
+            post_attention_norm_biases=norms(names.mlp, "bias") if spec.norm == "layer" else (),
+            final_norm_bias=plain(f"{names.final}.bias") if spec.norm == "layer" else None,
+            positions=plain(POSITIONS) if spec.learned_positions else None,
         )

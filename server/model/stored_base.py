@@ -11,10 +11,10 @@ from manylora.server.model.bnb_format import decode
 from manylora.server.model.checkpoint import FLOAT_TYPES
 from manylora.server.model.errors import BadCheckpoint
 from manylora.server.model.layout import (
-    EMBED,
     LM_HEAD,
     StoredWeight,
     check_quantized,
+    embed_name,
     plain_shapes,
     stored_weight,
 )
@@ -45,7 +45,7 @@ class StoredBase:
         """fp32 ``[out_features, in_features]`` of a linear layer with all of its projections."""
         name, source = stored.weight, self._opened.source
         if not self._opened.quantized:
-            return self.plain(name)
+            return self.plain(name).T.contiguous() if stored.transposed else self.plain(name)
         try:
             return self._finite(name, decode(name, stored.shape, source.infos, source.get).dequantize())
         except ValueError as error:
@@ -58,7 +58,7 @@ class StoredBase:
 
     def table(self, projection: str) -> torch.Tensor:
         """fp32 ``[vocab, hidden]`` of ``"embed"`` or ``"lm_head"``."""
-        return self.plain(LM_HEAD if projection == "lm_head" and not self.tied else EMBED)
+        return self.plain(LM_HEAD if projection == "lm_head" and not self.tied else embed_name(self._opened.spec))
 
     @property
     def tied(self) -> bool:
@@ -85,5 +85,5 @@ class StoredBase:
         if faults:
             raise BadCheckpoint(opened.what, faults)
         tied_twice = opened.spec.tie_embeddings and LM_HEAD in infos
-        if tied_twice and not torch.equal(opened.source.get(EMBED), opened.source.get(LM_HEAD)):
+        if tied_twice and not torch.equal(opened.source.get(embed_name(opened.spec)), opened.source.get(LM_HEAD)):
             raise BadCheckpoint(opened.what, "its config ties lm_head to the embedding, but it holds another lm_head")

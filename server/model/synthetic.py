@@ -68,21 +68,33 @@ def synthetic_base(
         rows = torch.randn(spec.vocab_size, hidden, device=device, generator=random, dtype=torch.bfloat16)
         return rows.mul_(hidden**-0.5)
 
-    places = [(p, layer) for layer in range(spec.n_layers) for p in LAYER_PROJECTIONS]
-    heads = [vector(spec.head_dim, 1.0) for _ in range(2 * spec.n_layers if spec.qk_norm else 0)]
+    def norms(there: bool, mean: float = 1.0 - spec.norm_offset) -> tuple[torch.Tensor, ...]:
+        return tuple(vector(hidden, mean) for _ in range(spec.n_layers if there else 0))
+
+    has_bias = spec.norm == "layer"
+    places = [(p, layer) for layer in range(spec.n_layers) for p in LAYER_PROJECTIONS if shapes.out_features[p]]
+    heads = [vector(spec.head_dim, 1.0 - spec.norm_offset) for _ in range(2 * spec.n_layers if spec.qk_norm else 0)]
     return BaseWeights(
         projections={
             (p, layer): synthetic_nf4(shapes.out_features[p], shapes.in_features[p], random, nested=nested)
             for p, layer in places
         },
         biases={(p, layer): vector(shapes.out_features[p], 0.0) for p, layer in places if spec.has_bias(p)},
-        input_norms=tuple(vector(hidden, 1.0) for _ in range(spec.n_layers)),
-        post_attention_norms=tuple(vector(hidden, 1.0) for _ in range(spec.n_layers)),
+        input_norms=norms(True),
+        post_attention_norms=norms(True),
         q_norms=tuple(heads[::2]),
         k_norms=tuple(heads[1::2]),
-        final_norm=vector(hidden, 1.0),
+        final_norm=vector(hidden, 1.0 - spec.norm_offset),
         embed=table(),
         lm_head=None if spec.tie_embeddings else table(),
+        attention_out_norms=norms(spec.out_norms),
+        mlp_out_norms=norms(spec.out_norms),
+        input_norm_biases=norms(has_bias, 0.0),
+        post_attention_norm_biases=norms(has_bias, 0.0),
+        final_norm_bias=vector(hidden, 0.0) if has_bias else None,
+        positions=torch.randn(spec.max_position, hidden, device=device, generator=random) * hidden**-0.5
+        if spec.learned_positions
+        else None,
     )
 
 
@@ -98,6 +110,8 @@ def synthetic_adapter(
     random = torch.Generator().manual_seed(seed)
     pairs = {}
     for p in projections:
+        if not shapes.out_features[p]:
+            continue
         k, n = shapes.in_features[p], shapes.out_features[p]
         for layer in range(shapes.layers_of(p)):
             a = torch.randn(rank, k, generator=random) / k**0.5

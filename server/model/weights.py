@@ -20,7 +20,8 @@ class BaseWeights:
     ``attention_out_norms`` and ``mlp_out_norms`` (Gemma 2: of what is added to the residual stream) may be empty, as
     may ``q_norms`` and ``k_norms``, one ``[head_dim]`` per layer (Qwen3). Biases and
     norms have the dtype of the source (`ModelSpec.dtype`). ``embed`` and ``lm_head`` are bf16 ``[vocab, hidden]``;
-    ``lm_head`` is None when tied to ``embed``.
+    ``lm_head`` is None when tied to ``embed``. GPT-2 alone has biases of norms, and ``positions`` ``[max_position,
+    hidden]``.
     """
 
     projections: Mapping[tuple[str, int], Nf4Tensor]
@@ -34,6 +35,10 @@ class BaseWeights:
     lm_head: torch.Tensor | None
     attention_out_norms: tuple[torch.Tensor, ...] = ()
     mlp_out_norms: tuple[torch.Tensor, ...] = ()
+    input_norm_biases: tuple[torch.Tensor, ...] = ()
+    post_attention_norm_biases: tuple[torch.Tensor, ...] = ()
+    final_norm_bias: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
     @property
     def output_embedding(self) -> torch.Tensor:
@@ -51,9 +56,11 @@ class BaseWeights:
             *self.mlp_out_norms,
             *self.q_norms,
             *self.k_norms,
+            *self.input_norm_biases,
+            *self.post_attention_norm_biases,
             self.final_norm,
             self.embed,
-            *(() if self.lm_head is None else (self.lm_head,)),
+            *(one for one in (self.lm_head, self.final_norm_bias, self.positions) if one is not None),
         )
         return sum(weight.nbytes for weight in self.projections.values()) + sum(int(tensor.nbytes) for tensor in plain)
 

@@ -14,7 +14,6 @@ from tests.adapters.peft_dirs import plain_config
 
 # A non-default value of every field of a LoRA that is refused, as PEFT would write it.
 REFUSED_VALUES: dict[str, list[Any]] = {
-    "fan_in_fan_out": [True],
     "modules_to_save": [["score"], ["lm_head", "norm"], "score"],
     "trainable_token_indices": [{"score": [3]}],
     "megatron_config": [{"hidden_size": 8}],

@@ -49,6 +49,12 @@ PHI3: dict[tuple[str, ...], str] = {
     ("gate", "up"): "model.layers.{}.mlp.gate_up_proj",
     ("down",): "model.layers.{}.mlp.down_proj",
 }
+GPT2: dict[tuple[str, ...], str] = {
+    ("q", "k", "v"): "transformer.h.{}.attn.c_attn",
+    ("o",): "transformer.h.{}.attn.c_proj",
+    ("up",): "transformer.h.{}.mlp.c_fc",
+    ("down",): "transformer.h.{}.mlp.c_proj",
+}
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -78,6 +84,10 @@ def _usual(modules: Sequence[str], attention: str, mlp: str, embedding: str) -> 
     }
 
 
+GPT2_SIZES = {
+    "vocab_size": 320, "n_embd": 64, "n_layer": LAYERS, "n_head": 4, "n_positions": 256, "bos_token_id": 257,
+    "eos_token_id": 258,
+}  # fmt: skip
 SAVED_EMBEDDING = lora(["q_proj"], modules_to_save=["embed_tokens"])
 
 
@@ -190,6 +200,43 @@ CASES: dict[str, Case] = {
         {"all": lora(ALL)},
         {"logit cap": {"final_logit_softcapping": None}},
         norm_mean=0.0,
+    ),
+    "gpt2": Case(
+        "gpt2",
+        {},
+        GPT2,
+        {
+            name: adapter
+            for name, adapter in _usual(["c_attn", "c_proj", "c_fc"], "c_attn", "c_fc", "wte").items()
+            if name not in ("vera", "adalora")
+        }
+        | {
+            "fan-in-said": lora(["c_attn", "c_proj"], fan_in_fan_out=True),
+            "dora-fan-in-said": lora(["c_attn", "c_fc"], fan_in_fan_out=True, use_dora=True),
+            "all-linear": lora("all-linear"),
+            "one-of-two": lora(["mlp.c_proj"]),
+            "saved-embedding": lora(["c_attn"], modules_to_save=["wte"]),
+            "bias-lora-only": lora(["c_attn", "c_fc"], bias="lora_only"),
+            "lora-bias": lora(["c_attn"], lora_bias=True),
+            "vera": peft.VeraConfig(
+                task_type="CAUSAL_LM", r=16, target_modules=["c_attn", "c_fc"], save_projection=True,
+                fan_in_fan_out=True,
+            ),
+            "adalora": peft.AdaLoraConfig(
+                task_type="CAUSAL_LM", init_r=8, target_r=8, lora_alpha=16, target_modules=["c_attn", "mlp.c_proj"],
+                total_step=10, fan_in_fan_out=True,
+            ),
+        },
+        {"score scale": {"scale_attn_weights": False}},
+        sizes=GPT2_SIZES,
+    ),
+    "gpt2-unscaled": Case(
+        "gpt2",
+        {"scale_attn_weights": False, "tie_word_embeddings": False},
+        GPT2,
+        {"all": lora(["c_attn", "c_proj", "c_fc"])},
+        {},
+        sizes=GPT2_SIZES | {"n_inner": 192},
     ),
 }  # fmt: skip
 

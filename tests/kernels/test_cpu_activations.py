@@ -31,6 +31,22 @@ def test_gelu_far_into_both_tails(ops: Ops) -> None:
     torch.testing.assert_close(exact, F.gelu(x, approximate="tanh"), rtol=1e-12, atol=1e-14)  # which cancels
     # The exponent of e^-2u is up to 88, after which it is clamped, and rounded at four places.
     assert ((ops.gelu_mul(gate_up)[0] - exact).abs() <= 700 * EPS * exact.abs() + 1e-36).all()
+    assert torch.equal(ops.gelu(gate[None]), ops.gelu_mul(gate_up))
+
+
+@pytest.mark.parametrize("width", [8, 64, 768])
+def test_layer_norm(ops: Ops, width: int) -> None:
+    """Also of a row whose mean is far above its deviation, where a difference of squares would cancel."""
+    random = torch.Generator().manual_seed(width)
+    x, weight, bias = (torch.randn(rows, width, generator=random) for rows in (33, 1, 1))
+    x[5] += 1000
+    got = ops.layer_norm(x, weight[0], bias[0], 1e-5)
+    exact = F.layer_norm(x.double(), (width,), weight[0].double(), bias[0].double(), 1e-5)
+    error = (got - exact).abs()
+    assert (error[:5] <= 2e-6 * (1 + exact[:5].abs())).all()
+    # The mean of row 5 is rounded to 2^-15 of a deviation of 1.
+    assert (error[5] <= 2e-4 * (1 + weight[0].abs())).all()
+    assert torch.equal(ops.layer_norm(x[7:8], weight[0], bias[0], 1e-5), got[7:8])
 
 
 @pytest.mark.parametrize("width", [8, 16, 24, 320, 1001, 7, 1])

@@ -103,7 +103,8 @@ KERNELS = [one for one in compiling.all_kernels() if one.name not in ("_run_alon
 NAMED = {
     "_quantise_kernel": "NF4 linear", "_nf4_kernel": "NF4 linear", "_exact_nf4_kernel": "NF4 linear",
     "_bf16_kernel": "bf16 linear", "_bias_kernel": "NF4 linear", "_rms_norm_kernel": "RMS",
-    "_gelu_mul_kernel": "GELU", "_softcap_kernel": "soft cap", "_add_kernel": "sum of two",
+    "_gelu_mul_kernel": "GELU", "_gelu_kernel": "GELU",
+    "_layer_norm_kernel": "layer norm", "_softcap_kernel": "soft cap", "_add_kernel": "sum of two",
     "_silu_mul_kernel": "SiLU", "_store_kernel": "attention", "_attend_kernel": "attention",
     "_shrink_kernel": "adapters at", "_expand_kernel": "adapters at", "_set_aside_kernel": "adapters at",
     "_take_products_kernel": "adapters at", "_add_vectors_kernel": "adapters at", "_fp32_kernel": "replaced logits",

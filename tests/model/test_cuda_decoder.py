@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from manylora.kernels.cuda.ops import CudaOps
 from manylora.server.engine.request import ScheduledRow
+from manylora.server.model.families import ModelSpec
 from manylora.server.model.synthetic import synthetic_spec
 from tests.kernels.ordered_dot import ordered_dot  # noqa: F401 - a fixture
 from tests.model.cuda_model import DEVICE, FP32_ROUNDINGS, Model, Reference, by_slot, last_token, request
@@ -19,7 +20,21 @@ SPECS = {
     "qwen3": synthetic_spec(
         "tiny", architectures=["Qwen3ForCausalLM"], model_type="qwen3", head_dim=48, num_hidden_layers=1
     ),
-}
+    "smollm3": synthetic_spec(
+        "tiny", architectures=["SmolLM3ForCausalLM"], model_type="smollm3", no_rope_layers=[1, 0]
+    ),
+    "gemma3": synthetic_spec(
+        "tiny", architectures=["Gemma3ForCausalLM"], model_type="gemma3_text", hidden_act="gelu_pytorch_tanh",
+        head_dim=32, query_pre_attn_scalar=32, final_logit_softcapping=2.0, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "gpt2": ModelSpec.from_hf_config(
+        {
+            "architectures": ["GPT2LMHeadModel"], "vocab_size": 320, "n_embd": 128, "n_layer": 2, "n_head": 4,
+            "n_positions": 256,
+        }
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SPECS)

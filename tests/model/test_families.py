@@ -40,6 +40,15 @@ CONFIGS = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3}
 PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 0}
 GEMMA2 = LLAMA | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
 GEMMA3 = LLAMA | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+GPT2: dict[str, Any] = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "vocab_size": 320,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+}
 NEWER = {"smollm3": SMOLLM3, "phi3": PHI3, "gemma2": GEMMA2, "gemma3_text": GEMMA3}
 """Families whose saved models are compared in tests/e2e/test_family_parity.py."""
 
@@ -284,6 +293,15 @@ BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
         (GEMMA3, {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "rope type `dynamic`"),
         (GEMMA3, {"rope_local_base_freq": -1}, "`rope_theta` must be a positive number"),
         (GEMMA3, {"sliding_window_pattern": "LLLLLG"}, "`sliding_window_pattern` must be a positive integer"),
+        (GPT2, {"n_embd": None}, "config key `n_embd` is missing"),
+        (GPT2, {"activation_function": "relu"}, r"activation `relu` \(known: gelu_new\)"),
+        (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "`scale_attn_by_inverse_layer_idx`"),
+        (GPT2, {"reorder_and_upcast_attn": True}, "`reorder_and_upcast_attn`"),
+        (GPT2, {"add_cross_attention": True}, "`add_cross_attention`"),
+        (GPT2, {"n_head": 5}, "`n_embd` 64 is not a multiple of `n_head` 5"),
+        (GPT2, {"num_key_value_heads": 2}, "`num_key_value_heads` in a GPT-2 model"),
+        (GPT2, {"layer_norm_epsilon": -1.0}, "`layer_norm_epsilon` must be"),
+        (GPT2, {"architectures": ["GPT2DoubleHeadsModel"]}, "GPT2DoubleHeadsModel is not one of"),
         (GEMMA3, {"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration is not one of"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value,
@@ -355,3 +373,18 @@ def test_gemma3_layers_are_those_of_transformers(changes: dict[str, Any]) -> Non
         assert rope is not None
         assert (rope.theta, rope.kind) == (theirs["rope_theta"], theirs["rope_type"])
         assert rope.factor == theirs.get("factor", 1.0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_inner": 100}, {"scale_attn_weights": False}, {"layer_norm_epsilon": 1e-3}])
+def test_gpt2_sizes_are_those_of_transformers(changes: dict[str, Any]) -> None:
+    spec = ModelSpec.from_hf_config(GPT2 | changes)
+    config = transformers.AutoConfig.for_model(**GPT2, **changes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    block = model.transformer.h[1]
+    assert spec.intermediate_size == block.mlp.c_fc.nf
+    assert spec.rms_norm_eps == block.ln_2.eps
+    assert (spec.attention_scale or spec.head_dim**-0.5) == block.attn.scaling
+    assert spec.max_position == model.transformer.wpe.num_embeddings
+    assert spec.tie_embeddings == config.tie_word_embeddings
+    assert spec.layer_ropes == (None, None)
