@@ -1,4 +1,4 @@
-"""A headless Chromium for tests, driven by the chromedriver beside it; skipped, with the reason, where there is none."""
+"""A headless Chromium for tests, driven by the chromedriver beside it; tests are skipped where there is none."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import pytest
 
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1360,1300",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-dev-shm-usage", "--window-size=1360,1300",
 )  # fmt: skip
 BROWSER, DRIVER = "chromium", "chromedriver"
-WAIT_S = 120
+WAIT_S = 60
 
 
 def missing() -> str | None:
