@@ -1,5 +1,6 @@
 # make demo   one command to a running server with three adapters (PORT=8000)
 # make test   one command to a tested checkout
+# make browser  installs Debian's Chromium where apt-get may, for the playground's tests: they are skipped without
 # make check  style, types and import contracts; warnings are errors
 # make docs   writes docs/api.md and docs/metrics.md again, from the routes and the metrics themselves
 # make bench  every figure of the README that needs no peer, one after the other (about an hour on two cores, otherwise
@@ -27,7 +28,7 @@ export PYTHONSAFEPATH := 1
 
 BENCHES := $(addprefix bench-,engine merged swaps structured fairness prefix speculation)
 
-.PHONY: demo test check docs bench $(BENCHES) bench-pictures peers gpu-check loadtest soak workload clean
+.PHONY: demo test browser check docs bench $(BENCHES) bench-pictures peers gpu-check loadtest soak workload clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV)/ (a few minutes the first time) ..."
@@ -49,6 +50,11 @@ demo: $(VENV)/.base
 # Two processes, a file at a time: most tests are bound by one thread (Triton's interpreter), or wait for a server.
 test: $(VENV)/.dev
 	$(BIN)/pytest -q -n 2 --dist loadfile
+
+browser:
+	@if command -v chromium && command -v chromedriver; then echo "Chromium is there."; \
+	elif ! command -v apt-get >/dev/null; then echo "There is no apt-get here."; exit 1; \
+	else apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; fi
 
 # mypy reads the folders under the names they are imported by.
 build/typing/manylora:

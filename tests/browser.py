@@ -1,4 +1,4 @@
-"""A headless Chromium for tests, driven by the chromedriver beside it; skipped, with the reason, where there is none."""
+"""A headless Chromium for tests, driven by the chromedriver beside it; tests are skipped where there is none."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import pytest
 
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1360,1300",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-dev-shm-usage", "--window-size=1360,1300",
 )  # fmt: skip
 BROWSER, DRIVER = "chromium", "chromedriver"
-WAIT_S = 120
+WAIT_S = 60
 
 
 def missing() -> str | None:
@@ -51,10 +52,12 @@ def chromium(profile: Path) -> Iterator[Any]:
 
 def wait(driver: Any, condition: Callable[[], Any], what: str) -> Any:
     """What ``condition`` returns once it is true; AssertionError, with the page's text, after a while."""
-    from selenium.common.exceptions import TimeoutException
+    from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
     from selenium.webdriver.support.ui import WebDriverWait
 
     try:
-        return WebDriverWait(driver, WAIT_S, poll_frequency=0.05).until(lambda _: condition())
+        # What a look found may be gone by the time it is asked for its text: then it is looked for again.
+        waiting = WebDriverWait(driver, WAIT_S, 0.05, ignored_exceptions=[StaleElementReferenceException])
+        return waiting.until(lambda _: condition())
     except TimeoutException:
         raise AssertionError(f"waited {WAIT_S} s for {what}; the page says:\n{driver.page_source[:20_000]}") from None

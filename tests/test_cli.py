@@ -19,6 +19,7 @@ from manylora.server.engine.auto_merge import AutoMerge
 COMMANDS = [
     [],
     ["serve"],
+    ["plan"],
     ["quantize"],
     ["merge"],
     ["inspect"],
@@ -86,7 +87,7 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         *("--watch", "2.5", "--adapters-on-demand", "50", "--auto-merge", "0.8:60:compact"),
         *("--keys", str(keys), "--protect-metrics", "--request-timeout", "20", "--client-timeout", "7.5"),
         *("--log-format", "json", "--otlp-endpoint", "http://localhost:4318", "--cpu-kernels", "torch"),
-        *("--lora-dtype", "bfloat16"),
+        *("--lora-dtype", "bfloat16", "--no-playground"),
     )
     assert (got.model, got.served_model_name, got.cache_dir, got.log_level) == ("m", "base", tmp_path, "debug")
     assert got.adapters == (AdapterSpec("a", "x"), AdapterSpec("b", "y"))
@@ -103,7 +104,7 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
     assert (engine.max_host_adapters, engine.host_memory, engine.table_memory) == (7, 1 << 30, 0)
     assert (got.watch, api.adapters_on_demand) == (2.5, 50)
     assert got.auto_merge == AutoMerge(0.8, 60.0, "compact")
-    assert (api.keys_file, api.protect_metrics) == (keys, True)
+    assert (api.keys_file, api.protect_metrics, api.playground) == (keys, True, False)
     assert (api.request_timeout, api.client_timeout) == (20.0, 7.5)
     assert config("--model", "m", "--request-timeout", "0").api.request_timeout is None
     assert (got.log_format, api.otlp_endpoint) == ("json", "http://localhost:4318")
@@ -134,6 +135,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         model="org/m", state_dir=Path("/state/manylora/m-8000"), api=got.api, engine=ServeConfig(model="m").engine
     )
     assert (got.api.host, got.api.port, got.api.adapter_roots) == ("127.0.0.1", 8000, ())
+    assert got.api.playground
     assert got.api.upload_dir == Path("/state/manylora/m-8000/uploads")
     none = config("--model", "m", "--state-dir", "none")
     assert (none.state_dir, none.api.upload_dir) == (None, None)

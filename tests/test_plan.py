@@ -79,8 +79,9 @@ def test_a_server_holds_what_was_planned(
     assert planned.form == running.plan.form
     found = planned.budget
     assert found.base == pytest.approx(tensor_bytes(running.decoder.weights), rel=WITHIN)
-    assert found.kv == pytest.approx(tensor_bytes(running.runner._cache.layers), rel=WITHIN)
-    assert found.slots == pytest.approx(tensor_bytes(running.pool.sites), rel=WITHIN)
+    assert found.kv == tensor_bytes(running.runner._cache.layers)
+    # All but the page tables, ranks and scales, which are a few numbers a slot and layer.
+    assert found.slots == pytest.approx(tensor_bytes(running.pool.sites), rel=0.01)
     assert found.kv == running.plan.budget.kv <= SIZES["kv_memory"]
 
 
@@ -142,7 +143,7 @@ def test_the_memorys_bandwidth_is_measured() -> None:
 
 
 def test_the_command_that_it_prints_gives_the_sizes_that_it_planned(checkpoints: dict[str, Path]) -> None:
-    asked = wish(checkpoints["qwen3"], memory=1 << 30)
+    asked = wish(checkpoints["qwen3"], memory=1 << 30, table_memory=MIB)
     planned = make_plan(asked)
     command = serve_command(planned, asked).split()
     assert command[:2] == ["manylora", "serve"]

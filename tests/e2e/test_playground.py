@@ -23,7 +23,7 @@ from tests.e2e.server_process import Server, serving
 
 pytestmark = [pytest.mark.timeout(900), needs_browser]
 
-BASE = "base<i id=evil>"
+BASE = "base<i/id=evil>"
 """A name that would be markup, if the page made any of what the server says."""
 ADMIN = "the-admin-key"
 ADAPTERS = ["json", "pirate", "sql"]
@@ -69,6 +69,11 @@ def api(server: Server) -> Iterator[httpx.Client]:
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with chromium(tmp_path_factory.mktemp("chromium")) as driver:
         yield driver
+
+
+needs_demo = pytest.mark.skipif(
+    demo_base() is None, reason="the demo base is not installed; the tiny model is done before it can be watched"
+)
 
 
 class Page:
@@ -186,6 +191,7 @@ def test_four_answers_stream_side_by_side(page: Page, api: httpx.Client) -> None
     assert all(f"{model}: " in spoken for model in models), "a screen reader is told of the ends"
 
 
+@needs_demo
 def test_adapters_are_composed_and_scaled(page: Page, api: httpx.Client) -> None:
     from selenium.webdriver.common.keys import Keys
 
@@ -219,6 +225,7 @@ def test_errors_of_the_api_are_shown_as_they_are(page: Page, api: httpx.Client) 
     assert not [one for one in page.all(".lane .problem") if one.is_displayed()], "gone with the next answer"
 
 
+@needs_demo
 def test_answers_can_be_stopped(page: Page, api: httpx.Client) -> None:
     page.send("Count: one, two, three,", tokens=200)
     wait(page.driver, lambda: len(page.text(".answer", page.lanes[0])) > 0, "the first words")
@@ -294,6 +301,7 @@ def test_load_pin_merge_and_unload(page: Page, api: httpx.Client, adapters: Path
     assert api.get("/v1/adapters/late").status_code == 404
 
 
+@needs_demo
 def test_traffic_and_gauges_are_live(page: Page, api: httpx.Client) -> None:
     page.use_key(ADMIN)
     wait(page.driver, lambda: page.row("sql"), "the table")
@@ -316,8 +324,6 @@ def test_all_of_it_works_by_keyboard(page: Page) -> None:
         return page.driver.switch_to.active_element
 
     order = []
-    page.one("body").click()
-    page.driver.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
     for _ in range(40):
         focused().send_keys(Keys.TAB)
         one = focused()
@@ -333,7 +339,7 @@ def test_all_of_it_works_by_keyboard(page: Page) -> None:
     page.type("#max-tokens", "4")
     page.type("#prompt", "Once")
     page.one("#prompt").send_keys(Keys.CONTROL + Keys.ENTER)
-    wait(page.driver, lambda: page.text(".answer", page.lanes[0]), "an answer")
+    wait(page.driver, lambda: page.one(".answer", page.lanes[0]).get_property("textContent"), "an answer")
     page.wait_for_answers()
 
 
@@ -384,7 +390,8 @@ def test_it_fits_a_phone(page: Page, width: int) -> None:
         assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width
         outside = page.driver.execute_script(
             "return [...document.querySelectorAll('button, input, select, textarea, .answer, td')]"
-            ".filter((one) => one.checkVisibility()).map((one) => [one.outerHTML.slice(0, 80), one.getBoundingClientRect()])"
+            ".filter((one) => one.checkVisibility())"
+            ".map((one) => [one.outerHTML.slice(0, 80), one.getBoundingClientRect()])"
             f".filter(([, box]) => box.left < 0 || box.right > {width}).map(([text]) => text)"
         )
         assert outside == []
