@@ -19,7 +19,7 @@ from manylora.kernels.sites import LAYER_PROJECTIONS, PROJECTIONS, RANK_PAGE
 from manylora.server.config import ConfigError, EngineConfig
 from manylora.server.model.families import ModelSpec
 from manylora.server.model.kv_cache import KVCache
-from manylora.server.model.layout import EMBED, LM_HEAD, plain_shapes, projection_shapes, projection_weight
+from manylora.server.model.layout import LM_HEAD, embed_name, plain_shapes, projection_shapes, projection_weight
 from manylora.server.model.weights import BaseWeights
 
 _MIB: Final = 1 << 20
@@ -127,7 +127,7 @@ class Budget:
 def base_bytes(spec: ModelSpec, form: Form, *, max_context: int) -> int:
     """Of the base as it is held for computing: matrices, tables, norms, biases, rotary tables."""
     total = matrix_bytes(spec, form)
-    plain = {name: shape for name, shape in plain_shapes(spec).items() if name not in (EMBED, LM_HEAD)}
+    plain = {name: shape for name, shape in plain_shapes(spec).items() if name not in (embed_name(spec), LM_HEAD)}
     # Norms and biases are computed with in fp32. (Biases are there twice, which is nothing beside the rest.)
     total += sum(torch.Size(shape).numel() for shape in plain.values()) * 4
     rope = max_context * spec.head_dim * 4  # cos and sin of half the head size, fp32
