@@ -92,7 +92,14 @@ def served(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     settings = ServeConfig(
         model="llama",
         adapters=(AdapterSpec("ada", str(root / "ada")),),
-        engine=EngineConfig(device="cpu", max_context=128, max_batch_tokens=24, max_rows=8, max_device_adapters=2),
+        engine=EngineConfig(
+            device="cpu",
+            cpu_arithmetic="fp32",  # as transformers' side
+            max_context=128,
+            max_batch_tokens=24,
+            max_rows=8,
+            max_device_adapters=2,
+        ),
         api=ApiConfig(adapter_roots=(root,)),
     )
     running = build(settings, base=base, progress=False)
