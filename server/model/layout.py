@@ -190,7 +190,7 @@ def check_quantized(what: str, spec: ModelSpec, found: Mapping[str, tuple[int, .
 
 
 def _check(what: str, expected: Mapping[str, tuple[int, ...] | None], found: Mapping[str, tuple[int, ...]]) -> None:
-    missing = [name for name in expected if name not in found]
+    missing = sorted(name for name in expected if name not in found)
     # A tied head may be stored all the same; the loader compares it with the embedding.
     unexpected = [name for name in found if name not in expected and name != LM_HEAD and not _IGNORED.fullmatch(name)]
     reasons = []
