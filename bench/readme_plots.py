@@ -65,7 +65,7 @@ def last_run(name: str, *needs: Callable[[Line], bool]) -> list[Line]:
 
 
 def compared() -> list[Line]:
-    """The lines of bench/compare.py that are drawn: of each case those of the last run in which vLLM was asked for it in
+    """The lines of bench/compare.py that are drawn: of each case those of the last run in which vLLM was asked it in
     its faster type, so that what stands at one place was measured in turn. Raises NoRun."""
     found = []
     for case in CASES:
