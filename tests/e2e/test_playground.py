@@ -53,7 +53,7 @@ def server(base_cache: Path, adapters: Path, checkpoints: dict[str, Path]) -> It
     model = () if demo_base() is not None else ("--model", str(checkpoints["llama"]))
     flags = ["--served-model-name", BASE, "--cache-dir", str(base_cache), "--device", "cpu", "--port", "0"]
     flags += ["--admin-key", ADMIN, "--adapter-dir", str(adapters / "loaded"), "--adapter-root", str(adapters)]
-    flags += ["--adapter-root", str(EXAMPLES), "--kv-memory", "64MiB", "--max-context", "256", "--state-dir", "none"]
+    flags += ["--adapter-root", str(EXAMPLES), "--kv-memory", "192MiB", "--max-context", "1024", "--state-dir", "none"]
     with serving(adapters / "server.log", *model, *flags) as server:
         yield server
 
@@ -241,7 +241,7 @@ def test_errors_of_the_api_are_shown_as_they_are(page: Page, api: httpx.Client) 
 
 @needs_demo
 def test_answers_can_be_stopped(page: Page, api: httpx.Client) -> None:
-    page.send("Count: one, two, three,", tokens=1000)
+    page.send("Count: one, two, three,", tokens=900)
     wait(page.driver, lambda: len(page.text(".answer", page.lanes[0])) > 0, "the first words")
     page.one("#stop").click()
     page.wait_for_answers()
