@@ -70,7 +70,7 @@ PAIR_BYTES: Final = 64
 """Two positions of a tile as integers."""
 
 BYTES, WORDS = ir.VectorType(I8, 4 * TARGET.lanes), ir.VectorType(I16, 2 * TARGET.lanes)
-_V32B, _V16S, _V8S = ir.VectorType(I8, 32), ir.VectorType(I16, 16), ir.VectorType(I16, 8)
+_V8S = ir.VectorType(I16, 8)
 
 
 def _planes() -> list[Value]:
@@ -79,36 +79,29 @@ def _planes() -> list[Value]:
     return [ir.Constant(BYTES, [code[byte] for code in codes] * (TARGET.lanes // 4)) for byte in range(2)]
 
 
-def _by_halves(b: Builder, compute: Callable[..., Value], *vectors: Value) -> Value:
-    """A 512-bit operation from two of 256 bits."""
-    results = []
-    for half in range(2):
-        parts = []
-        for vector in vectors:
-            count = vector.type.count // 2
-            parts.append(shuffle(b, vector, vector, list(range(half * count, (half + 1) * count))))
-        results.append(compute(*parts))
-    return shuffle(b, results[0], results[1], list(range(2 * results[0].type.count)))
+def _by_name(b: Builder, wide: str, narrow: str, result: Any, left: Value, right: Value) -> Value:
+    """The instruction ``wide`` of 512 bits or ``narrow`` of 256, or, for 512 bits where there is none, two of 256."""
+    kind = left.type
+    if TARGET.lanes == 8 or HAS_512:
+        name = narrow if TARGET.lanes == 8 else wide
+        return b.call(function(b, name, result, kind, kind), [left, right])
+    half, found = ir.VectorType(kind.element, kind.count // 2), ir.VectorType(result.element, result.count // 2)
+    both = []
+    for first in (0, half.count):
+        lanes = list(range(first, first + half.count))
+        operands = [shuffle(b, vector, vector, lanes) for vector in (left, right)]
+        both.append(b.call(function(b, narrow, found, half, half), operands))
+    return shuffle(b, both[0], both[1], list(range(result.count)))
 
 
 def look_up(b: Builder, table: Value, index: Value) -> Value:
     """``table[index]`` for each byte, within its 128-bit lane."""
-    if TARGET.lanes == 16 and HAS_512:
-        return b.call(function(b, "llvm.x86.avx512.pshuf.b.512", BYTES, BYTES, BYTES), [table, index])
-    narrow = function(b, "llvm.x86.avx2.pshuf.b", _V32B, _V32B, _V32B)
-    if TARGET.lanes == 8:
-        return b.call(narrow, [table, index])
-    return _by_halves(b, lambda *halves: b.call(narrow, halves), table, index)
+    return _by_name(b, "llvm.x86.avx512.pshuf.b.512", "llvm.x86.avx2.pshuf.b", BYTES, table, index)
 
 
 def _products(b: Builder, left: Value, right: Value) -> Value:
     """``left[2 i] * right[2 i] + left[2 i + 1] * right[2 i + 1]``, int32."""
-    if TARGET.lanes == 16 and HAS_512:
-        return b.call(function(b, "llvm.x86.avx512.pmaddw.d.512", VI, WORDS, WORDS), [left, right])
-    narrow = function(b, "llvm.x86.avx2.pmadd.wd", V8I, _V16S, _V16S)
-    if TARGET.lanes == 8:
-        return b.call(narrow, [left, right])
-    return _by_halves(b, lambda *halves: b.call(narrow, halves), left, right)
+    return _by_name(b, "llvm.x86.avx512.pmaddw.d.512", "llvm.x86.avx2.pmadd.wd", VI, left, right)
 
 
 def interleave(b: Builder, low: Value, high: Value, upper: bool) -> Value:

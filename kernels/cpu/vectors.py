@@ -219,39 +219,32 @@ def rms_norm_8(typingctx, x, weight, out, vectors, epsilon):
     return types.void(types.int64, types.int64, types.int64, types.int64, types.float32), codegen
 
 
-@intrinsic
-def silu_mul_8(typingctx, gate, up, out, vectors):
-    """``out = gate * sigmoid(gate) * up`` over ``8 * vectors`` fp32 values."""
-
-    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        gate, up, out, vectors = args
-
-        def multiply(kind: Any, at: Value) -> None:
-            g = load(b, b.add(gate, at), kind, 4)
-            silu = b.fdiv(g, b.fadd(constant(1.0, kind), _exp(b, b.fneg(g))))
-            store(b, b.fmul(silu, load(b, b.add(up, at), kind, 4)), b.add(out, at), 4)
-
-        _each_vector(b, vectors, multiply)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), codegen
+def _silu(b: Builder, x: Value) -> Value:
+    """``x * sigmoid(x)``."""
+    return b.fdiv(x, b.fadd(constant(1.0, x.type), _exp(b, b.fneg(x))))
 
 
-@intrinsic
-def gelu_mul_8(typingctx, gate, up, out, vectors):
-    """``out = gelu(gate) * up`` over ``8 * vectors`` fp32 values, GELU in its tanh form."""
+def _gated(activate: Callable[[Builder, Value], Value]) -> Any:
+    @intrinsic
+    def gated_8(typingctx, gate, up, out, vectors):
+        def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+            gate, up, out, vectors = args
 
-    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        gate, up, out, vectors = args
+            def multiply(kind: Any, at: Value) -> None:
+                value = activate(b, load(b, b.add(gate, at), kind, 4))
+                store(b, b.fmul(value, load(b, b.add(up, at), kind, 4)), b.add(out, at), 4)
 
-        def multiply(kind: Any, at: Value) -> None:
-            value = _gelu(b, load(b, b.add(gate, at), kind, 4))
-            store(b, b.fmul(value, load(b, b.add(up, at), kind, 4)), b.add(out, at), 4)
+            _each_vector(b, vectors, multiply)
+            return context.get_dummy_value()
 
-        _each_vector(b, vectors, multiply)
-        return context.get_dummy_value()
+        return types.void(*[types.int64] * 4), codegen
 
-    return types.void(*[types.int64] * 4), codegen
+    return gated_8
+
+
+silu_mul_8, gelu_mul_8 = _gated(_silu), _gated(_gelu)
+"""``out = silu(gate) * up``, and GELU in its tanh form, over ``8 * vectors`` fp32 values: ``(gate, up, out, vectors)``,
+three addresses."""
 
 
 @intrinsic

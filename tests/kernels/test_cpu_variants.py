@@ -2,7 +2,7 @@
 
 A process has one variant, so each is computed in one of its own. The wide kernels run on any processor that has AVX2:
 LLVM splits their vectors, and the two instructions that are asked for by name are put together from two of 256 bits
-(``nf4_inner._by_halves``). That this is what they do, and what they compile to on a processor that has them, is tested
+(``nf4_inner._by_name``). That this is what they do, and what they compile to on a processor that has them, is tested
 apart. None of
 this has run on one.
 """
