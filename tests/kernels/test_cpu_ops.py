@@ -87,14 +87,15 @@ def test_one_hot_inputs_give_the_integer_codes(ops: Ops) -> None:
     assert ((y - weight.dequantize().double()).abs() <= (CODE_ERROR + 4 * EPS) * blocks).all()
 
 
+@pytest.fixture(scope="module")
+def exact() -> Ops:
+    from manylora.kernels.cpu.ops import NumbaOps
+
+    return NumbaOps("fp32")
+
+
 class TestExact:
     """``fp32``: nothing is rounded but sums."""
-
-    @pytest.fixture(scope="class")
-    def exact(self) -> Ops:
-        from manylora.kernels.cpu.ops import NumbaOps
-
-        return NumbaOps("fp32")
 
     @pytest.mark.parametrize(("n", "k", "blocksize"), [(16, 64, 64), (48, 192, 32), (112, 1536, 128)])
     @pytest.mark.parametrize("rows", [1, 3, 7, 97])
