@@ -1,7 +1,7 @@
 """vLLM on the CPU. usage: vllm_cpu.py WORKLOAD [--no-lora] [--dtype float32|bfloat16]   (see bench/compare.py)
 
-float32 is the faster of the two where the processor has no bf16 instructions. With LoRA on, vLLM does not compile the
-model, so that its base is slower than with LoRA off: both are systems of their own.
+Without --dtype it is the faster of the two: bfloat16 where the processor has AVX512-BF16, else float32. With
+LoRA on, vLLM does not compile the model, so that its base is slower than with LoRA off: both are systems of their own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workload", type=Path)
     parser.add_argument("--no-lora", action="store_true")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    has_bf16 = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if has_bf16 else "float32")
     options = parser.parse_args()
 
     def start() -> Callable[[Case], resident.Measured]:
