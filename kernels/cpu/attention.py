@@ -125,8 +125,10 @@ def _attend_kernel(arguments, part, parts):
                         o_offsets[r] = (query + q) * out_stride + column
                         s_offsets[r] = 4 * r * width
                 for p in range(first_page, pages):
-                    panel = keys + int32_at(table, p) * page_bytes + 64 * head * head_dim
-                    gemm_rows(rows, qkv, qo, panel, 64, head_dim, scores + 64 * p, so, 0)
+                    page = int32_at(table, p)
+                    ahead = (int32_at(table, min(p + 1, pages - 1)) - page) * page_bytes
+                    panel = keys + page * page_bytes + 64 * head * head_dim
+                    gemm_rows(rows, qkv, qo, panel, 64, head_dim, scores + 64 * p, so, 0, ahead)
                 for r in range(rows):
                     limit = int32_at(positions, query + r // group) + 1
                     begin = max(0, limit - window) if window > 0 else 0
@@ -147,17 +149,22 @@ def _attend_kernel(arguments, part, parts):
                         row[j] = 0.0
                     scale_8(base, vectors, np.float32(1.0) / sum_8(base, vectors))
                 for p in range(first_page, pages):
-                    panel = values + int32_at(table, p) * page_bytes + 64 * head * head_dim
+                    page = int32_at(table, p)
+                    ahead = (int32_at(table, min(p + 1, pages - 1)) - page) * page_bytes
+                    panel = values + page * page_bytes + 64 * head * head_dim
                     # Rows of the last page beyond the newest token may hold anything: they are not read.
                     depth = min(16, top - 16 * p)
                     keep = 1 if p > first_page else 0
                     if _SEVERAL_TILES:
-                        gemm_panel(rows, head_dim // 16, scores + 64 * p, so, panel, 4 * head_dim, depth, out, oo, keep)
+                        gemm_panel(
+                            rows, head_dim // 16, scores + 64 * p, so, panel, 4 * head_dim, depth, out, oo, keep, ahead
+                        )  # fmt: skip
                     else:
                         for d in range(head_dim // 16):
                             gemm_rows(
-                                rows, scores + 64 * p, so, panel + 64 * d, 4 * head_dim, depth, out + 64 * d, oo, keep
-                            )
+                                rows, scores + 64 * p, so, panel + 64 * d, 4 * head_dim, depth, out + 64 * d, oo, keep,
+                                ahead,
+                            )  # fmt: skip
     keep_alive(score_memory)
     keep_alive(q_offsets)
     keep_alive(s_offsets)

@@ -50,32 +50,44 @@ def pack_bf16(weight: torch.Tensor) -> torch.Tensor:
 def multiply_panel(rows, tiles, x, x_offsets, panel, depth, c, c_offsets, accumulate):
     """``c[r] (+)= x[r] @ panel`` for a panel of ``PANEL_TILES`` tiles, the first ``tiles`` of them."""
     if PANEL_TILES == 1:
-        gemm_rows(rows, x, x_offsets, panel, 64, depth, c, c_offsets, accumulate)
+        gemm_rows(rows, x, x_offsets, panel, 64, depth, c, c_offsets, accumulate, 0)
     else:
-        gemm_panel(rows, tiles, x, x_offsets, panel, 64 * PANEL_TILES, depth, c, c_offsets, accumulate)
+        gemm_panel(rows, tiles, x, x_offsets, panel, 64 * PANEL_TILES, depth, c, c_offsets, accumulate, 0)
 
 
-FUSED_ROWS = 4
-"""Up to here the weights are multiplied as they are decoded; above, they are decoded once for all rows."""
 _BF16_TILES = TARGET.bf16_tiles
 """By the number of rows, how many tiles at once: the chains of one hide the latency of the other's."""
 _BF16_GRAIN = max(_BF16_TILES)
 """Threads' shares are multiples of those."""
 
 
+FUSED_ROWS = len(_BF16_TILES) - 1
+"""Rows at most that weights are multiplied with as they are decoded."""
+PANEL_FROM = 64 * FUSED_ROWS if TARGET.lanes == 16 else FUSED_ROWS
+"""Above, weights are decoded once for all rows: decoding them again for each ``FUSED_ROWS`` costs more then."""
+
+
 @njit(nogil=True, inline="never")
 def _bf16_few_rows(rows, first, last, x, xo, packed, depth, y, co, accumulate):
     weight_bytes = 32 * depth
-    at_once = _BF16_TILES[rows]
+    groups = (rows + FUSED_ROWS - 1) // FUSED_ROWS
+    most = _BF16_TILES[(rows + groups - 1) // groups]
     tile = first
     while tile < last:
         w, c = packed + tile * weight_bytes, y + 64 * tile
-        if at_once > 1 and tile + at_once <= last:
-            fused_bf16_tiles(rows, x, xo, w, weight_bytes, depth, c, co, accumulate)
-            tile += at_once
-        else:
-            fused_bf16_tile(rows, x, xo, w, weight_bytes, depth, c, co, accumulate)
-            tile += 1
+        at_once = most if tile + most <= last else 1
+        for g in range(groups):
+            row = rows * g // groups
+            size = rows * (g + 1) // groups - row
+            if at_once > 1 and at_once == _BF16_TILES[size]:
+                fused_bf16_tiles(size, x, xo + 8 * row, w, weight_bytes, depth, c, co + 8 * row, accumulate)
+            else:
+                for t in range(at_once):
+                    fused_bf16_tile(
+                        size, x, xo + 8 * row, w + t * weight_bytes, weight_bytes, depth, c + 64 * t, co + 8 * row,
+                        accumulate,
+                    )  # fmt: skip
+        tile += at_once
 
 
 @kernel
@@ -86,7 +98,7 @@ def _bf16_kernel(arguments, part, parts):
     x_offsets, c_offsets = np.arange(rows) * x_stride, np.arange(rows) * y_stride
     xo, co = address_of(x_offsets), address_of(c_offsets)
     first, last = share(n_tiles, part, parts, _BF16_GRAIN)
-    if rows <= FUSED_ROWS:
+    if rows <= PANEL_FROM:
         _bf16_few_rows(rows, first, last, x, xo, packed, depth, y, co, accumulate)
     else:
         panel_memory = np.empty(DEPTH * TILE * PANEL_TILES, np.float32)

@@ -129,6 +129,13 @@ class _Rows:
             store(self._b, self._b.load(accumulator), place, 4)
 
 
+def prefetch(b: Builder, address: Value) -> None:
+    """Ask for the cache line at ``address``, which may lie anywhere: nothing is read, nothing faults."""
+    kinds = (ir.PointerType(I8), I32, I32, I32)
+    ask = function(b, "llvm.prefetch.p0", ir.VoidType(), *kinds)
+    b.call(ask, [b.inttoptr(address, kinds[0]), *(ir.Constant(I32, value) for value in (0, 2, 1))])
+
+
 def _shapes(tiles_at_once: Sequence[int], several: bool) -> dict[int, int]:
     """The micro-kernels, as rows: tiles, that take one tile, or ``several``."""
     return {rows: tiles if several else 1 for rows, tiles in enumerate(tiles_at_once) if tiles > several}
@@ -152,25 +159,27 @@ def branches(b: Builder, rows: Value, shapes: dict[int, int]) -> Iterator[tuple[
 def _gemm(several: bool, *, half: bool = False) -> Callable[..., Any]:
     """``c[r] (+)= x[r, 0:depth] @ panel[0:depth]`` for each of ``rows`` rows and the columns of one tile, or of as many
     as ``TARGET.gemm_tiles`` says. ``x_offsets`` and ``c_offsets`` are addresses of int64 arrays ``[rows]``. The panel
-    is fp32, or with ``half`` bf16."""
+    is fp32, or with ``half`` bf16. ``ahead``: how far behind the panel that one lies which is wanted next (0: none)."""
     columns, tile_bytes = (_half_tile, 32) if half else (load_tile, 64)
     shapes = _shapes(TARGET.gemm_tiles, several)
 
     @intrinsic
-    def gemm(typingctx, rows, x, x_offsets, panel, panel_stride, depth, c, c_offsets, accumulate):
+    def gemm(typingctx, rows, x, x_offsets, panel, panel_stride, depth, c, c_offsets, accumulate, ahead):
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-            rows, x, x_offsets, panel, panel_stride, depth, c, c_offsets, accumulate = args
+            rows, x, x_offsets, panel, panel_stride, depth, c, c_offsets, accumulate, ahead = args
             for count, tiles in branches(b, rows, shapes):
                 state = _Rows(b, count, tiles, x, x_offsets, c, c_offsets)
                 state.start(accumulate)
                 with cgutils.for_range(b, depth, intp=I64) as loop:
                     row = b.add(panel, b.mul(loop.index, panel_stride))
                     places = [offset(b, row, tile_bytes * t) for t in range(tiles)]
+                    for place in places[:: 64 // tile_bytes]:
+                        prefetch(b, b.add(place, ahead))
                     state.multiply(loop.index, [vector for place in places for vector in columns(b, place)])
                 state.finish()
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 9), codegen
+        return types.void(*[types.int64] * 10), codegen
 
     return gemm  # type: ignore[no-any-return]
 
@@ -205,6 +214,9 @@ def _fused_bf16(several: bool) -> Callable[..., Any]:
                 weights = [b.add(packed, b.mul(tile_bytes, i64(t))) for t in range(tiles)]
                 with cgutils.for_range(b, depth, intp=I64) as loop:
                     at = b.mul(loop.index, i64(32))
+                    # What comes next: by itself the processor asks too late for more than it keeps in its caches.
+                    for w in weights:
+                        prefetch(b, b.add(w, b.add(at, b.mul(tile_bytes, i64(tiles)))))
                     state.multiply(loop.index, [v for w in weights for v in _bf16_row(b, b.add(w, at))])
                 state.finish()
             return context.get_dummy_value()

@@ -47,7 +47,8 @@ def _row_offsets(rows, n_pairs, stride):
 
 # Arguments: x, x_stride, y, y_stride, depth, n_pairs, rows, scales, n_segments, slots, offsets, h, h_width,
 # n_projections, size, then each projection's fields. h is [pairs, projections, h_width]; h_width is 16 times the most
-# pages that a slot can have; size is that of a page's elements: 4 (fp32) or 2 (bf16).
+# pages that a slot can have; size is that of a page's elements: 4 (fp32) or 2 (bf16). Which pages a part will read is
+# listed first: a step reads some megabytes from places far apart, and each is fetched while the one before is used.
 @kernel
 def _shrink_kernel(arguments, part, parts):
     a = carray(arguments, _HEADER + 3 * _FIELDS)
@@ -57,7 +58,19 @@ def _shrink_kernel(arguments, part, parts):
     x_offsets, h_offsets = _row_offsets(rows, n_pairs, x_stride), np.arange(n_pairs) * h_stride
     xo, ho = address_of(x_offsets), address_of(h_offsets)
 
-    item = 0
+    panels = np.empty(n_segments * n_projections * (h_width // 16), np.int64)
+    own = item = 0
+    for s in range(n_segments):
+        slot = int32_at(slots, s)
+        for j in range(n_projections):
+            p = _HEADER + _FIELDS * j
+            for page in range((int32_at(a[p + 4], slot * a[p + 8]) + 15) // 16):
+                if item % parts == part:
+                    panels[own] = a[p] + int32_at(a[p + 6], slot * a[p + 7] + page) * a[p + 1]
+                    own += 1
+                item += 1
+
+    at = item = 0
     for s in range(n_segments):
         slot, first, last = int32_at(slots, s), int32_at(offsets, s), int32_at(offsets, s + 1)
         count = last - first
@@ -67,12 +80,14 @@ def _shrink_kernel(arguments, part, parts):
             factor = float32_at(a[p + 5], slot * a[p + 8])
             for page in range((rank + 15) // 16):
                 if item % parts == part:
-                    panel = a[p] + int32_at(a[p + 6], slot * a[p + 7] + page) * a[p + 1]
-                    target = h + 4 * (j * h_width + 16 * page)
+                    panel = panels[at]
+                    ahead = panels[at + 1] - panel if at + 1 < own else 0
+                    at += 1
+                    target, xs, hs = h + 4 * (j * h_width + 16 * page), xo + 8 * first, ho + 8 * first
                     if size == 2:
-                        half_gemm_rows(count, x, xo + 8 * first, panel, 32, depth, target, ho + 8 * first, 0)
+                        half_gemm_rows(count, x, xs, panel, 32, depth, target, hs, 0, ahead)
                     else:
-                        gemm_rows(count, x, xo + 8 * first, panel, 64, depth, target, ho + 8 * first, 0)
+                        gemm_rows(count, x, xs, panel, 64, depth, target, hs, 0, ahead)
                     for i in range(first, last):
                         scale_16(target + i * h_stride, factor * float32_at(scales, i))
                 item += 1
@@ -88,24 +103,34 @@ def _expand_kernel(arguments, part, parts):
     h_stride = n_projections * h_width * 4
     y_offsets, h_offsets = _row_offsets(rows, n_pairs, y_stride), np.arange(n_pairs) * h_stride
     yo, ho = address_of(y_offsets), address_of(h_offsets)
+    panels = np.empty(n_segments * (h_width // 16), np.int64)
     for j in range(n_projections):
         p = _HEADER + _FIELDS * j
         first_tile, last_tile = share(a[p + 9] // 16, part, parts, 4)
-        columns = y + 4 * (a[p + 10] + 16 * first_tile)
+        columns, before = y + 4 * (a[p + 10] + 16 * first_tile), 16 * size * first_tile
+        found = 0
+        for s in range(n_segments):
+            slot = int32_at(slots, s)
+            for page in range((int32_at(a[p + 4], slot * a[p + 8]) + 15) // 16):
+                panels[found] = a[p + 2] + int32_at(a[p + 6], slot * a[p + 7] + page) * a[p + 3] + before
+                found += 1
+        at = 0
         for s in range(n_segments):
             slot, first, last = int32_at(slots, s), int32_at(offsets, s), int32_at(offsets, s + 1)
             count = last - first
             rank = int32_at(a[p + 4], slot * a[p + 8])
             for page in range((rank + 15) // 16):
-                panel = a[p + 2] + int32_at(a[p + 6], slot * a[p + 7] + page) * a[p + 3] + 16 * size * first_tile
+                panel = panels[at]
+                ahead = panels[at + 1] - panel if at + 1 < found else 0
+                at += 1
                 source = h + 4 * (j * h_width + 16 * page)
                 width = min(16, rank - 16 * page)
                 tiles, stride = last_tile - first_tile, size * a[p + 9]
                 so, to = ho + 8 * first, yo + 8 * first
                 if size == 2:
-                    half_gemm_panel(count, tiles, source, so, panel, stride, width, columns, to, 1)
+                    half_gemm_panel(count, tiles, source, so, panel, stride, width, columns, to, 1, ahead)
                 else:
-                    gemm_panel(count, tiles, source, so, panel, stride, width, columns, to, 1)
+                    gemm_panel(count, tiles, source, so, panel, stride, width, columns, to, 1, ahead)
     keep_alive(y_offsets)
     keep_alive(h_offsets)
 

@@ -22,7 +22,7 @@ def _fp32_kernel(arguments, part, parts):
     xo, yo = address_of(x_offsets), address_of(y_offsets)
     first, last = share(n_tiles, part, parts, 1)
     for tile in range(first, last):
-        gemm_rows(rows, x, xo, tiles + 64 * tile * depth, 64, depth, y + 64 * tile, yo, 0)
+        gemm_rows(rows, x, xo, tiles + 64 * tile * depth, 64, depth, y + 64 * tile, yo, 0, 64 * depth)
     keep_alive(x_offsets)
     keep_alive(y_offsets)
 

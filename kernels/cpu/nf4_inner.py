@@ -47,6 +47,7 @@ from manylora.kernels.cpu.emit import (
     load,
     load_tile,
     offset,
+    prefetch,
     shuffle,
     splat,
     store,
@@ -215,6 +216,8 @@ def _emit_rows(
             for row in totals:
                 for total in row:
                     b.store(constant(0.0, VF), total)
+    # The next tile's codes: by itself the processor asks too late for more than it keeps in its caches.
+    ahead = b.mul(b.mul(blocks, spans), i64(SPAN // positions * n_bytes))
     with cgutils.for_range(b, blocks, intp=I64) as block:
         largest = load_tile(b, b.add(absmax, b.mul(block.index, i64(64))))
         with cgutils.for_range(b, spans, intp=I64) as within:
@@ -224,6 +227,8 @@ def _emit_rows(
                     b.store(ir.Constant(VI, [0] * TARGET.lanes), one)
             with cgutils.for_range(b, i64(SPAN // positions), intp=I64) as loop:
                 at = b.add(b.mul(span, i64(SPAN // positions)), loop.index)
+                if n_bytes == 64:
+                    prefetch(b, b.add(b.add(weights, ahead), b.mul(at, i64(n_bytes))))
                 for i, pair in enumerate(group(b, b.add(weights, b.mul(at, i64(n_bytes))))):
                     for row, own in zip(x, sums, strict=True):
                         place = offset(b, b.add(row, b.mul(at, i64(2 * positions))), 4 * i)
@@ -239,8 +244,8 @@ def _emit_rows(
         store_tile(b, [b.load(total) for total in row], place)
 
 
-FUSED_ROWS: Final = 4
-PANEL_ROWS: Final = TARGET.nf4_rows
+FUSED_ROWS: Final = TARGET.nf4_fused_rows
+PANEL_ROWS: Final = TARGET.nf4_panel_rows
 fused_nf4 = _multiply(_group, GROUP, 8 * GROUP, FUSED_ROWS)
 """``fused_nf4(rows, levels, scales, stride, packed, absmax, blocks, spans, c, c_stride, accumulate)``: ``c[r] (+)=
 W x[r]`` for up to ``FUSED_ROWS`` rows of integers (``quantise``), ``stride`` bytes apart, and the 16 outputs of a tile

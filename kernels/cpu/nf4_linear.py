@@ -32,6 +32,9 @@ DEPTH = 512
 ROW_BLOCK = 96
 """Rows of x per pass over the weights: their 96 x 512 int16 stay in L2 while the panels stream by."""
 
+CODE_BYTES = 128 << 10
+"""Of packed codes that are multiplied with all rows before the next are touched: they stay in L2."""
+
 if GROUP == 4:
 
     @njit(nogil=True, inline="always")
@@ -119,7 +122,7 @@ def _quantise_kernel(arguments, part, parts):
 def _many_rows(rows, levels, stride, depth, packed, absmax, block, c, c_stride, accumulate, panel):
     """A tile's outputs for more rows than are multiplied with weights as they are decoded."""
     step = max(block, DEPTH // block * block)
-    groups = (rows + PANEL_ROWS - 1) // PANEL_ROWS
+    groups = (rows + PANEL_ROWS - 1) // max(PANEL_ROWS, 1)
     for k in range(0, depth, step):
         length = min(step, depth - k)
         decode_nf4(packed + 8 * k, panel, length // GROUP)
@@ -136,20 +139,47 @@ def _many_rows(rows, levels, stride, depth, packed, absmax, block, c, c_stride, 
             done += size
 
 
+@njit(nogil=True, inline="never")
+def _decoded_as_multiplied(
+    rows, groups, group, last_group, tile, last_tile, levels, stride, depth, packed, absmax, block, y, y_stride,
+    accumulate,
+):  # fmt: skip
+    """Some of the groups of rows and of the tiles. A group's levels stay in L1 while codes come from L2, where some
+    tiles' stay for all of the groups."""
+    at_once = max(1, CODE_BYTES // (8 * depth))
+    for begin in range(tile, last_tile, at_once):
+        for g in range(group, last_group):
+            # Near-equal groups: 9 rows are 4 + 5, not 8 + 1, as codes are looked up for each.
+            row, end = rows * g // groups, rows * (g + 1) // groups
+            own = levels + row * stride
+            for t in range(begin, min(begin + at_once, last_tile)):
+                fused_nf4(
+                    end - row, own, own + 2 * depth, stride, packed + 8 * t * depth,
+                    absmax + 64 * t * (depth // block), depth // block, block // SPAN,
+                    y + row * y_stride + 64 * t, y_stride, accumulate,
+                )  # fmt: skip
+
+
 @kernel
 def _nf4_kernel(arguments, part, parts):
     a = carray(arguments, 13)
     rows, depth, levels, stride, packed, absmax, n_tiles = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
     y, y_stride, block, accumulate = a[9], a[10], a[11], a[12]
-    first, last = share(n_tiles, part, parts, 1)
-    if rows <= FUSED_ROWS:
-        for tile in range(first, last):
-            fused_nf4(
-                rows, levels, levels + 2 * depth, stride, packed + 8 * tile * depth,
-                absmax + 64 * tile * (depth // block), depth // block, block // SPAN,
-                y + 64 * tile, y_stride, accumulate,
+    if PANEL_ROWS == 0 or rows <= FUSED_ROWS:
+        groups = (rows + FUSED_ROWS - 1) // FUSED_ROWS
+        # Parts get rows of their own if there are enough for all, as each reads fewer levels then.
+        shares = 1 if groups >= 2 * parts else (2 * parts + groups - 1) // groups
+        item, last_item = share(groups * shares, part, parts, 1)
+        while item < last_item:
+            group, which = item // shares, item % shares
+            first, last = share(n_tiles, which, shares, 1)
+            item, more = (last_item, last_item) if shares == 1 else (item + 1, group + 1)
+            _decoded_as_multiplied(
+                rows, groups, group, more, first, last, levels, stride, depth, packed, absmax, block, y, y_stride,
+                accumulate,
             )  # fmt: skip
         return
+    first, last = share(n_tiles, part, parts, 1)
     panel_memory = np.empty(max(block, DEPTH) * PAIR_BYTES // 2, np.uint8)
     panel = address_of(panel_memory)
     for row in range(0, rows, ROW_BLOCK):

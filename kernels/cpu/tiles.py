@@ -21,17 +21,17 @@ def _loops(tile: Any, tiles_at_once: Any, tile_bytes: int) -> tuple[Any, Any]:
     """``gemm_rows`` and ``gemm_panel`` over two micro-kernels, whose panels have ``tile_bytes`` a tile and row."""
 
     @njit(nogil=True, inline="never")
-    def rows_of_a_tile(rows, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate):
+    def rows_of_a_tile(rows, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate, ahead):
         groups = (rows + _GROUP - 1) // _GROUP
         done = 0
         for g in range(groups):
             # Near-equal groups: 8 rows are 4 + 4, not 6 + 2, because a small group starves the multipliers.
             size = (rows - done + groups - g - 1) // (groups - g)
-            tile(size, x, x_offsets + 8 * done, panel, stride, depth, c, c_offsets + 8 * done, accumulate)
+            tile(size, x, x_offsets + 8 * done, panel, stride, depth, c, c_offsets + 8 * done, accumulate, ahead)
             done += size
 
     @njit(nogil=True, inline="never")
-    def rows_of_a_panel(rows, tiles, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate):
+    def rows_of_a_panel(rows, tiles, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate, ahead):
         at_once = _TILES_AT_ONCE[min(rows, _GROUP)]
         t = 0
         if at_once > 1:
@@ -42,23 +42,26 @@ def _loops(tile: Any, tiles_at_once: Any, tile_bytes: int) -> tuple[Any, Any]:
                     size = (rows - done + groups - g - 1) // (groups - g)
                     tiles_at_once(
                         size, x, x_offsets + 8 * done, panel + tile_bytes * t, stride, depth, c + 64 * t,
-                        c_offsets + 8 * done, accumulate,
+                        c_offsets + 8 * done, accumulate, ahead,
                     )  # fmt: skip
                     done += size
                 t += at_once
         while t < tiles:
-            rows_of_a_tile(rows, x, x_offsets, panel + tile_bytes * t, stride, depth, c + 64 * t, c_offsets, accumulate)
+            rows_of_a_tile(
+                rows, x, x_offsets, panel + tile_bytes * t, stride, depth, c + 64 * t, c_offsets, accumulate, ahead
+            )  # fmt: skip
             t += 1
 
     return rows_of_a_tile, rows_of_a_panel
 
 
 gemm_rows, gemm_panel = _loops(gemm_tile, gemm_tiles, 64)
-"""``gemm_rows(rows, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate)``: ``c[r, 0:16] (+)= x[r, 0:depth] @
-panel[0:depth, 0:16]`` for any number of rows. ``gemm_panel(rows, tiles, ...)``: the same for a panel of several tiles,
+"""``gemm_rows(rows, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate, ahead)``: ``c[r, 0:16] (+)= x[r,
+0:depth] @ panel[0:depth, 0:16]`` for any number of rows. ``gemm_panel(rows, tiles, ...)``: the same for a panel of several tiles,
 as more columns at once hide the latency of the FMAs of few rows.
 
-Addresses and byte offsets are int64; ``x_offsets`` and ``c_offsets`` are addresses of int64 arrays ``[rows]``."""
+Addresses and byte offsets are int64; ``x_offsets`` and ``c_offsets`` are addresses of int64 arrays ``[rows]``. The panel
+``ahead`` bytes further on, which is wanted next, is fetched into the cache meanwhile; 0: none."""
 half_gemm_rows, half_gemm_panel = _loops(half_gemm_tile, half_gemm_tiles, 32)
 """The same for panels of bf16."""
 
