@@ -46,6 +46,27 @@ def pack_bf16(weight: torch.Tensor) -> torch.Tensor:
     return padded.reshape(tiles, 2, 8, k).permute(0, 3, 2, 1).reshape(tiles, k, TILE).contiguous()
 
 
+@njit("boolean(int64[::1], int16[:, :, ::1], int32[:, ::1])", nogil=True, cache=True)
+def _gather(outputs, tiles, out):
+    for i in range(outputs.size):
+        tile, within = outputs[i] // 16, outputs[i] % 16
+        if not 0 <= tile < tiles.shape[0]:
+            return False
+        place = 2 * (within % 8) + within // 8
+        for k in range(tiles.shape[1]):
+            out[i, k] = np.int32(tiles[tile, k, place]) << 16  # a bf16 is the upper half of its fp32
+    return True
+
+
+def gather_bf16(outputs: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
+    """Rows of the weight that `pack_bf16` packed, fp32 ``[len(outputs), K]``: those of the ``outputs``, int64.
+    IndexError if there is no such row."""
+    out = torch.empty(outputs.numel(), tiles.shape[1])
+    if not _gather(outputs.contiguous().numpy(), tiles.view(torch.int16).numpy(), out.view(torch.int32).numpy()):
+        raise IndexError(f"rows {outputs.tolist()[:8]} ... of a table of {16 * tiles.shape[0]}")
+    return out
+
+
 @njit(nogil=True)
 def multiply_panel(rows, tiles, x, x_offsets, panel, depth, c, c_offsets, accumulate):
     """``c[r] (+)= x[r] @ panel`` for a panel of ``PANEL_TILES`` tiles, the first ``tiles`` of them."""

@@ -12,7 +12,7 @@ from manylora.kernels.cpu.threads import launch
 from manylora.kernels.cpu.tiles import float32_from_bits, float32_view, share
 from manylora.kernels.cpu.vectors import gelu_8, gelu_mul_8, layer_norm_8, rms_norm_8, silu_mul_8, softcap_8
 
-_SERIAL = 16384
+_SERIAL = 1 << 16
 """Elements below which waking the other threads costs more than it saves (about 4 microseconds of work)."""
 
 

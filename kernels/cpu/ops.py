@@ -261,9 +261,7 @@ class NumbaOps:
         if weight.rows is not None:
             return weight.rows[token_ids].float()
         assert weight.tiles is not None
-        within = token_ids % TILE
-        # Output i of a tile is element 2i, output 8 + i is 2i + 1 (``bf16_linear.pack_bf16``).
-        return weight.tiles[token_ids // TILE, :, 2 * (within % 8) + within // 8].float()
+        return bf16_linear.gather_bf16(token_ids, weight.tiles)
 
     def logits(self, x: torch.Tensor, weight: PackedTable) -> torch.Tensor:
         if weight.tiles is None:

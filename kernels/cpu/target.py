@@ -33,9 +33,19 @@ class Target:
 
 _TARGETS: Final = {
     # 16 registers, a tile is two.
-    "avx2": Target(8, (0, 4, 2, 2, 1, 1, 1), (0, 4, 2, 2, 1), panel_tiles=1, nf4_fused_rows=4, nf4_panel_rows=6, nf4_group=4),
+    "avx2": Target(
+        8, (0, 4, 2, 2, 1, 1, 1), (0, 4, 2, 2, 1), panel_tiles=1, nf4_fused_rows=4, nf4_panel_rows=6, nf4_group=4
+    ),
     # 32 registers, a tile is one.
-    "avx512": Target(16, (0, 4, 4, 4, 2, 2, 2, 2, 2), (0, 4, 4, 4, 4, 2, 2, 2, 2), panel_tiles=2, nf4_fused_rows=8, nf4_panel_rows=0, nf4_group=8),
+    "avx512": Target(
+        16,
+        (0, 4, 4, 4, 2, 2, 2, 2, 2),
+        (0, 4, 4, 4, 4, 2, 2, 2, 2),
+        panel_tiles=2,
+        nf4_fused_rows=8,
+        nf4_panel_rows=0,
+        nf4_group=8,
+    ),
 }
 
 TARGET: Final = _TARGETS[in_use().name]

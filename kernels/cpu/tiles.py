@@ -57,11 +57,11 @@ def _loops(tile: Any, tiles_at_once: Any, tile_bytes: int) -> tuple[Any, Any]:
 
 gemm_rows, gemm_panel = _loops(gemm_tile, gemm_tiles, 64)
 """``gemm_rows(rows, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate, ahead)``: ``c[r, 0:16] (+)= x[r,
-0:depth] @ panel[0:depth, 0:16]`` for any number of rows. ``gemm_panel(rows, tiles, ...)``: the same for a panel of several tiles,
-as more columns at once hide the latency of the FMAs of few rows.
+0:depth] @ panel[0:depth, 0:16]`` for any number of rows. ``gemm_panel(rows, tiles, ...)``: the same for a panel of
+several tiles, as more columns at once hide the latency of the FMAs of few rows.
 
-Addresses and byte offsets are int64; ``x_offsets`` and ``c_offsets`` are addresses of int64 arrays ``[rows]``. The panel
-``ahead`` bytes further on, which is wanted next, is fetched into the cache meanwhile; 0: none."""
+Addresses and byte offsets are int64; ``x_offsets`` and ``c_offsets`` are addresses of int64 arrays ``[rows]``. The
+panel ``ahead`` bytes further on, which is wanted next, is fetched into the cache meanwhile; 0: none."""
 half_gemm_rows, half_gemm_panel = _loops(half_gemm_tile, half_gemm_tiles, 32)
 """The same for panels of bf16."""
 

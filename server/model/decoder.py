@@ -159,7 +159,8 @@ class Decoder:
         if rows is not None:
             if rows.numel() == 0:
                 return torch.empty(0, self.spec.vocab_size, dtype=torch.float32, device=self.ops.device)
-            x = x[rows]
+            if rows.numel() != x.shape[0]:  # else it is all of them, and copying takes a millisecond
+                x = x[rows]
         hidden = self._norm(x, self.weights.final_norm)
         logits = self.ops.logits(hidden, self.weights.head)
         if self.weights.head_bias is not None:
