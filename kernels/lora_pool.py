@@ -23,13 +23,28 @@ class PoolFull(RuntimeError):
     """There are not enough free pages for an adapter; the message says of what and how many."""
 
 
-def _fill_page(a: torch.Tensor, b: torch.Tensor, pair: LoraPair | None, first: int) -> None:
-    """Ranks ``first .. first + 15`` of a pair into a layer's page ``a`` ``[K, 16]``, ``b`` ``[16, N]``; zeros
-    beyond."""
+def _as_integers(ranks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values ``[R, n]`` as whole numbers of at most 32767, and what one of them stands for in each row, fp64
+    ``[R]``: the row's largest over 32767. So a value is off by 1.5e-5 of the largest of its rank."""
+    values = ranks.double()
+    scale = values.abs().amax(1) / 32767
+    return torch.round(values / torch.where(scale > 0, scale, 1.0)[:, None]), scale
+
+
+def _fill_page(
+    a: torch.Tensor, b: torch.Tensor, scales: torch.Tensor | None, pair: LoraPair | None, first: int
+) -> None:
+    """Ranks ``first .. first + 15`` of a pair into a layer's page ``a`` ``[K, 16]``, ``b`` ``[16, N]``, and, of
+    integers, ``scales`` ``[16]``; zeros beyond."""
     width = 0 if pair is None else max(0, min(RANK_PAGE, pair.rank - first))
     if pair is not None and width:
-        a[:, :width] = pair.a[first : first + width].to(a.dtype).T
-        b[:width] = pair.b[:, first : first + width].to(b.dtype).T
+        of_a, of_b = pair.a[first : first + width], pair.b[:, first : first + width].T
+        if scales is not None:
+            scales.zero_()
+            (of_a, scale_a), (of_b, scale_b) = _as_integers(of_a), _as_integers(of_b)
+            scales[:width] = scale_a * scale_b
+        a[:, :width] = of_a.to(a.dtype).T
+        b[:width] = of_b.to(b.dtype)
     if width < RANK_PAGE:
         a[:, width:] = 0
         b[width:] = 0
@@ -39,7 +54,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     # calloc'ed by numpy: the system commits a page of memory when it is first written, torch.zeros would at once.
-    stand_in = {torch.float32: np.float32, torch.bfloat16: np.int16, torch.float16: np.float16}[dtype]
+    stand_in = {torch.float32: np.float32, torch.float16: np.float16}.get(dtype, np.int16)
     zeros = torch.from_numpy(np.zeros(shape, stand_in))
     return zeros.view(dtype) if zeros.dtype != dtype else zeros
 
@@ -83,7 +98,9 @@ class LoraPool:
     take. ``write`` may run on other threads than the reader's, several at once for different slots: it touches only
     free pages and its own slot.
 
-    ``dtype``: what the adapters are computed in; ``page_dtype``: what A and B are held in, the same unless given.
+    ``dtype``: what the adapters are computed in; ``page_dtype``: what A and B are held in, the same unless given. As
+    ``int16``, each rank's values are whole numbers, and ``page_scales[p]`` fp32 ``[pages, L, 16]`` has what one of A
+    times one of B stands for.
     ``vectors``: keep room for a gain and a bias in every slot: 8 bytes for each output of each layer (11 MB a slot for
     a Llama of 8 billion). On the CPU the system commits it only where an adapter that has some is written; on other
     devices it is taken at once, and the fused kernel is compiled with them. Without, adapters that have some are
@@ -115,6 +132,7 @@ class LoraPool:
         self.pages_per_slot = -(-max_rank // RANK_PAGE)
         self.a: dict[str, torch.Tensor] = {}
         self.b: dict[str, torch.Tensor] = {}
+        self.page_scales: dict[str, torch.Tensor] = {}
         self.page_table: dict[str, torch.Tensor] = {}
         self.ranks: dict[str, torch.Tensor] = {}
         self.scaling: dict[str, torch.Tensor] = {}
@@ -163,13 +181,15 @@ class LoraPool:
             self.scaling[p] = store.scaling[j]
             part = store.b[row * columns[j] : row * columns[j + 1]]
             self.b[p] = part.view(self.max_pages, layers, RANK_PAGE, shapes.out_features[p])
+            if self.page_dtype == torch.int16:
+                self.page_scales[p] = torch.zeros(self.max_pages, layers, RANK_PAGE, device=device)
 
     @property
     def suits_cpu_kernels(self) -> bool:
         """Whether the numba kernels can compute with this pool."""
         if self.device.type != "cpu" or self.dtype != torch.float32 or not cpu_kernels_available():
             return False
-        readable = self.page_dtype in (torch.float32, torch.bfloat16)
+        readable = self.page_dtype in (torch.float32, torch.bfloat16, torch.int16)
         return readable and all(n % RANK_PAGE == 0 for p, n in self.shapes.out_features.items() if p != "embed")
 
     # --- what there is room for ----------------------------------------------------------------------------------
@@ -214,6 +234,9 @@ class LoraPool:
             where = f"`{projection}` of layer {layer}"
             parts += [(where, "A", pair.a, self.page_dtype), (where, "B", pair.b, self.page_dtype)]
             parts.append((where, "the scale", torch.tensor(pair.scale, dtype=torch.float64), torch.float32))
+            if self.page_dtype == torch.int16 and pair.rank:
+                product = pair.a.abs().max().double() * pair.b.abs().max().double()
+                parts.append((where, "A times B", product, torch.float32))
         for (projection, layer), vectors in weights.vectors.items():
             for name, vector in (("the gain", vectors.gain), ("the bias", vectors.bias)):
                 if vector is not None:
@@ -221,7 +244,7 @@ class LoraPool:
         for projection, table in weights.tables.items():
             parts.append((f"`{projection}`", "its rows", table.rows, self._forms[projection].stored_dtype(table)))
         for where, name, values, dtype in parts:
-            highest = torch.finfo(dtype).max
+            highest = torch.finfo(torch.float32 if dtype == torch.int16 else dtype).max
             if values.numel() and not float(values.abs().max()) <= highest:  # NaN is no number that it holds either
                 return f"{where}: {name} has values above {highest:g}, more than {dtype} holds"
         return None
@@ -246,7 +269,8 @@ class LoraPool:
             free, held = self._count_free(), tuple(self._held.values())
         total = self.table_bytes - free[TABLE_BYTES]
         for p in PROJECTIONS:
-            total += (self.max_pages - free[p]) * (self.a[p][0].nbytes + self.b[p][0].nbytes)
+            scales = self.page_scales[p][0].nbytes if p in self.page_scales else 0
+            total += (self.max_pages - free[p]) * (self.a[p][0].nbytes + self.b[p][0].nbytes + scales)
         for contents in held:
             total += sum(2 * store.gain[0].nbytes for name, store in self.sites.items() if contents.has_vectors(name))
         return total
@@ -306,8 +330,10 @@ class LoraPool:
                 if on_device:
                     to_a, to_b = a, b
                     a, b = (torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (to_a, to_b))
+                scales = self.page_scales[p][page] if p in self.page_scales else None
                 for layer in range(layers):
-                    _fill_page(a[layer], b[layer], weights.pairs.get((p, layer)), i * RANK_PAGE)
+                    own = None if scales is None else scales[layer]
+                    _fill_page(a[layer], b[layer], own, weights.pairs.get((p, layer)), i * RANK_PAGE)
                 if on_device:
                     to_a.copy_(a, non_blocking=True)
                     to_b.copy_(b, non_blocking=True)

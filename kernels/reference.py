@@ -22,6 +22,9 @@ def pool_matrices(
     k, n = pool.shapes.in_features[projection], pool.shapes.out_features[projection]
     a = pool.a[projection][pages, layer].permute(1, 0, 2).reshape(k, -1)[:, :rank]
     b = pool.b[projection][pages, layer].reshape(-1, n)[:rank]
+    if projection in pool.page_scales:
+        # Exact in fp64; in fp32 it rounds once more than the kernels do.
+        a = a.double() * pool.page_scales[projection][pages, layer].reshape(-1)[:rank]
     return a, b, float(pool.scaling[projection][slot, layer])
 
 

@@ -23,7 +23,7 @@ from manylora.server.tenants_file import MAX_KEY_LENGTH, KeyFileError, TenantRul
 
 Device = Literal["auto", "cpu", "cuda"]
 CpuKernels = Literal["auto", "avx512", "avx2", "torch"]
-LoraDtype = Literal["auto", "float32", "bfloat16"]
+LoraDtype = Literal["auto", "float32", "bfloat16", "int16"]
 ToolCallParser = Literal["auto", "hermes", "llama3_json", "mistral", "mistral_args", "none"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 

@@ -76,11 +76,14 @@ def choose_path(
     return ComputePath(ops, "auto")
 
 
-def lora_dtype(asked: LoraDtype, device: str, computed: torch.dtype) -> torch.dtype:
-    """What adapters' pages hold beside operations that compute in ``computed``. Raises ConfigError for what their
+def lora_dtype(asked: LoraDtype, device: str, computed: torch.dtype, *, integers: bool = False) -> torch.dtype:
+    """What adapters' pages hold beside operations that compute in ``computed``, or, ``integers``, multiply the base in
+    integers of 16 bits: adapters are then held in such, too, unless asked otherwise. Raises ConfigError for what their
     kernels cannot read."""
-    dtype = computed if asked == "auto" else {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
-    if dtype not in (computed, torch.bfloat16 if device == "cpu" else computed):
+    dtype = computed if asked == "auto" else getattr(torch, asked)
+    if asked == "auto" and integers:
+        dtype = torch.int16
+    if dtype not in (computed, *((torch.bfloat16, torch.int16) if device == "cpu" else ())):
         name = str(computed).removeprefix("torch.")
         raise ConfigError("--lora-dtype", f"on {device} adapters are held in {name}, got {asked}")
     return dtype

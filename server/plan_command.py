@@ -41,13 +41,10 @@ def make_plan(wish: Wish) -> Plan:
     device = _device(wish)
     blocksizes = _checked_blocksizes(opened)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    form = Form(
-        device,
-        dtype,
-        lora_dtype(wish.engine.lora_dtype, device, dtype),
-        expected_layout(device, wish.engine.cpu_kernels, spec, blocksizes),
-        blocksizes,
-    )
+    layout = expected_layout(device, wish.engine.cpu_kernels, spec, blocksizes)
+    integers = layout == "tiles" and wish.engine.cpu_arithmetic == "int16"
+    pages = lora_dtype(wish.engine.lora_dtype, device, dtype, integers=integers)
+    form = Form(device, dtype, pages, layout, blocksizes)
     sizes = choose_sizes(wish.engine, spec, form, _room(wish, device))
     plan = Plan(
         found.name,

@@ -175,7 +175,8 @@ def page_bytes(spec: ModelSpec, form: Form, projections: tuple[str, ...] = PROJE
     """Of one page, 16 ranks, of ``projections`` in all layers."""
     shapes = spec.lora_shapes()
     widths = sum((shapes.in_features[p] + shapes.out_features[p]) * shapes.layers_of(p) for p in projections)
-    return widths * RANK_PAGE * form.page_dtype.itemsize
+    scales = sum(shapes.layers_of(p) for p in projections) * RANK_PAGE * 4 if form.page_dtype == torch.int16 else 0
+    return widths * RANK_PAGE * form.page_dtype.itemsize + scales
 
 
 def vector_bytes(spec: ModelSpec) -> int:

@@ -221,9 +221,14 @@ def test_what_adapters_are_held_in() -> None:
     assert lora_dtype("auto", "cpu", torch.float32) == torch.float32
     assert lora_dtype("float32", "cpu", torch.float32) == torch.float32
     assert lora_dtype("bfloat16", "cpu", torch.float32) == torch.bfloat16
+    assert lora_dtype("int16", "cpu", torch.float32) == torch.int16
+    assert lora_dtype("auto", "cpu", torch.float32, integers=True) == torch.int16
+    assert lora_dtype("float32", "cpu", torch.float32, integers=True) == torch.float32
     assert lora_dtype("auto", "cuda", torch.bfloat16) == torch.bfloat16
     with pytest.raises(ConfigError, match=r"^--lora-dtype: on cpu adapters are held in bfloat16, got float32"):
         lora_dtype("float32", "cpu", torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"^--lora-dtype: on cuda adapters are held in bfloat16, got int16"):
+        lora_dtype("int16", "cuda", torch.bfloat16)
 
 
 class _Compiles(event.Listener):  # type: ignore[misc]

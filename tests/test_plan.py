@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_refused_with_what_to_change(checkpoints: dict[str,
     model = checkpoints["llama"]
     with pytest.raises(ConfigError, match=r"^--memory: 512\.0 MiB is less than the .* that a server takes without"):
         make_plan(wish(model, memory=512 * MIB))
-    many = {"max_device_adapters": 4000, "memory": 1 << 30}
+    many = {"max_device_adapters": 8000, "memory": 1 << 30}
     with pytest.raises(ConfigError, match=r"^--memory: the parts of llama need .* GiB more than 1\.00 GiB") as refused:
         make_plan(wish(model, **many))
     found = re.search(r"Lower --max-device-adapters to (\d+) \(now 4000\)", str(refused.value))

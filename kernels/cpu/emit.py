@@ -83,6 +83,13 @@ def _half_tile(b: Builder, address: Value) -> list[Value]:
     return [b.bitcast(b.shl(word, ir.Constant(VI, [16] * TARGET.lanes)), VF) for word in words]
 
 
+def _integer_tile(b: Builder, address: Value) -> list[Value]:
+    """The 16 int16 values at ``address``, in their own order, as fp32; exact."""
+    shorts = ir.VectorType(I16, TARGET.lanes)
+    places = [offset(b, address, 2 * TARGET.lanes * v) for v in range(VECTORS)]
+    return [b.sitofp(b.sext(load(b, place, shorts, 2), VI), VF) for place in places]
+
+
 def store_tile(b: Builder, vectors: Sequence[Value], address: Value) -> None:
     for v, vector in enumerate(vectors):
         store(b, vector, offset(b, address, 4 * TARGET.lanes * v), 4)
@@ -156,11 +163,11 @@ def branches(b: Builder, rows: Value, shapes: dict[int, int]) -> Iterator[tuple[
     b.position_at_end(after)
 
 
-def _gemm(several: bool, *, half: bool = False) -> Callable[..., Any]:
+def _gemm(several: bool, columns: Callable[[Builder, Value], list[Value]], tile_bytes: int) -> Callable[..., Any]:
     """``c[r] (+)= x[r, 0:depth] @ panel[0:depth]`` for each of ``rows`` rows and the columns of one tile, or of as many
     as ``TARGET.gemm_tiles`` says. ``x_offsets`` and ``c_offsets`` are addresses of int64 arrays ``[rows]``. The panel
-    is fp32, or with ``half`` bf16. ``ahead``: how far behind the panel that one lies which is wanted next (0: none)."""
-    columns, tile_bytes = (_half_tile, 32) if half else (load_tile, 64)
+    is what ``columns`` makes fp32 of, ``tile_bytes`` a tile and row. ``ahead``: how far behind it the panel lies which
+    is wanted next (0: none)."""
     shapes = _shapes(TARGET.gemm_tiles, several)
 
     @intrinsic
@@ -184,8 +191,9 @@ def _gemm(several: bool, *, half: bool = False) -> Callable[..., Any]:
     return gemm  # type: ignore[no-any-return]
 
 
-gemm_tile, gemm_tiles = _gemm(False), _gemm(True)
-half_gemm_tile, half_gemm_tiles = _gemm(False, half=True), _gemm(True, half=True)
+gemm_tile, gemm_tiles = _gemm(False, load_tile, 64), _gemm(True, load_tile, 64)
+half_gemm_tile, half_gemm_tiles = _gemm(False, _half_tile, 32), _gemm(True, _half_tile, 32)
+integer_gemm_tile, integer_gemm_tiles = _gemm(False, _integer_tile, 32), _gemm(True, _integer_tile, 32)
 
 
 def shuffle(b: Builder, left: Value, right: Value, mask: list[int]) -> Value:

@@ -22,10 +22,12 @@ from manylora.kernels.cpu.tiles import (
     gemm_rows,
     half_gemm_panel,
     half_gemm_rows,
+    integer_gemm_panel,
+    integer_gemm_rows,
     keep_alive,
     share,
 )
-from manylora.kernels.cpu.vectors import scale_16
+from manylora.kernels.cpu.vectors import multiply_16, scale_16
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.lora_step import StepAdapters, VectorRows
@@ -33,8 +35,11 @@ from manylora.kernels.lora_tables import DeviceTable
 from manylora.kernels.sites import RANK_PAGE, SITES
 
 _HEADER = 15
-_FIELDS = 11
+_FIELDS = 13
 """Arguments before the projections', and for each projection."""
+_FP32, _BF16, _INT16 = 0, 1, 2
+_KINDS = {torch.float32: _FP32, torch.bfloat16: _BF16, torch.int16: _INT16}
+"""What pages hold."""
 
 
 @njit(nogil=True)
@@ -46,14 +51,14 @@ def _row_offsets(rows, n_pairs, stride):
 
 
 # Arguments: x, x_stride, y, y_stride, depth, n_pairs, rows, scales, n_segments, slots, offsets, h, h_width,
-# n_projections, size, then each projection's fields. h is [pairs, projections, h_width]; h_width is 16 times the most
-# pages that a slot can have; size is that of a page's elements: 4 (fp32) or 2 (bf16). Which pages a part will read is
-# listed first: a step reads some megabytes from places far apart, and each is fetched while the one before is used.
+# n_projections, kind, then each projection's fields. h is [pairs, projections, h_width]; h_width is 16 times the most
+# pages that a slot can have; kind is what a page's elements are: _FP32, _BF16 or _INT16. Which pages a part will read
+# is listed first: a step reads some megabytes from places far apart, and each is fetched while the one before is used.
 @kernel
 def _shrink_kernel(arguments, part, parts):
     a = carray(arguments, _HEADER + 3 * _FIELDS)
     x, x_stride, depth, n_pairs, rows, scales = a[0], a[1], a[4], a[5], a[6], a[7]
-    n_segments, slots, offsets, h, h_width, n_projections, size = a[8], a[9], a[10], a[11], a[12], a[13], a[14]
+    n_segments, slots, offsets, h, h_width, n_projections, kind = a[8], a[9], a[10], a[11], a[12], a[13], a[14]
     h_stride = n_projections * h_width * 4
     x_offsets, h_offsets = _row_offsets(rows, n_pairs, x_stride), np.arange(n_pairs) * h_stride
     xo, ho = address_of(x_offsets), address_of(h_offsets)
@@ -84,12 +89,17 @@ def _shrink_kernel(arguments, part, parts):
                     ahead = panels[at + 1] - panel if at + 1 < own else 0
                     at += 1
                     target, xs, hs = h + 4 * (j * h_width + 16 * page), xo + 8 * first, ho + 8 * first
-                    if size == 2:
+                    if kind == _BF16:
                         half_gemm_rows(count, x, xs, panel, 32, depth, target, hs, 0, ahead)
+                    elif kind == _INT16:
+                        integer_gemm_rows(count, x, xs, panel, 32, depth, target, hs, 0, ahead)
                     else:
                         gemm_rows(count, x, xs, panel, 64, depth, target, hs, 0, ahead)
                     for i in range(first, last):
                         scale_16(target + i * h_stride, factor * float32_at(scales, i))
+                        if kind == _INT16:
+                            index = int32_at(a[p + 6], slot * a[p + 7] + page)
+                            multiply_16(target + i * h_stride, a[p + 11] + index * a[p + 12])
                 item += 1
     keep_alive(x_offsets)
     keep_alive(h_offsets)
@@ -99,8 +109,9 @@ def _shrink_kernel(arguments, part, parts):
 def _expand_kernel(arguments, part, parts):
     a = carray(arguments, _HEADER + 3 * _FIELDS)
     y, y_stride, n_pairs, rows = a[2], a[3], a[5], a[6]
-    n_segments, slots, offsets, h, h_width, n_projections, size = a[8], a[9], a[10], a[11], a[12], a[13], a[14]
+    n_segments, slots, offsets, h, h_width, n_projections, kind = a[8], a[9], a[10], a[11], a[12], a[13], a[14]
     h_stride = n_projections * h_width * 4
+    size = 4 if kind == _FP32 else 2
     y_offsets, h_offsets = _row_offsets(rows, n_pairs, y_stride), np.arange(n_pairs) * h_stride
     yo, ho = address_of(y_offsets), address_of(h_offsets)
     panels = np.empty(n_segments * (h_width // 16), np.int64)
@@ -127,8 +138,10 @@ def _expand_kernel(arguments, part, parts):
                 width = min(16, rank - 16 * page)
                 tiles, stride = last_tile - first_tile, size * a[p + 9]
                 so, to = ho + 8 * first, yo + 8 * first
-                if size == 2:
+                if kind == _BF16:
                     half_gemm_panel(count, tiles, source, so, panel, stride, width, columns, to, 1, ahead)
+                elif kind == _INT16:
+                    integer_gemm_panel(count, tiles, source, so, panel, stride, width, columns, to, 1, ahead)
                 else:
                     gemm_panel(count, tiles, source, so, panel, stride, width, columns, to, 1, ahead)
     keep_alive(y_offsets)
@@ -166,8 +179,14 @@ class CpuLora:
                 ranks.stride(0),
                 b.shape[3],
                 offset,
+                *self._scales(projection, layer),
             ]
         return tuple(fields)
+
+    def _scales(self, projection: str, layer: int) -> tuple[int, int]:
+        """Address and stride from page to page of a layer's scales; of pages without, nothing that is read."""
+        scales = self._pool.page_scales.get(projection)
+        return (0, 0) if scales is None else (scales[:, layer].data_ptr(), scales.stride(0) * 4)
 
     def route(self, segments: LoraSegments, n_rows: int) -> StepAdapters:
         return StepAdapters(segments, self._pool)
@@ -182,7 +201,7 @@ class CpuLora:
             _shrink_kernel, x.data_ptr(), x.stride(0) * 4, y.data_ptr(), y.stride(0) * 4, x.shape[1], n_pairs,
             segments.rows.data_ptr(), segments.scales.data_ptr(), len(segments.slot_list), segments.slots.data_ptr(),
             segments.offsets.data_ptr(),
-            self._h.data_ptr(), self._h_width, projections, self._pool.page_dtype.itemsize, *self._fields[site, layer],
+            self._h.data_ptr(), self._h_width, projections, _KINDS[self._pool.page_dtype], *self._fields[site, layer],
             then=_expand_kernel, keep=(x, y, segments.rows, segments.scales, segments.slots, segments.offsets, self._h),
         )  # fmt: skip
 

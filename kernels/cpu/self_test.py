@@ -104,6 +104,7 @@ def _checks(
     for site in SITES:
         yield f"adapters at `{site}`", partial(_adapters, make, ops, lora, site)
     yield "adapters at `qkv` in bf16", partial(_adapters, make, ops, lora, "qkv", page_dtype=torch.bfloat16)
+    yield "adapters at `qkv` in integers", partial(_adapters, make, ops, lora, "qkv", page_dtype=torch.int16)
     for dtype in (torch.float32, torch.bfloat16):
         yield f"replaced logits in {dtype}", partial(_replaced_logits, make, hidden, dtype)
 
@@ -336,7 +337,7 @@ def _adapters(
             own = shapes.out_features[p]
             # Of the pages' type, so that holding them rounds nothing.
             a, b = make.normal(rank, k) / k**0.5, make.normal(own, rank)
-            pairs[p, 0] = LoraPair(a.to(page_dtype), b.to(page_dtype), 0.5)
+            pairs[p, 0] = LoraPair(_held_as(a, page_dtype), _held_as(b.T, page_dtype).T, 0.5)
             if slot == 2:
                 vectors[p, 0] = LoraVectors(1 + 0.3 * make.normal(own), make.normal(own))
         adapters[slot] = LoraWeights(pairs, vectors)
@@ -365,6 +366,15 @@ def _adapters(
             )
         )
         _compare("onto a residual" if onto else "alone", got, exact, 2 * _sum_bound(2 * k + 32) * size)
+
+
+def _held_as(ranks: torch.Tensor, page_dtype: torch.dtype) -> torch.Tensor:
+    """Near ``ranks`` ``[R, n]``, values that a page of the type holds as they are."""
+    if page_dtype != torch.int16:
+        return ranks.to(page_dtype)
+    whole = torch.round(ranks * 4096).clamp(-32766, 32766)
+    whole[:, 0] = 32767  # the largest of each rank: a power of two is what one stands for
+    return whole / 2**14
 
 
 def _absolute(adapters: Mapping[int, LoraWeights]) -> dict[int, LoraWeights]:

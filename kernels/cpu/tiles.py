@@ -9,7 +9,14 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from manylora.kernels.cpu.emit import gemm_tile, gemm_tiles, half_gemm_tile, half_gemm_tiles
+from manylora.kernels.cpu.emit import (
+    gemm_tile,
+    gemm_tiles,
+    half_gemm_tile,
+    half_gemm_tiles,
+    integer_gemm_tile,
+    integer_gemm_tiles,
+)
 from manylora.kernels.cpu.target import TARGET
 
 _GROUP = len(TARGET.gemm_tiles) - 1
@@ -64,6 +71,8 @@ Addresses and byte offsets are int64; ``x_offsets`` and ``c_offsets`` are addres
 panel ``ahead`` bytes further on, which is wanted next, is fetched into the cache meanwhile; 0: none."""
 half_gemm_rows, half_gemm_panel = _loops(half_gemm_tile, half_gemm_tiles, 32)
 """The same for panels of bf16."""
+integer_gemm_rows, integer_gemm_panel = _loops(integer_gemm_tile, integer_gemm_tiles, 32)
+"""The same for panels of int16, each of which stands for its own value."""
 
 
 @njit(nogil=True)

@@ -68,6 +68,19 @@ def scale_16(typingctx, address, factor):
     return types.void(types.int64, types.float32), codegen
 
 
+@intrinsic
+def multiply_16(typingctx, address, factors):
+    """Multiply the 16 fp32 values at ``address`` by those at ``factors``, in place."""
+
+    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+        for v in range(TILE // TARGET.lanes):
+            place, factor = (offset(b, address, 4 * TARGET.lanes * v) for address in args)
+            store(b, b.fmul(load(b, place, VF, 4), load(b, factor, VF, 4)), place, 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
 def _exp(b: Builder, x: Value) -> Value:
     """e^x of each lane, to about 2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a degree-6 polynomial for e^r, times 2^n.
 

@@ -13,7 +13,8 @@ from manylora.kernels.cpu import available
 from manylora.kernels.lora import BatchedLora, Implementation
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_segments import LoraSegments
-from manylora.kernels.reference import lora_reference
+from manylora.kernels.lora_weights import LoraPair, LoraWeights
+from manylora.kernels.reference import lora_reference, pool_matrices
 from manylora.kernels.sites import SITES
 from tests.kernels.shapes import SHAPES, pool_of, random_weights
 
@@ -70,9 +71,9 @@ def _single_row() -> Pairs:
 BATCHES = (_identical, _distinct, _uniform, _skewed, _with_base_rows, _unsorted, _composed, _single_row)
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.int16], ids=["fp32", "bf16", "int16"])
 def pool(request: pytest.FixtureRequest) -> LoraPool:
-    """Six adapters, in pages of either type beside fp32 activations; references read the pages, rounded as they are."""
+    """Six adapters, in pages of each type beside fp32 activations; references read the pages, rounded as they are."""
     return _six(request.param)
 
 
@@ -104,6 +105,7 @@ def _bound(x: torch.Tensor, pool: LoraPool, pairs: Pairs, site: str, layer: int)
     """What fp32 may err by: each of the two products of depth d rounds at most d times, relative to the sum of the
     absolute values (Higham, Accuracy and Stability, section 3.1); plus the final additions."""
     absolute = LoraPool(SHAPES, max_slots=pool.max_slots, max_pages=pool.max_pages)
+    absolute.page_scales = pool.page_scales
     for p in pool.a:
         absolute.a[p], absolute.b[p] = pool.a[p].abs(), pool.b[p].abs()
         absolute.page_table[p], absolute.ranks[p], absolute.scaling[p] = (
@@ -178,6 +180,50 @@ def test_bf16_pages_give_the_bits_of_the_same_values_in_fp32(site: str) -> None:
         BatchedLora(half, "cpu").add_(y, x, segments, site, layer)  # type: ignore[arg-type]
         BatchedLora(widened, "cpu").add_(other, x, segments, site, layer)  # type: ignore[arg-type]
         assert torch.equal(y, other), make.__name__
+
+
+@pytest.mark.parametrize("rank", [1, 16, 17])
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e18])
+def test_integers_are_near_what_they_were_made_of(rank: int, size: float) -> None:
+    """Each value is off by half of 1/32767 of the largest of its rank at most, however large the ranks are beside each
+    other; the product of the two scales is rounded once more, to fp32."""
+    weights = random_weights(rank, ("q",), 3)
+    given = weights.pairs["q", 1]
+    uneven = torch.logspace(0, -3, rank)
+    pair = LoraPair(given.a * uneven[:, None] * size, given.b * uneven.flip(0), given.scale)
+    pool = pool_of(LoraWeights({("q", 1): pair}), page_dtype=torch.int16)
+    matrices = pool_matrices(pool, "q", 0, 1)
+    assert matrices is not None
+    (a, b, scaling), (true_a, true_b) = matrices, (pair.a.double(), pair.b.double())
+    assert scaling == pair.scale
+    largest_a, largest_b = true_a.abs().amax(1), true_b.abs().amax(0)
+    for r in range(rank):
+        held = torch.outer(a[:, r].double(), b[r].double())
+        true = torch.outer(true_a[r], true_b[:, r])
+        half_a, half_b = largest_a[r] / 65534, largest_b[r] / 65534
+        bound = half_a * true_b[:, r].abs() + half_b * (true_a[r].abs() + half_a)[:, None] + 2.0**-23 * true.abs()
+        assert ((held - true).abs() <= bound * (1 + 1e-9)).all()
+    assert int(pool.a["q"].abs().max()) == int(pool.b["q"].abs().max()) == 32767
+
+
+def test_a_rank_of_zeros_adds_nothing() -> None:
+    pair = random_weights(3, ("q",), 3).pairs["q", 0]
+    pair.a[1] = 0.0
+    pool = pool_of(LoraWeights({("q", 0): pair}), page_dtype=torch.int16)
+    page = int(pool.page_table["q"][0, 0])
+    assert (pool.page_scales["q"][page, 0] > 0).tolist() == [True, False, True, *[False] * 13]
+    assert torch.isfinite(pool.page_scales["q"]).all()
+
+
+def test_what_integers_cannot_hold_is_refused() -> None:
+    pool = pool_of(random_weights(1, ("q",), 1), page_dtype=torch.int16)
+    a, b = torch.full((1, SHAPES.in_features["q"]), 1e30), torch.full((SHAPES.out_features["q"], 1), 1e30)
+    refusal = pool.overflows(LoraWeights({("q", 0): LoraPair(a, b, 1.0)}))
+    assert refusal is not None
+    assert "`q` of layer 0: A times B has values above 3.40282e+38" in refusal
+    assert pool.overflows(LoraWeights({("q", 0): LoraPair(a, b / 1e30, 1.0)})) is None
+    a[0, 0] = float("nan")
+    assert "layer 0: A has values above" in str(pool.overflows(LoraWeights({("q", 0): LoraPair(a, b, 1.0)})))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
