@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_refused_with_what_to_change(checkpoints: dict[str,
     many = {"max_device_adapters": 8000, "memory": 1 << 30}
     with pytest.raises(ConfigError, match=r"^--memory: the parts of llama need .* GiB more than 1\.00 GiB") as refused:
         make_plan(wish(model, **many))
-    found = re.search(r"Lower --max-device-adapters to (\d+) \(now 4000\)", str(refused.value))
+    found = re.search(r"Lower --max-device-adapters to (\d+) \(now 8000\)", str(refused.value))
     assert found is not None, refused.value
     slots = int(found[1])
     assert slots > 0
