@@ -144,7 +144,7 @@ class Server:
         named = of_adapters(route.adapters, self._local.base)
         term = self._member.term
         if (lack := self._member.lacks(named)) is not None:
-            yield Elsewhere(self._id, lack)
+            yield Elsewhere(self._id, lack, is_passing=term < 0)
             return
         has_begun = False
         async with contextlib.aclosing(call(self._local.app, scope, body)) as answer:
@@ -152,7 +152,7 @@ class Server:
                 if not has_begun:
                     # Only now is it certain which versions were taken, and that they were what the names meant.
                     if self._member.term != term:
-                        yield Elsewhere(self._id, "the replica had not heard from the fleet for a while")
+                        yield Elsewhere(self._id, "the replica had not heard from the fleet for a while.")
                         return
                     has_begun = True
                     yield Taken(self._id)

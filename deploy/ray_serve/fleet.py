@@ -17,7 +17,7 @@ written. The price is that a change waits for a replica that died without a word
 What a change that *fails* leaves behind: nothing. A refusal changes nothing on the canary; a canary that dies takes
 its change with it; if the disk takes no record, all are told to have what they had.
 
-A replica's lease is counted from when it *sent* its poll, here from when the answer leaves, so the replica's ends first.
+A replica's lease is counted from when it *sent* its poll, here from when the poll came, so the replica's ends first.
 After this process itself was lost, the next one does not know whom it gave leases, and waits once for as long as they
 can last.
 """

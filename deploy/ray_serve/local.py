@@ -3,26 +3,21 @@ between them that it has not got there."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 from fastapi import FastAPI
 
-from manylora.adapters.errors import AdapterError, AdapterNotFound
 from manylora.deploy.ray_serve.calls import whole
-from manylora.deploy.ray_serve.fleet_state import FleetState, Merge
+from manylora.deploy.ray_serve.fleet_state import FleetState
+from manylora.deploy.ray_serve.following import follow, state_of
 from manylora.deploy.ray_serve.routes import Body, Message, Scope
 from manylora.server.adapter_loading import first_adapters
 from manylora.server.api.app import create_app
 from manylora.server.api.managing.stored_uploads import StoredUploads
 from manylora.server.config import ServeConfig
-from manylora.server.engine.errors import EngineRefusal
 from manylora.server.serving import Running, build
-
-_log = logging.getLogger(__name__)
 
 
 class _KeptUploads(StoredUploads):
@@ -66,47 +61,10 @@ class LocalServer:
         return self.running.serving.base_name
 
     def state(self) -> FleetState:
-        merges = self.running.merges.current
-        merge = None
-        if merges is not None and not merges.automatic:
-            merge = Merge(merges.name, merges.version, merges.mode)
-        return FleetState.of(self.running.registry.remembered(), merge)
+        return state_of(self.running.registry, self.running.merges)
 
     def follow(self, state: FleetState) -> Mapping[str, str]:
-        registry = self.running.registry
-        names = {entry.name for entry in state.adapters}
-        for entry in registry.remembered():
-            if entry.name not in names:
-                with contextlib.suppress(AdapterNotFound):
-                    registry.unload(entry.name)
-        missing: dict[str, str] = {}
-        for entry in sorted(
-            state.adapters, key=lambda entry: entry.alias_of is not None
-        ):  # so that aliases load nothing
-            try:
-                registry.follow(entry)
-            except (AdapterError, OSError) as error:
-                missing[entry.name] = str(error)
-        try:
-            self._follow_merge(state.merge)
-        except (AdapterError, EngineRefusal) as error:
-            # It is served all the same, and ``system_fingerprint`` says how.
-            _log.error("the merge is not as it is elsewhere: %s", error)
-        return missing
-
-    def _follow_merge(self, wanted: Merge | None) -> None:
-        """Raises MergeRefused, MergeBusy or AdapterNotFound."""
-        merges = self.running.merges
-        current = merges.current
-        if wanted is None:
-            if current is not None and not current.automatic:
-                merges.unmerge()
-            return
-        if current is not None and (current.version, current.mode) == (wanted.version, wanted.mode):
-            return
-        # A merge of a version that its name no longer means serves nobody who comes from now on.
-        if self.running.registry.info(wanted.name).version == wanted.version:
-            merges.merge(wanted.name, wanted.mode)
+        return follow(state, self.running.registry, self.running.merges)
 
     def seed(self, state: FleetState, *, restore: bool) -> FleetState:
         if restore:

@@ -98,7 +98,7 @@ class Member:
     def lacks(self, names: Sequence[str]) -> str | None:
         """Why requests for ``names`` are not for this replica; None if they are."""
         if not self.may_answer:
-            return "the replica has not heard from the fleet lately"
+            return "the replica has not heard from the fleet lately."
         return next((f"adapter {name}: {self.missing[name]}" for name in names if name in self.missing), None)
 
     async def wait_until_serving(self) -> None:

@@ -55,6 +55,8 @@ class Elsewhere:
 
     replica: str
     reason: str
+    is_passing: bool = True
+    """Whether the same replica may answer it a moment later."""
 
 
 Part = Taken | Elsewhere | list[Message]
@@ -121,9 +123,10 @@ async def relay(
             return
         if sent_away is None:
             return
-        if clock() >= deadline:
+        was_everybody = sent_away.replica in avoid
+        if clock() >= deadline or (was_everybody and not sent_away.is_passing):
             raise Unanswered(f"No replica can answer this request now: {sent_away.reason}", 5)
-        if sent_away.replica in avoid:  # everybody was asked
+        if was_everybody:
             avoid = frozenset()
             await sleep(_PAUSE_S)
         else:

@@ -1,4 +1,4 @@
-"""A fleet in one process: the real Fleet and Members over servers that are a dictionary, and a clock that a test turns."""
+"""A fleet in one process: the real Fleet and Members, over servers that are no more than a dictionary."""
 
 from __future__ import annotations
 
