@@ -8,10 +8,13 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY server server
 COPY kernels kernels
 COPY adapters adapters
+COPY deploy deploy
 # --build-arg TORCH="--index-url ..." takes torch from elsewhere, a CPU build for instance.
 ARG TORCH=""
+# --build-arg EXTRAS="[ray]" for a fleet: docs/deploy-ray.md.
+ARG EXTRAS=""
 RUN /venv/bin/pip install --no-cache-dir --constraint constraints.txt ${TORCH} torch==2.13.0 \
- && /venv/bin/pip install --no-cache-dir --constraint constraints.txt .
+ && /venv/bin/pip install --no-cache-dir --constraint constraints.txt ".${EXTRAS}"
 
 FROM python:3.12-slim
 # The namespace package must win over folders of the working directory; see docs/architecture.md.

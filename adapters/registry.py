@@ -196,7 +196,7 @@ class AdapterRegistry:
     def follow(self, entry: StateEntry) -> None:
         """Let a name mean exactly the version that it means in another process, loading it if it is not here.
 
-        If that fails the name is only remembered, like one whose restore failed: what it meant before, it means no more.
+        If that fails the name is only remembered, as after a restore that failed: what it meant is over.
         Raises AdapterSourceChanged if the source holds another version, and what ``load`` raises.
         """
         check_name(entry.name, self._reserved)

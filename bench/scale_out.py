@@ -79,7 +79,7 @@ def fleet(options: argparse.Namespace, adapters: Path, replicas: int, way: str, 
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + START_S
-        while f"replicas on {url}" not in log.read_text(errors="replace"):
+        while f"serving fleet on {url} " not in log.read_text(errors="replace"):
             if process.poll() is not None or time.monotonic() > deadline:
                 sys.exit(f"the fleet did not start:\n{log.read_text(errors='replace')[-4000:]}")
             time.sleep(0.2)

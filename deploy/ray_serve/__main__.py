@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except RuntimeError as error:
             _say(f"the fleet does not come up: {error}")
             return FAILED
-        _say(f"{config.replicas} replicas on http://{api.host}:{api.port}")
+        _say(f"serving fleet on http://{api.host}:{api.port} ({config.replicas} replicas)")
         while orders.get() == "restart":
             _restart(config)
         serve.shutdown()
