@@ -152,7 +152,7 @@ def application(config: FleetConfig) -> serve.Application:
                 look_back_period_s=5.0,
             )
         }
-    server = serve.deployment(Server).options(  # type: ignore[attr-defined]
+    server = serve.deployment(Server).options(
         name="Server",
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
         max_ongoing_requests=config.max_ongoing,
@@ -169,7 +169,7 @@ def application(config: FleetConfig) -> serve.Application:
         ),
         **scaling,
     )
-    ingress = serve.deployment(serve.ingress()(Ingress)).options(  # type: ignore[attr-defined]
+    ingress = serve.deployment(serve.ingress()(Ingress)).options(
         name="Ingress",
         num_replicas=config.ingresses,
         ray_actor_options={"num_cpus": 0},

@@ -121,7 +121,9 @@ def _reaching_fleet() -> Iterator[None]:
 class Server:
     """One replica: the server in this process, as long as the fleet lets it answer."""
 
-    async def __init__(self, config: ServeConfig, fleet: FleetAddress, generation: str) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self, config: ServeConfig, fleet: FleetAddress, generation: str
+    ) -> None:
         # ``generation`` is looked at by Ray alone, which starts all replicas anew when an argument changes.
         # Not at the top: the fleet's process and the front need not hold torch in memory, nor wait for it.
         from manylora.deploy.ray_serve.local import LocalServer

@@ -34,7 +34,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from manylora.adapters.errors import RegistryStateError
 from manylora.deploy.ray_serve.fleet_state import FleetFiles, FleetState
@@ -391,12 +391,9 @@ class Fleet:
     async def _something(self, seconds: float, done: asyncio.Future[Outcome] | None = None) -> None:
         """Until somebody has polled or left, or ``done``, or for so long."""
         progress = asyncio.ensure_future(self._progress.wait())
+        awaited: set[asyncio.Future[Any]] = {progress} if done is None else {progress, done}
         try:
-            await asyncio.wait(
-                {progress} if done is None else {progress, done},
-                timeout=max(seconds, 0.0),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            await asyncio.wait(awaited, timeout=max(seconds, 0.0), return_when=asyncio.FIRST_COMPLETED)
         finally:
             progress.cancel()
 
