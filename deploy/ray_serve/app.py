@@ -156,7 +156,7 @@ def application(config: FleetConfig) -> serve.Application:
         name="Server",
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
         max_ongoing_requests=config.max_ongoing,
-        max_queued_requests=config.server.engine.max_queue or -1,
+        max_queued_requests=max(config.server.engine.max_queue, 1),  # Ray knows no queue of nobody
         graceful_shutdown_timeout_s=config.server.api.shutdown_grace + _SPARE_S,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5.0,

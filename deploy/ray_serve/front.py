@@ -1,8 +1,10 @@
 """What clients of a fleet see: the routes of one server, answered by many. An ASGI application.
 
-It reads no more of a request than where it has to go. Keys, limits, fields, errors: all that is the replicas', whose
-answers pass through as they are. It has words of its own only where no replica has any: 503 if none can answer, 429 if
-too many wait, and the last event of a stream whose replica was lost.
+It reads no more of a request than where it has to go. Fields, limits, errors: all that is the replicas', whose answers
+pass through as they are. Keys are looked at here too, by the server's own code, as no body is read for just anybody;
+so a tenant's requests a second are counted where they all come by. It has words of its own only where no replica has
+any: 503 if none can answer, 429 if too many wait, 504 if they wait too long, and the last event of a stream whose
+replica was lost.
 """
 
 from __future__ import annotations
@@ -21,12 +23,16 @@ from typing import Any, Final, Protocol
 from manylora.deploy.ray_serve.fleet import Changed, NotChanged, Status
 from manylora.deploy.ray_serve.member import FleetLost
 from manylora.deploy.ray_serve.metrics_pages import one_page
-from manylora.deploy.ray_serve.relay import Overcrowded, Patience, Replicas, Unanswered, relay
+from manylora.deploy.ray_serve.relay import Overcrowded, Patience, Replicas, TooLate, Unanswered, relay
 from manylora.deploy.ray_serve.routes import Body, Kind, Message, Scope, adapters_named, carried, header, kind_of
 from manylora.server.api.access.auth import AuthMiddleware
+from manylora.server.api.access.deadlines import timed_out
 from manylora.server.api.access.keys import KeyRing
+from manylora.server.api.app import routes
 from manylora.server.api.context import ContextMiddleware, RequestContext
 from manylora.server.api.errors import ApiError
+from manylora.server.api.observing.access_log import log_request
+from manylora.server.api.observing.observation import Observation
 from manylora.server.config import ApiConfig
 
 _log = logging.getLogger(__name__)
@@ -39,6 +45,8 @@ _MULTIPART: Final = b"multipart/form-data"
 _FRAMING: Final = 1 << 16
 """Bytes that multipart's own headers may take besides the files, as in ``api.managing.uploads``."""
 _UPLOADS_AT_ONCE: Final = 2
+_SPARE_S: Final = 30.0
+"""Seconds more than a replica takes for an answer: those of waiting for one."""
 _UNREACHABLE: Final = "The fleet's own process is being started again; nothing was changed, as far as it was heard of."
 
 
@@ -80,9 +88,11 @@ class Front:
         patience: Patience | None = None,
     ) -> None:
         self._config, self._replicas, self._fleet, self._spool = config, replicas, fleet, spool
-        self._patience = patience or Patience()
+        timeout = config.request_timeout
+        self._patience = patience or Patience(begin_s=None if timeout is None else timeout + _SPARE_S)
         self._uploading = asyncio.Semaphore(_UPLOADS_AT_ONCE)
         self._keys = KeyRing(config)
+        self._observe = Observation(routes(), [log_request])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -111,14 +121,21 @@ class Front:
             await _send_error(sending, ApiError(500, "Internal server error; the server's log has the details."))
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        match kind_of(scope["method"], scope["path"]):
-            case Kind.STATUS:
-                await self._status(scope, send)
+        kind = kind_of(scope["method"], scope["path"])
+        if kind is Kind.STATUS:
+            await self._status(scope, send)
+            return
+        refusal = await self._refusal(scope)
+        if refusal is not None:
+            for message in refusal:
+                await send(_without_own_id(scope, message))
+            return
+        match kind:
             case Kind.METRICS:
                 await self._metrics(scope, send)
             case Kind.CHANGE:
                 await self._change(scope, receive, send)
-            case Kind.ANSWER:
+            case _:
                 await self._answer(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,6 +147,8 @@ class Front:
             await _unless_gone(receive, relaying)
         except Unanswered as error:
             raise ApiError(503, str(error), headers={"Retry-After": str(error.retry_after)}) from error
+        except TooLate:
+            raise timed_out() from None
         except Overcrowded as error:
             raise ApiError(429, str(error), headers={"Retry-After": "1"}) from error
 
@@ -140,12 +159,6 @@ class Front:
         if kind != _MULTIPART:
             data = await _read(receive, self._config.max_body_bytes + 1)
             await self._make_change(scope, Body(data), send)
-            return
-        # Gigabytes are not read for just anybody.
-        refusal = await self._refusal(scope)
-        if refusal is not None:
-            for message in refusal:
-                await send(_without_own_id(scope, message))
             return
         async with self._uploading, self._spooled(receive) as body:
             await self._make_change(scope, body, send)
@@ -179,10 +192,11 @@ class Front:
         async def saying(message: Message) -> None:
             said.append(message)
 
-        def unobserved(_scope: Any, _context: RequestContext) -> None:
-            return
+        def observe(scope: Any, context: RequestContext) -> None:
+            if not passed:  # what passes is observed where it is answered
+                self._observe(scope, context)
 
-        checked = ContextMiddleware(AuthMiddleware(inner, self._config, self._keys), unobserved)
+        checked = ContextMiddleware(AuthMiddleware(inner, self._config, self._keys), observe)
         await checked(dict(scope), nothing, saying)
         return None if passed else said
 

@@ -8,11 +8,11 @@ passed on when it is whole, so that a JSON body is never cut in two.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
 import time
-from asyncio import sleep
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -79,6 +79,12 @@ class Patience:
     """Replicas that may die under one request, before it is given up: it may be the request that kills them."""
     wait_s: float = 30.0
     """For a replica that does not send the request away."""
+    begin_s: float | None = None
+    """For the beginning of an answer, wherever the request waits for it; None: any."""
+
+
+class TooLate(Exception):
+    """The answer had not begun in time; nothing was sent."""
 
 
 class Unanswered(Exception):
@@ -98,15 +104,16 @@ async def relay(
     patience: Patience,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Send the answer of one replica to ``send``. Raises Unanswered, BrokenOff or Overcrowded, with
-    nothing sent."""
+    """Send the answer of one replica to ``send``. Raises Unanswered, TooLate, BrokenOff or
+    Overcrowded, with nothing sent."""
     deadline = clock() + patience.wait_s
+    begin_by = None if patience.begin_s is None else asyncio.get_running_loop().time() + patience.begin_s
     avoid: frozenset[str] = frozenset()
     n_lost = 0
     while True:
         answer = _Answer(send, header(scope, _REQUEST_ID))
         try:
-            sent_away = await _one_try(replicas, Route(adapters, avoid), scope, body, answer)
+            sent_away = await _one_try(replicas.ask(Route(adapters, avoid), scope, body), answer, begin_by)
         except ReplicaLost as error:
             if answer.has_begun:
                 await answer.end_with_error()
@@ -128,14 +135,14 @@ async def relay(
             raise Unanswered(f"No replica can answer this request now: {sent_away.reason}", 5)
         if was_everybody:
             avoid = frozenset()
-            await sleep(_PAUSE_S)
+            await asyncio.sleep(_PAUSE_S)
         else:
             avoid |= {sent_away.replica}
 
 
-async def _one_try(replicas: Replicas, route: Route, scope: Scope, body: Body, answer: _Answer) -> Elsewhere | None:
-    async with contextlib.aclosing(replicas.ask(route, scope, body)) as parts:
-        async for part in parts:
+async def _one_try(parts: AsyncGenerator[Part, None], answer: _Answer, begin_by: float | None) -> Elsewhere | None:
+    async with contextlib.aclosing(parts):
+        while (part := await _next(parts, None if answer.has_begun else begin_by)) is not None:
             match part:
                 case Elsewhere():
                     return part
@@ -147,6 +154,17 @@ async def _one_try(replicas: Replicas, route: Route, scope: Scope, body: Body, a
     if not answer.is_over:
         raise BrokenOff("the answer has no end")
     return None
+
+
+async def _next(parts: AsyncGenerator[Part, None], by: float | None) -> Part | None:
+    """The next part, None after the last. Raises TooLate at the event loop's time ``by``."""
+    try:
+        async with asyncio.timeout_at(by) as limit:
+            return await anext(parts, None)
+    except TimeoutError:
+        if limit.expired():
+            raise TooLate from None
+        raise
 
 
 class _Answer:

@@ -329,6 +329,53 @@ def test_who_has_no_admin_key_uploads_nothing(tmp_path: Path, config: ApiConfig)
     asyncio.run(main())
 
 
+def test_keys_are_looked_at_before_a_body_is_read(
+    tmp_path: Path, config: ApiConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(config, api_keys=("user",))
+
+    async def main() -> None:
+        async with fleet_of(tmp_path, config) as (client, _, _):
+            read = False
+
+            async def body() -> AsyncIterator[bytes]:
+                nonlocal read
+                read = True
+                yield b"{}"
+
+            with caplog.at_level("INFO", logger="manylora.access"):
+                answer = await client.post("/v1/completions", content=body())
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert not read
+            assert [one.manylora_fields["route"] for one in caplog.records] == ["/v1/completions"]
+            caplog.clear()
+            bearer = {"authorization": "Bearer user"}
+            with caplog.at_level("INFO", logger="manylora.access"):
+                assert (await client.post("/v1/completions", json=BODY, headers=bearer)).status_code == 200
+            assert len(caplog.records) == 1, "it is logged where it is answered"
+            assert (await client.get("/")).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_a_request_that_waits_too_long_for_a_replica_is_a_504(tmp_path: Path, config: ApiConfig) -> None:
+    class Never(Replicas):
+        async def ask(self, route: Route, scope: Scope, body: Body) -> AsyncGenerator[Part, None]:
+            await asyncio.sleep(60)
+            yield Taken("r0")
+
+    async def main() -> None:
+        async with fleet_of(tmp_path, config) as (_, replicas, line):
+            front = Front(config, Never(replicas.servers, replicas.members), line, tmp_path, Patience(begin_s=0.05))
+            transport = httpx.ASGITransport(front)
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+                answer = await client.post("/v1/completions", json=BODY)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (504, "TimeoutError")
+
+    asyncio.run(main())
+
+
 def test_what_the_front_has_to_say_itself_has_the_server_s_shape(tmp_path: Path, config: ApiConfig) -> None:
     async def main() -> None:
         async with fleet_of(tmp_path, config) as (client, replicas, line):

@@ -1,10 +1,10 @@
 """The Kubernetes manifests against schemas, without a cluster.
 
 Kubernetes' own kinds: the JSON schemas that kubernetes-validate ships, which are made from Kubernetes' OpenAPI
-document; strictly, so that a field that does not exist is an error. RayService: its fields as far as they are used, after the
-Go types of KubeRay (ray-operator/apis/ray/v1: RayServiceSpec, RayClusterSpec, HeadGroupSpec, WorkerGroupSpec,
-AutoscalerOptions); its pod templates by Kubernetes' schema of a pod; its Serve config by Ray's own model of it; its
-flags by our own parser. Nothing here was applied to a cluster.
+document; strictly, so that a field that does not exist is an error. RayService: its fields as far as they are used,
+after the Go types of KubeRay (ray-operator/apis/ray/v1: RayServiceSpec, RayClusterSpec, HeadGroupSpec,
+WorkerGroupSpec, AutoscalerOptions); its pod templates by Kubernetes' schema of a pod; its Serve config by Ray's own
+model of it; its flags by our own parser. Nothing here was applied to a cluster.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -16,6 +17,7 @@ from manylora.deploy.ray_serve.relay import (
     Patience,
     ReplicaLost,
     Taken,
+    TooLate,
     Unanswered,
     relay,
 )
@@ -175,7 +177,7 @@ def test_when_all_send_it_away_they_are_asked_again_until_the_time_is_over(monke
         nonlocal now
         now += 1
 
-    monkeypatch.setattr(relay_module, "sleep", sleep)
+    monkeypatch.setattr(relay_module.asyncio, "sleep", sleep)
     replicas = Scripted([Elsewhere("r1", "adapter a: its files are gone")])
     with pytest.raises(Unanswered, match="adapter a: its files are gone") as error:
         run(replicas, clock=lambda: now)
@@ -189,6 +191,25 @@ def test_what_no_replica_has_is_told_as_soon_as_all_were_asked() -> None:
     with pytest.raises(Unanswered, match="gone"):
         run(replicas)
     assert len(replicas.routes) == 3
+
+
+def test_an_answer_that_does_not_begin_in_time_is_given_up_and_one_that_has_begun_is_not() -> None:
+    class Slow(Scripted):
+        def __init__(self, pauses: list[float]) -> None:
+            super().__init__(GOOD)
+            self.pauses = pauses
+
+        async def ask(self, route: Route, scope: Scope, body: Body) -> AsyncGenerator[Part, None]:
+            async with contextlib.aclosing(super().ask(route, scope, body)) as parts:
+                async for part in parts:
+                    await asyncio.sleep(self.pauses.pop(0))
+                    yield part
+
+    replicas = Slow([0.0, 5.0])
+    with pytest.raises(TooLate):
+        run(replicas, patience=Patience(begin_s=0.05))
+    assert replicas.closed == 1
+    assert text_of(run(Slow([0.0, 0.0, 0.2]), patience=Patience(begin_s=0.1))).endswith("[DONE]\n\n")
 
 
 def test_too_many_requests_are_told_so_with_nothing_sent() -> None:
