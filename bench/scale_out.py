@@ -9,8 +9,9 @@ mostly also a read from the disk. For each round both ways get a fleet of their 
 
 What is kept of each: the share of admissions that found their adapter on the device, and in host memory, over all
 replicas (``manylora_adapter_lookups_total``, between two looks at /metrics); and what the load test says of times to
-the first token, from when a request was due. All replicas share this machine's cores: more of them make nothing faster
-here, only the routing can. Prints a table and appends JSON lines to bench/results/scale_out.jsonl.
+the first token, from when a request was due. A measurement during which this process did not run for a second, because
+the machine or somebody stopped it, is thrown away and made again. All replicas share this machine's cores: more of them
+make nothing faster here, only the routing can. Prints a table and appends JSON lines to bench/results/scale_out.jsonl.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -43,6 +45,7 @@ from manylora.server.model.gguf import GgufModel
 LOADTEST = Path(__file__).resolve().parents[1] / "loadtest" / "run.py"
 WAYS = ("affinity", "random")
 START_S, STOP_S = 300.0, 120.0
+STOPPED_S, TRIES = 1.0, 5
 FIGURES = {
     "ttft_p50_ms": ("ttft_ms", "p50"),
     "ttft_p95_ms": ("ttft_ms", "p95"),
@@ -125,15 +128,42 @@ def load(url: str, options: argparse.Namespace, seed: int, seconds: float, rate:
     return summary
 
 
-def measure(options: argparse.Namespace, adapters: Path, replicas: int, way: str, number: int) -> dict[str, Any]:
+class Watch(threading.Thread):
+    """Looks at the clock ten times a second; ``longest``: seconds between two looks."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.longest = 0.0
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        last = time.monotonic()
+        while not self._over.wait(0.1):
+            now = time.monotonic()
+            self.longest, last = max(self.longest, now - last), now
+
+    def __enter__(self) -> Watch:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+
+def measure(options: argparse.Namespace, adapters: Path, replicas: int, way: str, number: int) -> dict[str, Any] | None:
+    """What one fleet did; None if it was stopped meanwhile."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scale-out-")))
         url = stack.enter_context(fleet(options, adapters, replicas, way, folder))
+        watch = stack.enter_context(Watch())
         load(url, options, 1000 + number, options.warm_up, options.rate, folder / "warm-up")
         before = lookups(url)
         summary = load(url, options, number, options.seconds, options.rate, folder / "out")
         counts = lookups(url)
         counts.subtract(before)
+        if watch.longest > STOPPED_S:
+            print(f"  stopped for {watch.longest:.1f} s: thrown away", file=sys.stderr)
+            return None
     device = Counter[str]()
     for (replica, tier, _), n in counts.items():
         device[replica] += n if tier == "device" else 0
@@ -180,6 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--first-round", type=int, default=0, help="its number is its seed, and says who is first")
     parser.add_argument("--seconds", type=float, default=40, help="of one measurement (default 40)")
     parser.add_argument("--warm-up", type=float, default=10, help="seconds before it, with other requests (default 10)")
     parser.add_argument("--rate", type=float, default=3, help="requests a second (default 3)")
@@ -190,6 +221,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--note", default="", help="kept with the results")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by the fleets' own ends
     base = demo_base()
     if base is None:
         parser.error("the demo base is not installed")
@@ -199,12 +231,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="scale-out-adapters-") as folder:
         write_adapters(Path(folder), GgufModel(Path(base)).spec, options.adapters, options.rank)
         for replicas in options.replicas:
-            for number in range(options.rounds):
+            for number in range(options.first_round, options.first_round + options.rounds):
                 for way in WAYS if number % 2 == 0 else WAYS[::-1]:
-                    print(f"{replicas} replicas, round {number + 1}/{options.rounds}: {way} ...", file=sys.stderr)
-                    one = measure(options, Path(folder), replicas, way, number)
-                    file.keep(one)
-                    results.append(one)
+                    print(f"{replicas} replicas, round {number}: {way} ...", file=sys.stderr)
+                    for _ in range(TRIES):
+                        one = measure(options, Path(folder), replicas, way, number)
+                        if one is not None:
+                            file.keep(one)
+                            results.append(one)
+                            break
     report(results)
 
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -57,8 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(f"the fleet does not come up: {error}")
             return FAILED
         _say(f"serving fleet on http://{api.host}:{api.port} ({config.replicas} replicas)")
+        restarting: threading.Thread | None = None
         while orders.get() == "restart":
-            _restart(config)
+            if restarting is None or not restarting.is_alive():
+                # Beside this thread, so that it can be ended meanwhile.
+                restarting = threading.Thread(target=_restart, args=(config,), daemon=True)
+                restarting.start()
         serve.shutdown()
     return DONE
 

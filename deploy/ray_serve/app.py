@@ -178,7 +178,7 @@ def application(config: FleetConfig) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
     )
     replicas: DeploymentHandle[Any] = server.bind(config.server, config.address, config.generation)
-    application: serve.Application = ingress.bind(replicas, config.server, config.address)
+    application: serve.Application = ingress.bind(replicas, config.server, config.address, config.generation)
     return application
 
 

@@ -145,7 +145,7 @@ class Server:
         """See ``relay.Replicas.ask``."""
         named = of_adapters(route.adapters, self._local.base)
         term = self._member.term
-        if (lack := self._member.lacks(named)) is not None:
+        if (lack := self._member.lacks((*route.adapters, *named))) is not None:
             yield Elsewhere(self._id, lack, is_passing=term < 0)
             return
         has_begun = False
@@ -219,7 +219,9 @@ class RayReplicas:
 class Ingress:
     """The front, where Ray's proxies send all requests."""
 
-    def __init__(self, servers: DeploymentHandle[Any], config: ServeConfig, fleet: FleetAddress) -> None:
+    def __init__(
+        self, servers: DeploymentHandle[Any], config: ServeConfig, fleet: FleetAddress, generation: str
+    ) -> None:
         set_up_logging(config.log_level, config.log_format)
         self._servers, self._config, self._fleet = servers, config, fleet
 

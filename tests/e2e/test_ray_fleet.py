@@ -220,6 +220,21 @@ def test_an_adapter_stays_where_it_is_held(client: httpx.Client) -> None:
     assert all(len(home) == 1 for home in homes.values()), homes
 
 
+def test_a_client_that_leaves_is_noticed_by_the_replica(fleet: Fleet, client: httpx.Client) -> None:
+    def running() -> float:
+        lines = client.get("/metrics").text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("vllm:num_requests_running{"))
+
+    with fleet.server.client() as own:
+        body = greedy("a", "The capital of", 400, stream=True)
+        with own.stream("POST", "/v1/completions", json=body) as response:
+            next(response.iter_lines())
+            assert running() == 1
+    began = time.monotonic()
+    wait_for(lambda: running() == 0, 30, "the end of its request")
+    assert time.monotonic() - began < 2.0, "it was aborted, rather than computed to its end"
+
+
 def test_once_a_change_has_returned_nobody_answers_by_what_was_before(fleet: Fleet, client: httpx.Client) -> None:
     old = ask(client, "a").json()["system_fingerprint"]
     changed_at: list[float] = []
