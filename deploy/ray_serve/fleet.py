@@ -281,7 +281,6 @@ class Fleet:
         finally:
             self._is_extending = False
             member.task = member.done = None
-            member.applied = -1  # until it says so itself, after it was told
             member.bell.set()
 
     def _commit(self, state: FleetState, seed: str | None = None) -> None:
@@ -290,9 +289,7 @@ class Fleet:
         try:
             self._files.write(state, seeds)
         except RegistryStateError as error:
-            # The canary has what is not to be: as all of the next number, it is told what is.
-            self._number += 1
-            self._ring()
+            # The canary has what is not to be; having done a task it says that it has nothing, and so is told what is.
             raise NotChanged(500, f"{error} Every replica goes back to what it had.") from error
         self._state, self._seeds = state, seeds
         self._number += 1

@@ -226,10 +226,11 @@ def test_a_client_that_leaves_is_noticed_by_the_replica(fleet: Fleet, client: ht
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("vllm:num_requests_running{"))
 
     with fleet.server.client() as own:
-        body = greedy("a", "The capital of", 400, stream=True)
+        body = greedy("a", "The capital of", 480, stream=True)
         with own.stream("POST", "/v1/completions", json=body) as response:
-            next(response.iter_lines())
-            assert running() == 1
+            lines = response.iter_lines()  # kept: without it the response would be closed
+            next(lines)
+            wait_for(lambda: running() == 1, 5, "the request to be counted")
     began = time.monotonic()
     wait_for(lambda: running() == 0, 30, "the end of its request")
     assert time.monotonic() - began < 2.0, "it was aborted, rather than computed to its end"
@@ -323,7 +324,6 @@ def test_a_replica_that_is_killed_loses_no_request_and_ends_every_stream(fleet: 
         os.kill(victim.pid, signal.SIGKILL)
         ended = [one.result() for one in [*streams, *plain]]
     assert [one.status for one in ended] == [200] * 40
-    assert all(one.replica in before for one in ended if one.is_stream)
     cut = [one for one in ended if one.is_stream and one.last != "data: [DONE]"]
     assert cut, "the replica had streams"
     assert len({one.replica for one in cut}) == 1, "only its own"
