@@ -77,7 +77,9 @@ def test_a_replica_that_cannot_load_a_version_answers_by_no_other(tmp_path: Path
             assert others[0].member.lacks(["b", "a"]) == "adapter a: its files are gone"
             assert [replica.version("b") for replica in replicas] == ["v1"] * 3
             # The next change is made by one that has everything, so that it is not taken for gone.
+            n = len(canary.server.performed)
             await put(fleet, "b", "v3")
+            assert len(canary.server.performed) == n + 1
             assert {one.name for one in FleetFiles(tmp_path).read()[0].adapters} == {"a", "b"}
             # A version that all can load ends it.
             await put(fleet, "a", "v4")

@@ -230,6 +230,19 @@ def test_every_answer_is_one_server_s(
     asyncio.run(main())
 
 
+def test_a_body_that_does_not_say_how_long_it_is_is_refused_by_a_replica(tmp_path: Path, config: ApiConfig) -> None:
+    async def too_long() -> AsyncIterator[bytes]:
+        yield json.dumps(BODY | {"prompt": "x" * 5000}).encode()
+
+    async def main() -> None:
+        async with fleet_of(tmp_path, config) as (client, _, _):
+            headers = {"content-type": "application/json"}
+            answer = await client.post("/v1/completions", content=too_long(), headers=headers)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (413, "ContentTooLargeError")
+
+    asyncio.run(main())
+
+
 def test_a_name_goes_to_the_router_as_the_body_has_it(tmp_path: Path, config: ApiConfig) -> None:
     async def main() -> None:
         async with fleet_of(tmp_path, config) as (client, replicas, _):

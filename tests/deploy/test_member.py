@@ -129,6 +129,21 @@ def test_it_is_asked_again_for_what_another_fleet_is_to_have() -> None:
     assert [(one.fleet, one.applied) for one in fleet.reports[-2:]] == [("another", -1)] * 2
 
 
+def test_what_one_fleet_wanted_is_not_told_another() -> None:
+    server = FakeServer()
+    server.gate.clear()
+
+    def meanwhile(report: Report) -> Orders:
+        assert report.is_busy
+        server.gate.set()
+        return Orders("another", 1, None, None, 0.0)
+
+    fleet = Scripted(orders(state=STATE), meanwhile, orders(id="another"), orders(id="another"))
+    run(fleet, server, Clock())
+    assert server.followed == [STATE]
+    assert (fleet.reports[-1].fleet, fleet.reports[-1].applied) == ("another", -1)
+
+
 def test_a_task_is_done_once_and_its_outcome_told_until_it_was_taken() -> None:
     server = FakeServer()
     task = Task(7, "change", STATE, SCOPE, Body(b'{"name": "b", "version": "v2"}'))
