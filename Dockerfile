@@ -21,6 +21,10 @@ FROM python:3.12-slim
 ENV PATH=/venv/bin:$PATH PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 \
     XDG_CACHE_HOME=/data/cache XDG_STATE_HOME=/data/state PORT=8000
 COPY --from=build /venv /venv
+# KubeRay's probes of a Ray node call wget.
+ARG EXTRAS=""
+RUN if [ -n "$EXTRAS" ]; then apt-get update && apt-get install -y --no-install-recommends wget \
+ && rm -rf /var/lib/apt/lists/*; fi
 RUN useradd --create-home --uid 10001 manylora && mkdir -p /data/cache /data/state && chown -R manylora /data
 USER manylora
 VOLUME /data

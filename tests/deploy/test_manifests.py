@@ -154,6 +154,7 @@ def test_the_server_s_flags_are_flags(tmp_path: Path, monkeypatch: pytest.Monkey
     assert config.api.is_public
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
 def test_the_fleet_s_config_is_one_of_ray_s_and_its_flags_are_ours(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     import ray
