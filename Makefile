@@ -59,12 +59,12 @@ browser:
 # mypy reads the folders under the names they are imported by.
 build/typing/manylora:
 	@mkdir -p $@
-	@for package in server kernels adapters; do ln -sfn ../../../$$package $@/$$package; done
+	@for package in server kernels adapters deploy; do ln -sfn ../../../$$package $@/$$package; done
 
 check: $(VENV)/.dev build/typing/manylora
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd build/typing && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p manylora.server -p manylora.kernels -p manylora.adapters
+	cd build/typing && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p manylora.server -p manylora.kernels -p manylora.adapters -p manylora.deploy
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.base

@@ -25,7 +25,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -182,6 +182,44 @@ class AdapterRegistry:
                 _log.error("adapter %s was not restored from %s: %s", entry.name, entry.source, error)
                 failures.append((entry.name, str(error)))
         return failures
+
+    def remember(self, entries: Iterable[StateEntry]) -> None:
+        """As if the state file had held ``entries``: for ``restore``. RegistryStateError."""
+        with self._changing:
+            self._write({entry.name: entry for entry in entries} | self._entries)
+
+    def remembered(self) -> list[StateEntry]:
+        """What comes back after a restart, whether it is loaded now or not; what was loaded on demand is not in it."""
+        with self._changing:
+            return list(self._entries.values())
+
+    def follow(self, entry: StateEntry) -> None:
+        """Let a name mean exactly the version that it means in another process, loading it if it is not here.
+
+        If that fails the name is only remembered, as after a restore that failed: what it meant is over.
+        Raises AdapterSourceChanged if the source holds another version, and what ``load`` raises.
+        """
+        check_name(entry.name, self._reserved)
+        with self._name_locks.holding(entry.name):
+            with self._lock:
+                use = self._tables.names.get(entry.name)
+            if use is not None and use.ref.version == entry.version and self._entries.get(entry.name) == entry:
+                return
+            try:
+                if not self._restore_alias(entry, entry.alias_of):
+                    loaded = self._load(entry.source)
+                    if loaded.version != entry.version:
+                        raise AdapterSourceChanged(entry.name, entry.source, entry.version, loaded.version)
+                    self._publish(entry.name, entry.source, loaded, pinned=entry.pinned, alias_of=entry.alias_of)
+            except BaseException:
+                with self._changing:
+                    self._write(self._entries | {entry.name: entry})
+                    with self._lock:
+                        retired = self._tables.retire(self._tables.names.pop(entry.name, None))
+                self._announce(retired)
+                raise
+            if not entry.pinned:  # a pin survives being replaced
+                self.pin(entry.name, False)
 
     # --- requests ------------------------------------------------------------------------------------------------
 
@@ -341,15 +379,18 @@ class AdapterRegistry:
                 loaded.version,
             )
 
-    def _restore_alias(self, entry: StateEntry, alias_of: str) -> bool:
-        """Whether the alias could be given a version that is there already."""
+    def _restore_alias(self, entry: StateEntry, alias_of: str | None) -> bool:
+        """Whether the name could be given a version that is there already."""
         with self._changing:
             with self._lock:
                 uses = [use for use in self._tables.uses_of(entry.version) if self._tables.is_named(use)]
             if not uses:
                 return False
-            self._give(entry.name, entry.source, uses[0].of, uses[0].ref, pinned=entry.pinned, alias_of=alias_of)
-            return True
+            _, retired = self._give(
+                entry.name, entry.source, uses[0].of, uses[0].ref, pinned=entry.pinned, alias_of=alias_of
+            )
+        self._announce(retired)
+        return True
 
     def _announce(self, retired: Retired | None) -> None:
         """Tell of what was retired; outside ``_lock``."""

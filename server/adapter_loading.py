@@ -70,9 +70,9 @@ class AdapterLoader:
 
 
 def first_adapters(
-    registry: AdapterRegistry, config: ServeConfig, watcher: FolderWatcher | None = None
+    registry: AdapterRegistry, config: ServeConfig, watcher: FolderWatcher | None = None, *, restore: bool = True
 ) -> list[AdapterInfo]:
-    """Bring back the adapters of the last run, then load those that the configuration names.
+    """Bring back the adapters of the last run, if ``restore``, then load those that the configuration names.
 
     The configuration wins over what was remembered. Raises AdapterError for one that it names and that cannot be
     served: a server that was told to serve an adapter does not start without it. A remembered one that fails is logged,
@@ -83,7 +83,7 @@ def first_adapters(
         for folder in sorted(Path(config.adapter_dir).iterdir()):
             if (folder / "adapter_config.json").is_file():
                 named.setdefault(folder.name, str(folder))
-    for name, error in registry.restore():
+    for name, error in registry.restore() if restore else ():
         if name not in named:
             logger.error("adapter %s, loaded before the restart, could not be brought back: %s", name, error)
     loaded = []
