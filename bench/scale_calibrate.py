@@ -1,10 +1,10 @@
 """What a replica's work costs on this machine, for the simulation of docs/scaling.md.
 
-    python -P bench/scale_calibrate.py --workload build/workload         # about 3 minutes, on an otherwise idle machine
+    python -P bench/scale_calibrate.py --workload build/workload         # about 2 minutes, otherwise idle
 
-Measures the engine on the cases of bench/workload.py (medians of ``--repeats``), and what it takes to bring an adapter to
-the device, from host memory and from the disk, while four streams of the base run, as copies and steps share the machine.
-Fits scaling/costs.py's model to it, prints how far off the model is case by case, and appends a line to
+Measures the engine on the cases of bench/workload.py (medians of ``--repeats``), and what it takes to bring an adapter
+to the device, from host memory and from the disk, while four streams of the base run, as copies and steps share the
+machine. Fits scaling/costs.py's model to it, prints how far off the model is case by case, and appends a line to
 bench/results/replica_costs.jsonl. Simulations take the last one.
 """
 
@@ -43,8 +43,8 @@ async def steps(workload: Path, repeats: int) -> dict[tuple[int, int, int, int],
 
 
 async def misses(workload: Path, rounds: int) -> Misses:
-    """Each adapter in turn, ``rounds`` times, to a server that holds two on the device and four in host memory: every use
-    is a read and an upload."""
+    """Each adapter in turn, ``rounds`` times, to a server that holds two on the device and four in host memory: every
+    use is a read and an upload."""
     from manylora.server.config import AdapterSpec, EngineConfig, ServeConfig
     from manylora.server.engine.request import AdapterUse, Request, SamplingParams
     from manylora.server.serving import build, load_adapters
@@ -66,9 +66,9 @@ async def misses(workload: Path, rounds: int) -> Misses:
     async def ask(name: str | None, tokens: int) -> None:
         uses = () if name is None else (AdapterUse(running.registry.acquire(name)),)
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-        request = Request(
-            f"calibrate-{next(serial)}", Case(1, 0).prompt(next(serial))[:32], params, uses, arrival_time=time.monotonic()
-        )
+        number = next(serial)
+        prompt = Case(1, 0).prompt(number)[:32]
+        request = Request(f"calibrate-{number}", prompt, params, uses, arrival_time=time.monotonic())
         _, finish = await running.engine.submit(request).result()
         if finish.completion_tokens != tokens:
             raise RuntimeError(f"a request ended early: {finish}")
@@ -111,7 +111,8 @@ async def measure(workload: Path, repeats: int, file: ResultsFile) -> None:
     }
     file.keep(result)
     print(costs)
-    print("fitted over measured seconds:", *(f"{name} {ratio}" for name, ratio in result["fitted_over_measured"].items()))
+    for name, ratio in result["fitted_over_measured"].items():
+        print(f"{name}: fitted over measured seconds {ratio}")
 
 
 def name_of(case: tuple[int, int, int, int]) -> str:

@@ -2,11 +2,11 @@
 
     python -P bench/scale_check.py --workload build/workload             # about 8 minutes
 
-Starts ``manylora serve`` with few slots and little host memory for the adapters of DIR/adapters (bench/make_workload.py
-makes them), replays a trace of the load test's zipf profile at each of ``--rates``; does so again with an engine in this
-process, without HTTP and without a load generator that takes its share of the machine; and simulates the same trace with the
-last costs of bench/results/replica_costs.jsonl (bench/scale_calibrate.py; none of them is fitted to these runs). Prints all three, and appends a line a
-rate to bench/results/scale_check.jsonl.
+Starts ``manylora serve`` with few slots and little host memory for the adapters of DIR/adapters (made by
+bench/make_workload.py), replays a trace of the load test's zipf profile at each of ``--rates``; does so again with an
+engine in this process, without HTTP and without a load generator that takes its share of the machine; and simulates the
+same trace with the last costs of bench/results/replica_costs.jsonl (bench/scale_calibrate.py), none of which is fitted
+to these runs. Prints all three, and appends a line a rate to bench/results/scale_check.jsonl.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def replay(url: str, trace: list[TracedRequest], folder: Path) -> Figures:
     path, out = folder / "trace.jsonl", folder / "out"
     write_trace(path, trace)
     before = counters(url)
-    run = [sys.executable, "-P", str(ROOT / "loadtest" / "run.py"), "--host", url, "--trace", str(path), "--out", str(out)]
+    run = [sys.executable, "-P", str(ROOT / "loadtest" / "run.py")]
+    run += ["--host", url, "--trace", str(path), "--out", str(out)]
     subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
     used = {name: value - before[name] for name, value in counters(url).items()}
     lines = [json.loads(text) for text in (out / "requests.jsonl").read_text().splitlines()]
@@ -185,7 +186,16 @@ def main() -> None:
         with asyncio.Runner(loop_factory=new_loop) as runner:
             engine = runner.run(replay_in_process(trace, options.workload, names, sizes))
         model = simulated(trace, names, sorted(names), sizes, costs)
-        file.keep({"rate": rate, "seconds": options.seconds, "seed": options.seed, "server": real, "engine": engine, "simulated": model})
+        file.keep(
+            {
+                "rate": rate,
+                "seconds": options.seconds,
+                "seed": options.seed,
+                "server": real,
+                "engine": engine,
+                "simulated": model,
+            }
+        )
         show(rate, real, engine, model)
 
 

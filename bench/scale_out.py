@@ -4,9 +4,9 @@
     python -P bench/scale_out.py --adapters 2000 --replicas 8 --load 0.7 --zipf 0.8 --slots 64 --host 512
     python -P bench/scale_out.py --trace build/loadtest/trace.jsonl --replicas 4 --costs mine.json
 
-Costs are those of the last calibration (bench/scale_calibrate.py); ``--costs`` is a JSON object with other values for some
-of its fields: base_s (pairs of rows and a step's seconds), prompt_token_s, adapter_s, upload_s, read_s, adapter_bytes.
-Prints the hit rate that theory expects, and a line a policy; writes nothing.
+Costs are those of the last calibration (bench/scale_calibrate.py); ``--costs`` is a JSON object with other values for
+some of its fields: base_s (pairs of rows and a step's seconds), prompt_token_s, adapter_s, upload_s, read_s,
+adapter_bytes. Prints the hit rate that theory expects, and a line a policy; writes nothing.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--adapters", type=int, default=1000, help="asked for, by Zipf's law (default 1000)")
     parser.add_argument("--zipf", type=float, default=1.0, metavar="S", help="its exponent (default 1)")
     parser.add_argument("--replicas", type=int, default=4, help="(default 4)")
-    parser.add_argument("--slots", type=int, default=sizes.slots, help="device slots of a replica (default %(default)s)")
-    parser.add_argument("--host", type=int, default=sizes.host, help="adapters in its host memory (default %(default)s)")
+    parser.add_argument(
+        "--slots", type=int, default=sizes.slots, help="of a replica, on its device (default %(default)s)"
+    )
+    parser.add_argument("--host", type=int, default=sizes.host, help="in its host memory (default %(default)s)")
     parser.add_argument("--rows", type=int, default=sizes.rows, help="of its steps (default %(default)s)")
     parser.add_argument("--rate", type=float, help="requests a second, of all replicas together")
     parser.add_argument("--load", type=float, default=0.8, help="instead of a rate: a share of capacity (default 0.8)")
@@ -89,9 +91,11 @@ def main() -> int:
     together = lru_hit_rate(shares, sizes.slots * options.replicas)
     print(
         f"costs of {run}{'' if options.costs is None else f' with {options.costs}'}\n"
-        f"{traffic.adapters} adapters, {options.replicas} replicas of {sizes.slots} slots and {sizes.host} in host memory\n"
-        f"{rate:.3g} requests a second; a replica can answer {one:.3g} at most: load {rate / one / options.replicas:.2f}\n"
-        f"slot hit rate by theory: {apart:.1%} if replicas are asked whatever they hold, up to {together:.1%} by affinity\n"
+        f"{traffic.adapters} adapters, {options.replicas} replicas of {sizes.slots} slots and {sizes.host} in host "
+        f"memory\n{rate:.3g} requests a second; a replica can answer {one:.3g} at most: "
+        f"load {rate / one / options.replicas:.2f}\n"
+        f"slot hit rate by theory: {apart:.1%} if replicas are asked whatever they hold, up to {together:.1%} by "
+        "affinity\n"
         f"slots for 90 %: {slots_for(shares, 0.9)} of each replica, or by affinity of all together\n\n"
         f"{'':16}{'slot hits':>10}{'uploads':>9}{'reads':>8}{'MB/s':>8}"
         f"{'TTFT p50':>10}{'p95':>8}{'p99 ms':>8}{'imbalance':>11}"
@@ -109,7 +113,7 @@ def main() -> int:
             f"{found.imbalance:>11.2f}{late}",
             flush=True,
         )
-    print("\nuploads and reads: of a request; MB/s: uploaded by a replica; imbalance: the busiest replica over the mean")
+    print("\nuploads, reads: of a request; MB/s: uploaded by a replica; imbalance: the busiest replica over the mean")
     return 0
 
 

@@ -35,7 +35,8 @@ def cells(line: dict[str, Any]) -> list[Cell]:
     found = [dict(zip(COLUMNS, one, strict=True)) for one in line["cells"]]
     found = [cell for cell in found if cell["zipf"] == ZIPF and cell["load"] == LOAD]
     alone = [cell for cell in found if cell["replicas"] == 1]
-    return [*({**cell, "policy": policy} for cell in alone for policy in STYLES), *(c for c in found if c["replicas"] > 1)]
+    several = [cell for cell in found if cell["replicas"] > 1]
+    return [*({**cell, "policy": policy} for cell in alone for policy in STYLES), *several]
 
 
 def draw(line: dict[str, Any], title: str, column: str, label: str, scale: float = 1.0) -> tuple[Any, list[Any]]:
@@ -65,7 +66,9 @@ def draw(line: dict[str, Any], title: str, column: str, label: str, scale: float
 
 
 def hits(line: dict[str, Any]) -> Any:
-    made, panels = draw(line, heading("Requests that find their adapter on the device", line), "slot_hit_rate", "%", 100)
+    made, panels = draw(
+        line, heading("Requests that find their adapter on the device", line), "slot_hit_rate", "%", 100
+    )
     found = cells(line)
     for panel, adapters in zip(panels, sorted({cell["adapters"] for cell in found}), strict=True):
         shares = zipf_shares(adapters, ZIPF)
@@ -89,9 +92,8 @@ def ttft(line: dict[str, Any]) -> Any:
 
 def heading(what: str, line: dict[str, Any]) -> str:
     cell = cells(line)[0]
-    return (
-        f"{what} (simulated; Zipf {ZIPF:g}, load {LOAD:g}, {cell['slots']} slots and {cell['host']} in host memory a replica)"
-    )
+    sizes = f"{cell['slots']} slots and {cell['host']} in host memory a replica"
+    return f"{what} (simulated; Zipf {ZIPF:g}, load {LOAD:g}, {sizes})"
 
 
 def main() -> int:

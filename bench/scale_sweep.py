@@ -1,9 +1,9 @@
 """Every cell of docs/scaling.md: simulated, written down, and printed.
 
-    python -P bench/scale_sweep.py                     # a few minutes on one core; --jobs for more
+    python -P bench/scale_sweep.py                     # a few minutes; --jobs says on how many cores
 
-Adapters 100, 1,000 and 10,000 by Zipf's law with exponent 1 and 0.7, on 1 to 100 replicas, at half and at four fifths of
-what they can answer, by each policy; then what changes with the policy's settings, with slower disks and with other
+Adapters 100, 1,000 and 10,000 by Zipf's law with exponent 1 and 0.7, on 1 to 100 replicas, at half and at four fifths
+of what they can answer, by each policy; then what changes with the policy's settings, with slower disks and with other
 numbers of slots. One line is appended to bench/results/scaling.jsonl; bench/scale_plots.py draws it. Costs are those of
 the last calibration (bench/scale_calibrate.py).
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -34,9 +35,9 @@ REPLICAS = (1, 2, 4, 10, 30, 100)
 EXPONENTS = (1.0, 0.7)
 LOADS = (0.5, 0.8)
 COLUMNS = (
-    "adapters", "zipf", "load", "replicas", "policy", "slots", "host", "read_s", "slot_hit_rate", "uploads_per_request",
-    "reads_per_request", "swap_mb_per_s", "ttft_p50_ms", "ttft_p95_ms", "ttft_p99_ms", "request_p95_ms", "busy", "imbalance",
-    "backlog",
+    "adapters", "zipf", "load", "replicas", "policy", "slots", "host", "read_s",
+    "slot_hit_rate", "uploads_per_request", "reads_per_request", "swap_mb_per_s",
+    "ttft_p50_ms", "ttft_p95_ms", "ttft_p99_ms", "request_p95_ms", "busy", "imbalance", "backlog",
 )  # fmt: skip
 Job = tuple[str, Cell, Costs]
 """The table that it is for, the cell, and its costs."""
@@ -81,9 +82,9 @@ def row(cell: Cell, costs: Costs, outcome: Outcome) -> list[Any]:
     return [
         cell.adapters, cell.zipf, round(cell.load, 3), cell.replicas, cell.policy, cell.sizes.slots, cell.sizes.host,
         costs.read_s, round(outcome.slot_hit_rate, 4), round(outcome.uploads_per_request, 4),
-        round(outcome.reads_per_request, 4), round(outcome.swap_mb_per_s, 2), round(ttft["p50"], 1), round(ttft["p95"], 1),
-        round(ttft["p99"], 1), round(outcome.request_ms["p95"], 1), round(outcome.busy, 3), round(outcome.imbalance, 3),
-        round(outcome.backlog, 2),
+        round(outcome.reads_per_request, 4), round(outcome.swap_mb_per_s, 2), round(ttft["p50"], 1),
+        round(ttft["p95"], 1), round(ttft["p99"], 1), round(outcome.request_ms["p95"], 1), round(outcome.busy, 3),
+        round(outcome.imbalance, 3), round(outcome.backlog, 2),
     ]  # fmt: skip
 
 
@@ -112,7 +113,7 @@ def show(rows: Sequence[Sequence[Any]], columns: Sequence[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default %(default)s)")
     parser.add_argument("--note", default="", help="kept with the results")
     options = parser.parse_args()
     costs, calibration = last_measured()

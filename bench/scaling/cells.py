@@ -32,6 +32,9 @@ VARIANTS: dict[str, routing.MakePolicy] = {
 """What a change of its settings would do."""
 
 
+_SIZES = Sizes()
+
+
 @dataclass(frozen=True)
 class Cell:
     """``load``: requests a second as a share of what the replicas could answer at most (``Costs.capacity``)."""
@@ -41,7 +44,7 @@ class Cell:
     policy: str
     zipf: float = 1.0
     load: float = 0.8
-    sizes: Sizes = Sizes()
+    sizes: Sizes = _SIZES
     requests: int = 20_000
     seed: int = 0
 

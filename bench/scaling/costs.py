@@ -106,8 +106,8 @@ class Misses:
 
 
 def fit(seconds: Mapping[Case, float], misses: Misses) -> tuple[Costs, dict[Case, float]]:
-    """The costs under which ``NEEDED`` cases take about the ``seconds`` that were measured, and by case how far off they
-    are: fitted over measured. CostsError if a case is missing."""
+    """The costs under which ``NEEDED`` cases take about the ``seconds`` that were measured, and by case how far off
+    they are: fitted over measured. CostsError if a case is missing."""
     if missing := [case for case in NEEDED if case not in seconds]:
         raise CostsError(f"no measurement of {missing[0]} (rows, adapters, prompt, output)")
     # Without adapters: four unknowns (a prompt token, steps of 1, 8 and 32 rows), four times.

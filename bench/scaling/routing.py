@@ -75,9 +75,9 @@ def least_loaded(fleet: Fleet) -> Policy:
 
 
 REPORT_S = 1.0
-"""How often a replica tells the routers what it holds."""
-REMEMBERED_S = 3.0
-"""How long a router remembers where it sent an adapter."""
+"""How often a replica tells the routers what it holds, as deploy/ has it."""
+REMEMBERED_S = 5.0
+"""How long a router remembers where it sent an adapter, as deploy/ has it."""
 
 
 def affinity(policy: AffinityPolicy | None = None, *, report_s: float = REPORT_S) -> MakePolicy:
@@ -129,9 +129,9 @@ BOUND = 1.25
 
 
 def bounded_hashing(fleet: Fleet) -> Policy:
-    """Consistent hashing with bounded loads (Mirrokni, Thorup & Zadimoghaddam 2018): the first replica on the ring after
-    the adapter's place whose load is not above ``BOUND`` times the mean, this request counted. It knows nothing of what
-    a replica holds: a reference for policies that do."""
+    """Consistent hashing with bounded loads (Mirrokni, Thorup & Zadimoghaddam 2018): the first replica on the ring
+    after the adapter's place whose load is not above ``BOUND`` times the mean, this request counted. It knows nothing
+    of what a replica holds: a reference for policies that do."""
     loads = fleet.loads
     ring = sorted((_place(f"replica {i} {k}"), i) for i in range(len(loads)) for k in range(VIRTUAL_NODES))
     places = [place for place, _ in ring]

@@ -67,9 +67,9 @@ class Cluster:
         self._sizes = sizes
 
     def fill(self, shares: Shares, *, seed: int = 0) -> None:
-        """Let replicas hold what they would after a long life: each adapter was asked for once, the least popular first,
-        and then twice as many draws as host memories have room for. Where every adapter has room in each, each is there.
-        Nothing takes time, so policies see idle replicas."""
+        """Let replicas hold what they would after a long life: each adapter was asked for once, the least popular
+        first, and then twice as many draws as host memories have room for. Where every adapter has room in each, each
+        is there. Nothing takes time, so policies see idle replicas."""
         rng = np.random.default_rng(seed)
         if len(shares) <= self._sizes.host:
             self.hold_in_host(range(len(shares)))
@@ -143,6 +143,5 @@ class Cluster:
 
 def _milliseconds(seconds: Sequence[float]) -> dict[str, float]:
     return {
-        name: value * 1e3
-        for name, value in zip(("p50", "p95", "p99"), percentiles(seconds, (50, 95, 99)), strict=True)
+        name: value * 1e3 for name, value in zip(("p50", "p95", "p99"), percentiles(seconds, (50, 95, 99)), strict=True)
     }

@@ -17,8 +17,8 @@ def zipf_shares(adapters: int, exponent: float) -> Shares:
 
 
 def residence(shares: Shares, capacity: int) -> Shares:
-    """The probability of each to be among the ``capacity`` least recently used that are kept, requests being independent
-    draws: 1 - exp(-share * T), with T such that they add up to ``capacity`` (Che, Tung & Wang 2002)."""
+    """The probability of each to be among the ``capacity`` most recently used, which are kept, requests being
+    independent draws: 1 - exp(-share * T), with T such that they add up to ``capacity`` (Che, Tung & Wang 2002)."""
     if capacity >= np.count_nonzero(shares):
         return (shares > 0).astype(np.float64)
     low, high = 0.0, 1.0
@@ -37,12 +37,6 @@ def _kept(shares: Shares, time: float) -> float:
 def lru_hit_rate(shares: Shares, capacity: int) -> float:
     """The share of requests that find their adapter."""
     return float(shares @ residence(shares, capacity))
-
-
-def partitioned_hit_rate(shares: Shares, capacity: int, replicas: int) -> float:
-    """Of ``replicas`` stores that divide the adapters among themselves by a hash, each adapter on one alone: the mean of
-    that over how they fall is close to one store of ``replicas`` times the capacity, which is what this is."""
-    return lru_hit_rate(shares, capacity * replicas)
 
 
 def slots_for(shares: Shares, hit_rate: float) -> int:

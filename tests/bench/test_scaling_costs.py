@@ -24,7 +24,8 @@ def seconds(case: Case) -> float:
     prefills = -(-rows * prompt // STEP_TOKENS)
     token_s = COSTS.prompt_token_s if adapters else PLAIN_TOKEN_S
     decoding = (output - 1) * (table[rows] + adapters * COSTS.adapter_s)
-    return prefills * table[0] + max(adapters, prefills * bool(adapters)) * COSTS.adapter_s + rows * prompt * token_s + decoding
+    prompts = prefills * table[0] + max(adapters, prefills * bool(adapters)) * COSTS.adapter_s
+    return prompts + rows * prompt * token_s + decoding
 
 
 def test_a_machine_that_is_as_the_model_says_is_found_again() -> None:

@@ -28,7 +28,9 @@ COSTS = Costs(((1, 0.005), (8, 0.011), (32, 0.025)), 0.0005, 0.0007, 0.016, 0.1,
 EVERY = POLICIES | VARIANTS
 
 
-def cluster_of(policy: str, replicas: int, *, load: float = 0.8, count: int = 3000, sizes: Sizes | None = None) -> Cluster:
+def cluster_of(
+    policy: str, replicas: int, *, load: float = 0.8, count: int = 3000, sizes: Sizes | None = None
+) -> Cluster:
     sizes = sizes or Sizes(slots=8, host=24, rows=16)
     traffic = zipf(200, 1.0, count)
     # One request in eight is the base's.

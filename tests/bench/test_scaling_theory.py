@@ -1,4 +1,4 @@
-"""The simulator where the answer is known: hit rates of independent draws, waiting for one server, a request alone."""
+"""The simulator where theory has the answer: hit rates of independent draws, waiting for one server."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from scaling.simulation import Cluster
 from scaling.theory import lru_hit_rate, md1_wait_s, percentiles, residence, slots_for, zipf_shares
 from scaling.tiers import Lookups, Tiers
 from scaling.traffic import Traffic, zipf
-
-FREE = Costs(((1, 0.0), (8, 0.0)), 0.0, 0.0, 0.0, 0.0, 1.0)
 
 
 def test_zipf_shares() -> None:
@@ -92,32 +90,6 @@ def test_md1_says_when_there_is_no_answer() -> None:
     assert md1_wait_s(5, 0.1) == pytest.approx(0.05)
     with pytest.raises(ValueError, match="1"):
         md1_wait_s(10, 0.1)
-
-
-def test_a_request_alone_takes_what_its_steps_take() -> None:
-    costs = Costs(((1, 0.011), (2, 0.012)), 0.001, 0.002, 0.03, 0.5, 1.0)
-    traffic = Traffic([1.0, 3.0], [0, 0], [300, 10], [5, 5], 1)
-    cluster = Cluster(traffic, routing.at_random, costs, Sizes(), 1)
-    cluster.run()
-    # From the disk, to the device, then 256 and 44 tokens in two steps of no row (10 ms); then four steps of one.
-    prompt = 0.5 + 0.03 + 2 * (0.010 + 0.002) + 300 * 0.001
-    assert cluster.answers.first_token_s[0] == pytest.approx(1.0 + prompt)
-    assert cluster.answers.end_s[0] == pytest.approx(1.0 + prompt + 4 * (0.011 + 0.002))
-    # On the device already.
-    assert cluster.answers.first_token_s[1] == pytest.approx(3.0 + 0.010 + 0.002 + 10 * 0.001)
-    assert cluster.replicas[0].counts == Lookups(slot_hits=1, slot_misses=1, uploads=1, reads=1)
-    assert list(cluster.answers.missed) == [1, 0]
-
-
-def test_who_comes_during_a_step_begins_with_the_next() -> None:
-    costs = Costs(((1, 0.1), (2, 0.2)), 0.0, 0.0, 0.0, 0.0, 1.0)
-    traffic = Traffic([0.0, 0.25, 0.26], [-1, -1, -1], [1, 1, 1], [10, 2, 1], 0)
-    cluster = Cluster(traffic, routing.at_random, costs, Sizes(), 1)
-    cluster.run()
-    # Steps of one row: 0 (its prompt, of no row: 0), then 0.1 each. The one that runs at 0.25 ends at 0.3, and the next
-    # has one row and two prompts; then one step of two rows, and seven of one: 10 tokens in all.
-    assert cluster.answers.first_token_s == pytest.approx([0.0, 0.4, 0.4])
-    assert cluster.answers.end_s == pytest.approx([0.6 + 4 * 0.1, 0.6, 0.4])
 
 
 def test_percentiles() -> None:
