@@ -24,10 +24,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from engine import Ours
 from results_file import ResultsFile
-from scaling.costs import Misses, fit
+from scaling.costs import Costs, Misses, fit
 from workload import CASES, FIRST_TOKEN_CASES, N_ADAPTERS, Case
 
 STREAMS = 4
+PROMPT, OUTPUT = 32, 4
+QUIET_S = 3.0
 
 
 async def steps(workload: Path, repeats: int) -> dict[tuple[int, int, int, int], float]:
@@ -42,11 +44,11 @@ async def steps(workload: Path, repeats: int) -> dict[tuple[int, int, int, int],
     return found
 
 
-async def misses(workload: Path, rounds: int) -> Misses:
-    """Each adapter in turn, ``rounds`` times, to a server that holds two on the device and four in host memory: every
-    use is a read and an upload."""
+async def misses(workload: Path, costs: Costs) -> Misses:
+    """Each adapter in turn to a server that holds two on the device and four in host memory, so that every use is a
+    read and an upload, beside streams of the base; ``costs`` are those of steps."""
     from manylora.server.config import AdapterSpec, EngineConfig, ServeConfig
-    from manylora.server.engine.request import AdapterUse, Request, SamplingParams
+    from manylora.server.engine.request import AdapterUse, FinishEvent, Request, SamplingParams, TokenEvent
     from manylora.server.serving import build, load_adapters
 
     names = [f"a{i}" for i in range(N_ADAPTERS)]
@@ -62,44 +64,62 @@ async def misses(workload: Path, rounds: int) -> Misses:
     load_adapters(running, config)
     running.engine.start()
     serial = itertools.count()
+    tokens = 0
 
-    async def ask(name: str | None, tokens: int) -> None:
+    async def ask(name: str | None, count: int) -> None:
+        nonlocal tokens
         uses = () if name is None else (AdapterUse(running.registry.acquire(name)),)
-        params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
         number = next(serial)
-        prompt = Case(1, 0).prompt(number)[:32]
+        prompt = Case(1, 0).prompt(number)[:PROMPT]
         request = Request(f"calibrate-{number}", prompt, params, uses, arrival_time=time.monotonic())
-        _, finish = await running.engine.submit(request).result()
-        if finish.completion_tokens != tokens:
-            raise RuntimeError(f"a request ended early: {finish}")
+        async for event in running.engine.submit(request):
+            if isinstance(event, FinishEvent) and event.completion_tokens != count:
+                raise RuntimeError(f"a request ended early: {event}")
+            if isinstance(event, TokenEvent) and name is None:
+                tokens += len(event.token_ids)
 
-    async def stream(until: asyncio.Event) -> None:
-        while not until.is_set():
-            await ask(None, 64)
+    async def stream() -> None:
+        while True:
+            await ask(None, 900)  # so long that prompts do not count
 
-    is_over = asyncio.Event()
-    streams = [asyncio.create_task(stream(is_over)) for _ in range(STREAMS)]
+    streams = [asyncio.create_task(stream()) for _ in range(STREAMS)]
     try:
-        for name in names * rounds:
-            await ask(name, 4)
-        uploads, reads = running.slots.counters, running.host.stats().counters
-        sizes = running.host.stats()
-        return Misses(
-            upload_s=uploads.upload_seconds / uploads.misses,
-            read_s=reads.read_seconds / reads.reads,
-            adapter_bytes=sizes.nbytes / sizes.copies,
-            uses=N_ADAPTERS * rounds,
-            reads=reads.reads,
-        )
+        await asyncio.sleep(1)
+        began, before = time.perf_counter(), tokens
+        await asyncio.sleep(QUIET_S)
+        step_s = (time.perf_counter() - began) / (tokens - before) * STREAMS
+        began, before = time.perf_counter(), tokens
+        for name in names:
+            await ask(name, OUTPUT)
+        elapsed, steps_done = time.perf_counter() - began, (tokens - before) / STREAMS
+        if any(task.done() for task in streams):
+            raise RuntimeError("a stream that was watched has ended")
     finally:
-        is_over.set()
-        await asyncio.gather(*streams)
+        for task in streams:
+            task.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+        uploads, host = running.slots.counters, running.host.stats()
         await running.close()
+    under_way = uploads.upload_seconds + host.counters.read_seconds
+    # What the streams' steps would have taken by themselves, and what the requests added to them.
+    table = costs.base_table(STREAMS + 1)
+    row_s = table[STREAMS + 1] - table[STREAMS] + costs.adapter_s
+    expected = steps_done * step_s + len(names) * (PROMPT * costs.prompt_token_s + OUTPUT * row_s)
+    return Misses(
+        upload_s=uploads.upload_seconds / uploads.misses,
+        read_s=host.counters.read_seconds / host.counters.reads,
+        adapter_bytes=host.nbytes / host.copies,
+        drag=max(0.0, (elapsed - expected) / under_way),
+        uses=len(names),
+        reads=host.counters.reads,
+    )
 
 
 async def measure(workload: Path, repeats: int, file: ResultsFile) -> None:
     seconds = await steps(workload, repeats)
-    missed = await misses(workload, 2)
+    of_steps, _ = fit(seconds, Misses(0.0, 0.0, 0.0, 0.0, 0, 0))
+    missed = await misses(workload, of_steps)
     costs, ratios = fit(seconds, missed)
     result: dict[str, Any] = {
         "model": "SmolLM2-135M, rank 16",

@@ -5,7 +5,9 @@ A step that draws a token for each of n rows, computes t prompt tokens and has d
     base(n) + t * prompt_token_s + d * adapter_s
 
 with ``base`` a line through what was measured at 1, 8 and 32 rows. An adapter that is not on the device takes
-``upload_s`` to copy there from host memory, and ``read_s`` before that if it has to be read from the disk.
+``upload_s`` to copy there from host memory, and ``read_s`` before that if it has to be read from the disk. Where steps
+run on the processor that also reads and copies, these take from each other: a step takes ``1 + drag * n`` times as long
+while n reads and uploads are under way.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ class Costs:
     upload_s: float
     read_s: float
     adapter_bytes: float
+    drag: float = 0.0
 
     def __post_init__(self) -> None:
         rows = [row for row, _ in self.base_s]
@@ -96,11 +99,13 @@ class Costs:
 @dataclass(frozen=True)
 class Misses:
     """What it took to bring adapters to the device: mean seconds of an upload and of a read, an adapter's bytes in host
-    memory, and how many uses and reads that is from."""
+    memory, how much longer each second of it made the steps beside it take, in seconds, and how many uses and reads
+    that is from."""
 
     upload_s: float
     read_s: float
     adapter_bytes: float
+    drag: float
     uses: int
     reads: int
 
@@ -127,6 +132,7 @@ def fit(seconds: Mapping[Case, float], misses: Misses) -> tuple[Costs, dict[Case
         upload_s=round(misses.upload_s, 4),
         read_s=round(misses.read_s, 4),
         adapter_bytes=misses.adapter_bytes,
+        drag=round(misses.drag, 3),
     )
     ratios = {}
     for case in NEEDED:

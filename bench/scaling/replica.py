@@ -7,7 +7,8 @@ most; one whose adapter is on the disk is passed by until it was read. Reads beg
 adapter has running requests is never evicted.
 
 Time goes on in *spans*: a step with prompts, or as many decode steps as all have the same length, up to the next
-answer's end. An arrival, a read or an upload that ends shortens a span to the end of the step that runs.
+answer's end. An arrival, a read or an upload that ends shortens a span to the end of the step that runs. What a step
+takes is settled at its beginning.
 """
 
 from __future__ import annotations
@@ -186,6 +187,7 @@ class Replica:
             return
         step_s = self._base_s[decoding] + len(self._rows_of) * self._costs.adapter_s
         step_s += (budget - left) * self._costs.prompt_token_s
+        step_s *= 1 + self._costs.drag * (len(self._reading) + len(self.tiers.uploading))
         self._began, self._step_s = now, step_s
         self._span_steps = 1 if self._prefilling else self._decoding[0][0] - self._steps
         self._span += 1

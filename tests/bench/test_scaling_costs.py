@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 from scaling.costs import NEEDED, STEP_TOKENS, Case, Costs, CostsError, Misses, fit, last_measured
 
-MISSES = Misses(upload_s=0.02, read_s=0.1, adapter_bytes=1e7, uses=3, reads=3)
+MISSES = Misses(upload_s=0.02, read_s=0.1, adapter_bytes=1e7, drag=0.5, uses=3, reads=3)
 COSTS = Costs(((1, 0.005), (8, 0.012), (32, 0.024)), 0.0006, 0.0007, 0.02, 0.1, 1e7)
 PLAIN_TOKEN_S = 0.0005
 
@@ -33,7 +33,7 @@ def test_a_machine_that_is_as_the_model_says_is_found_again() -> None:
     assert costs.base_s == tuple((rows, pytest.approx(value, rel=1e-3)) for rows, value in COSTS.base_s)
     assert costs.prompt_token_s == pytest.approx(COSTS.prompt_token_s, rel=1e-3)
     assert costs.adapter_s == pytest.approx(COSTS.adapter_s, rel=1e-3)
-    assert (costs.upload_s, costs.read_s, costs.adapter_bytes) == (0.02, 0.1, 1e7)
+    assert (costs.upload_s, costs.read_s, costs.adapter_bytes, costs.drag) == (0.02, 0.1, 1e7, 0.5)
     assert ratios == {case: pytest.approx(1, abs=2e-3) for case in NEEDED}
 
 

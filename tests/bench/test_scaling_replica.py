@@ -56,12 +56,12 @@ def test_who_comes_during_a_step_begins_with_the_next() -> None:
 def test_rows_are_taken_up_to_their_number() -> None:
     traffic = Traffic([0.0] * 3, [BASE] * 3, [1] * 3, [3, 4, 1], 0)
     cluster = served(traffic, TENTH, Sizes(rows=2))
-    # The third begins when the first has ended, after its prompt and two more tokens.
-    assert cluster.answers.first_token_s == pytest.approx([0.1, 0.1, 0.4])
+    # The first begins at once, alone; the third when the first has ended, after its prompt and two more tokens.
+    assert cluster.answers.first_token_s == pytest.approx([0.1, 0.2, 0.4])
 
 
 def test_prompts_share_a_step_up_to_its_tokens() -> None:
-    traffic = Traffic([0.0] * 3, [BASE] * 3, [100, 100, 100], [1] * 3, 0)
+    traffic = Traffic([0.0] * 3, [BASE] * 3, [100, 100, 50], [1] * 3, 0)
     cluster = served(traffic, TENTH, Sizes(step_tokens=150))
     assert cluster.answers.first_token_s == pytest.approx([0.1, 0.2, 0.2])
     traffic = Traffic([0.0, 0.05], [BASE] * 2, [1, 8], [9, 1], 0)
@@ -121,6 +121,15 @@ def test_adapters_cost_their_step() -> None:
     costs = Costs(((1, 0.1), (2, 0.1)), 0.0, 1.0, 0.0, 0.0, 1.0)
     traffic = Traffic([0.0, 10.0, 10.0, 10.0, 10.0], [0, 0, 1, 1, BASE], [1] * 5, [1] * 5, 2)
     cluster = served(traffic, costs, Sizes(), in_host=range(2))
-    cluster.answers.first_token_s[1:] = sorted(cluster.answers.first_token_s[1:])
-    # One adapter; then base and first adapter (1.1 s) while the second is uploaded, in no time, but used in the next.
-    assert cluster.answers.first_token_s == pytest.approx([1.1, 11.1, 11.1, 12.2, 12.2])
+    # One adapter. Then the second is uploaded, which takes no time but is seen after a step: the base's, of no adapter.
+    assert cluster.answers.first_token_s == pytest.approx([1.1, 11.1, 12.3, 12.3, 11.2])
+
+
+def test_steps_beside_reads_and_uploads_take_longer() -> None:
+    costs = Costs(((1, 0.1), (2, 0.1)), 0.0, 0.0, 0.25, 0.25, 1.0, drag=1.0)
+    traffic = Traffic([0.0, 0.05], [BASE, 0], [1, 1], [6, 1], 1)
+    cluster = served(traffic, costs, Sizes())
+    # Read from 0.05 to 0.3: the step that begins at 0.1 takes 0.2. Uploaded from 0.3 to 0.55: so do those that begin at
+    # 0.3 and 0.5. At 0.7 its prompt is in the step; then there is one more.
+    assert cluster.answers.first_token_s == pytest.approx([0.1, 0.8])
+    assert cluster.answers.end_s[0] == pytest.approx(0.9)
