@@ -6,7 +6,8 @@ Starts ``manylora serve`` with few slots and little host memory for the adapters
 bench/make_workload.py), replays a trace of the load test's zipf profile at each of ``--rates``; does so again with an
 engine in this process, without HTTP and without a load generator that takes its share of the machine; and simulates the
 same trace with the last costs of bench/results/replica_costs.jsonl (bench/scale_calibrate.py), none of which is fitted
-to these runs. Prints all three, and appends a line a rate to bench/results/scale_check.jsonl.
+to these runs. Prints all three, and appends a line a rate to bench/results/scale_check.jsonl. ``--again`` only
+simulates, with the costs of a later calibration, what was measured last.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "loadtest"))
@@ -40,7 +42,9 @@ from scaling.traffic import Traffic
 from workload import N_ADAPTERS
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results" / "scale_check.jsonl"
 BASE = "base"
+NAMES = [f"a{i}" for i in range(N_ADAPTERS)]
 Figures = dict[str, float]
 
 
@@ -152,7 +156,8 @@ def simulated(trace: list[TracedRequest], names: list[str], in_host: list[str], 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", type=Path, required=True, help="folder with model/ and adapters/")
+    parser.add_argument("--workload", type=Path, help="folder with model/ and adapters/")
+    parser.add_argument("--again", action="store_true", help="simulate the last measurement again")
     parser.add_argument("--slots", type=int, default=8, help="on the device (default 8)")
     parser.add_argument("--host", type=int, default=16, help="adapters in host memory (default 16)")
     parser.add_argument("--rates", type=float, nargs="+", default=[4, 8], help="requests a second (default 4 8)")
@@ -163,40 +168,57 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR)
     from manylora.server.http_server import new_loop
 
-    names = [f"a{i}" for i in range(N_ADAPTERS)]
-    sizes = Sizes(slots=options.slots, host=options.host)
+    if options.again:
+        again()
+        return
+    if options.workload is None:
+        parser.error("--workload: missing")
+    shape = {"adapters": N_ADAPTERS, "slots": options.slots, "host": options.host}
+    costs, calibration = last_measured()
+    file = ResultsFile("scale_check", note=options.note, **shape)
     flags = [
         "--model", str(options.workload / "model"), "--served-model-name", BASE, "--prefix-cache", "off",
         "--adapter-dir", str(options.workload / "adapters"), "--max-context", "1024",
         "--max-device-adapters", str(options.slots), "--max-host-adapters", str(options.host),
     ]  # fmt: skip
-    costs, calibration = last_measured()
-    shared = {"adapters": N_ADAPTERS, "costs": calibration}
-    file = ResultsFile("scale_check", note=options.note, slots=options.slots, host=options.host, **shared)
     for rate in options.rates:
+        run = {**shape, "rate": rate, "seconds": options.seconds, "seed": options.seed}
+        trace = trace_of(run)
         # A server for each rate, so that both begin with empty slots and what was registered last in host memory.
-        with tempfile.TemporaryDirectory(prefix="scale-check-") as kept:
-            folder = Path(kept)
-            profile = dataclasses.replace(
-                PROFILES["zipf"], rate=rate, seconds=options.seconds, chat_share=0.0, seed=options.seed
-            )
-            trace = list(requests_of(profile, names, BASE))
-            with fresh_server(flags, folder / "server.log") as url:
-                real = replay(url, trace, folder)
+        with (
+            tempfile.TemporaryDirectory(prefix="scale-check-") as kept,
+            fresh_server(flags, Path(kept) / "server.log") as url,
+        ):
+            server = replay(url, trace, Path(kept))
         with asyncio.Runner(loop_factory=new_loop) as runner:
-            engine = runner.run(replay_in_process(trace, options.workload, names, sizes))
-        model = simulated(trace, names, sorted(names), sizes, costs)
-        file.keep(
-            {
-                "rate": rate,
-                "seconds": options.seconds,
-                "seed": options.seed,
-                "server": real,
-                "engine": engine,
-                "simulated": model,
-            }
-        )
-        show(rate, real, engine, model)
+            engine = runner.run(replay_in_process(trace, options.workload, NAMES, Sizes(options.slots, options.host)))
+        finish(file, {**run, "costs": calibration, "server": server, "engine": engine}, costs)
+
+
+def again() -> None:
+    """The last measurement's lines, simulated anew."""
+    lines = [json.loads(text) for text in RESULTS.read_text(encoding="utf-8").splitlines()]
+    measured = lines[-1].get("measured", lines[-1]["run"])
+    costs, calibration = last_measured()
+    file = ResultsFile("scale_check", measured=measured)
+    for line in [line for line in lines if line["run"] == measured]:
+        kept = {name: value for name, value in line.items() if name not in ("run", "machine", "note", "simulated")}
+        finish(file, {**kept, "costs": calibration}, costs)
+
+
+def trace_of(run: dict[str, Any]) -> list[TracedRequest]:
+    profile = dataclasses.replace(
+        PROFILES["zipf"], rate=run["rate"], seconds=run["seconds"], chat_share=0.0, seed=run["seed"]
+    )
+    return list(requests_of(profile, NAMES[: run["adapters"]], BASE))
+
+
+def finish(file: ResultsFile, run: dict[str, Any], costs: Costs) -> None:
+    """Simulate what was measured, keep it and print it."""
+    sizes = Sizes(slots=run["slots"], host=run["host"])
+    model = simulated(trace_of(run), NAMES, sorted(NAMES), sizes, costs)
+    file.keep({**run, "simulated": model})
+    show(run["rate"], run["server"], run["engine"], model)
 
 
 def show(rate: float, real: Figures, engine: Figures, model: Figures) -> None:

@@ -3,9 +3,9 @@
     python -P bench/scale_sweep.py                     # a few minutes; --jobs says on how many cores
 
 Adapters 100, 1,000 and 10,000 by Zipf's law with exponent 1 and 0.7, on 1 to 100 replicas, at half and at four fifths
-of what they can answer, by each policy; then what changes with the policy's settings, with slower disks and with other
-numbers of slots. One line is appended to bench/results/scaling.jsonl; bench/scale_plots.py draws it. Costs are those of
-the last calibration (bench/scale_calibrate.py).
+of what they can answer, by each policy; then what changes where swaps take nothing from steps, with the policy's
+settings, with slower disks and with other numbers of slots. One line is appended to bench/results/scaling.jsonl;
+bench/scale_plots.py draws it. Costs are those of the last calibration (bench/scale_calibrate.py).
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ def jobs(costs: Costs) -> Iterator[Job]:
                     # With one replica there is nothing to choose: every policy is the same.
                     for policy in POLICIES if replicas > 1 else ("random",):
                         yield "cells", Cell(adapters, replicas, policy, zipf, load, requests=requests(replicas)), costs
+    for policy in POLICIES:
+        for adapters, replicas in ((100, 10), (1000, 4), (1000, 10), (10_000, 30)):
+            # Where adapters are copied by the device itself, and read by cores that have nothing else to do.
+            yield "no drag", Cell(adapters, replicas, policy), dataclasses.replace(costs, drag=0.0)
     for policy in ("affinity", *VARIANTS):
         for adapters, replicas, load in ((1000, 10, 0.5), (1000, 10, 0.8), (1000, 10, 0.95), (10_000, 30, 0.8)):
             yield "settings", Cell(adapters, replicas, policy, load=load), costs

@@ -92,7 +92,7 @@ class Replica:
         # Reads: who waits for which, and which wait for a thread.
         self._parked: dict[int, list[tuple[int, int]]] = {}
         self._reading: set[int] = set()
-        self._to_read: deque[int] = deque()
+        self._to_read: dict[int, None] = {}
         # What runs: prompts (number, tokens left), decoding rows by the step after which they end.
         self._prefilling: list[list[int]] = []
         self._decoding: list[tuple[int, int]] = []
@@ -146,12 +146,13 @@ class Replica:
 
     def _read(self, adapter: int, now: float) -> None:
         if adapter not in self._reading and adapter not in self._to_read:
-            self._to_read.append(adapter)
+            self._to_read[adapter] = None
             self._read_next(now)
 
     def _read_next(self, now: float) -> None:
         while self._to_read and len(self._reading) < READS_AT_ONCE:
-            adapter = self._to_read.popleft()
+            adapter = next(iter(self._to_read))
+            del self._to_read[adapter]
             self._reading.add(adapter)
             self.counts.reads += 1
             self._schedule(now + self._costs.read_s, self.index, READ, adapter)

@@ -68,12 +68,12 @@ class Cluster:
 
     def fill(self, shares: Shares, *, seed: int = 0) -> None:
         """Let replicas hold what they would after a long life: each adapter was asked for once, the least popular
-        first, and then twice as many draws as host memories have room for. Where every adapter has room in each, each
+        first, and then as many draws as host memories have room for. Where every adapter has room in each, each
         is there. Nothing takes time, so policies see idle replicas."""
         rng = np.random.default_rng(seed)
         if len(shares) <= self._sizes.host:
             self.hold_in_host(range(len(shares)))
-        draws = 2 * len(self.replicas) * min(self._sizes.host, len(shares))
+        draws = len(self.replicas) * min(self._sizes.host, len(shares))
         for adapter in (*range(len(shares) - 1, -1, -1), *rng.choice(len(shares), size=draws, p=shares).tolist()):
             replica = self.replicas[self._policy(adapter)]
             replica.tiers.touch(adapter, Lookups())

@@ -40,6 +40,8 @@ def test_a_request_alone_takes_what_its_steps_take() -> None:
     assert cluster.answers.first_token_s[1] == pytest.approx(3.0 + 0.010 + 0.002 + 10 * 0.001)
     assert cluster.replicas[0].counts == Lookups(slot_hits=1, slot_misses=1, uploads=1, reads=1)
     assert list(cluster.answers.missed) == [1, 0]
+    # Waiting for the disk is not work.
+    assert cluster.replicas[0].busy_s == pytest.approx(2 * 0.012 + 0.3 + 4 * 0.013 + 0.012 + 0.01 + 4 * 0.013)
 
 
 def test_who_comes_during_a_step_begins_with_the_next() -> None:

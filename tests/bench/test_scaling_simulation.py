@@ -154,6 +154,28 @@ def test_the_least_recently_used_goes() -> None:
     assert counts == Lookups(slot_hits=1, slot_misses=3, uploads=3, reads=3)
 
 
+def test_a_slot_is_used_when_a_request_begins_and_when_it_ends() -> None:
+    tiers = Tiers(2, 2)
+    for adapter in (0, 1):
+        tiers.touch(adapter, Lookups())
+    tiers.use(0)
+    assert list(tiers.slots) == [1, 0]
+    tiers.use(1)
+    assert list(tiers.slots) == [0, 1]
+    tiers.release(0)
+    assert list(tiers.slots) == [1, 0]
+
+
+def test_an_upload_is_a_use_of_the_host_copy_and_a_slot_hit_is_not() -> None:
+    tiers = Tiers(1, 2)
+    for adapter in (0, 1, 0):
+        tiers.touch(adapter, Lookups())
+    assert list(tiers.host) == [1, 0]
+    tiers.touch(0, Lookups())
+    tiers.arrived_in_host(2, leased=False)
+    assert list(tiers.host) == [0, 2]
+
+
 def test_what_somebody_waits_for_stays_in_host_memory() -> None:
     tiers = Tiers(1, 2)
     tiers.arrived_in_host(0, leased=True)
