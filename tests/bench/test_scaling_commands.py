@@ -11,8 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
-import scale_out
 import scale_sweep
+import simulate_fleet
 from scaling.cells import POLICIES, VARIANTS, Cell
 from scaling.costs import Costs
 from scaling.theory import lru_hit_rate, zipf_shares
@@ -21,8 +21,8 @@ COSTS = Costs(((1, 0.005), (8, 0.011), (32, 0.025)), 0.0005, 0.0007, 0.016, 0.1,
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["scale_out.py", *flags])
-    return scale_out.main()
+    monkeypatch.setattr(sys, "argv", ["simulate_fleet.py", *flags])
+    return simulate_fleet.main()
 
 
 def test_a_line_for_each_policy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +86,20 @@ def test_the_table_has_every_cell_once() -> None:
 
 def test_the_load_of_few_slots_is_the_rate_of_many() -> None:
     of_slots = [cell for table, cell, _ in scale_sweep.jobs(COSTS) if table == "slots"]
-    assert {round(cell.rate(COSTS), 6) for cell in of_slots} == {round(Cell(1000, 4, "random").rate(COSTS), 6)}
+    assert {round(cell.rate(COSTS), 6) for cell in of_slots} == {
+        round(Cell(1000, 4, "random", load=0.5).rate(COSTS), 6)
+    }
+
+
+def test_the_most_load_is_the_last_that_keeps_the_limit() -> None:
+    cell = Cell(100, 1, "random", requests=2000)
+    found = scale_sweep.most(cell, COSTS)
+    assert 0.3 < found.load < 1.5
+
+    def p95(load: float) -> float:
+        return Cell(100, 1, "random", load=load, requests=2000).run(COSTS).ttft_ms["p95"]
+
+    assert p95(found.load) <= scale_sweep.LIMIT_MS < p95(found.load + 0.05)
 
 
 def test_a_row_has_its_columns() -> None:
@@ -106,7 +119,7 @@ def line(rates: dict[str, float]) -> dict[str, Any]:
         for replicas in (1, 4):
             for policy in POLICIES if replicas > 1 else ("random",):
                 named = dict.fromkeys(scale_sweep.COLUMNS, 1.0)
-                named |= {"adapters": adapters, "replicas": replicas, "policy": policy, "zipf": 1.0, "load": 0.8}
+                named |= {"adapters": adapters, "replicas": replicas, "policy": policy, "zipf": 1.0, "load": 0.5}
                 named |= {"slots": 4, "host": 8, **rates}
                 cells.append([named[column] for column in scale_sweep.COLUMNS])
     return {"run": "2000-01-01T00:00:00", "machine": "none", "columns": scale_sweep.COLUMNS, "cells": cells}

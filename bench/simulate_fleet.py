@@ -1,8 +1,8 @@
 """How many replicas and slots for so many adapters: one cluster, simulated with each policy (docs/scaling.md).
 
-    python -P bench/scale_out.py --adapters 500 --replicas 4 --rate 20
-    python -P bench/scale_out.py --adapters 2000 --replicas 8 --load 0.7 --zipf 0.8 --slots 64 --host 512
-    python -P bench/scale_out.py --trace build/loadtest/trace.jsonl --replicas 4 --costs mine.json
+    python -P bench/simulate_fleet.py --adapters 500 --replicas 4 --rate 20
+    python -P bench/simulate_fleet.py --adapters 2000 --replicas 8 --load 0.7 --zipf 0.8 --slots 64 --host 512
+    python -P bench/simulate_fleet.py --trace build/loadtest/trace.jsonl --replicas 4 --costs mine.json
 
 Costs are those of the last calibration (bench/scale_calibrate.py); ``--costs`` is a JSON object with other values for
 some of its fields: base_s (pairs of rows and a step's seconds), prompt_token_s, adapter_s, upload_s, read_s,
@@ -79,7 +79,7 @@ def main() -> int:
             costs = Costs.of(json.loads(options.costs.read_text(encoding="utf-8")), costs)
         traffic, shares = traffic_of(options)
     except (CostsError, TraceError, OSError, ValueError) as error:
-        print(f"bench/scale_out.py: {error}", file=sys.stderr)
+        print(f"bench/simulate_fleet.py: {error}", file=sys.stderr)
         return 2
     one = capacity(traffic, costs, sizes)
     if options.trace is None:
