@@ -72,7 +72,8 @@ def jobs(costs: Costs) -> Iterator[Job]:
         for read_s in (costs.read_s, 0.5, 2.0):
             for host in (128, 512):
                 cell = Cell(1000, 4, policy, load=0.5, sizes=Sizes(host=host))
-                yield "disks", cell, dataclasses.replace(costs, read_s=read_s)
+                # Waiting for a slow disk is not work: without drag.
+                yield "disks", cell, dataclasses.replace(costs, read_s=read_s, drag=0.0)
         for slots in (8, 16, 32, 64, 128):
             # Rows do not depend on slots, but the load does: a step of few slots has few adapters. So the rate is that
             # of the others.
