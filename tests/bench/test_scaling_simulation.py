@@ -233,9 +233,14 @@ def test_bounded_hashing_keeps_an_adapter_at_home_within_the_bound() -> None:
 
 
 def test_affinity_remembers_where_it_sent_an_adapter_before_it_is_reported() -> None:
-    loads = [0, 5, 0]
-    found = asked(POLICIES["affinity"], loads, [4, 4, 4, 4], grow=True)
-    assert len(set(found)) == 1
+    loads = [0, 0, 0]
+    fleet = Fleet([Empty() for _ in loads], loads, 32, 8, random.Random(0), is_live=True)
+    choose = POLICIES["affinity"](fleet)
+    first = choose(4)
+    loads[first] = 15  # too much for a home that holds nothing, not for a holder that has rows left
+    assert choose(4) == first
+    fleet.now = 60.0  # and nothing was reported since
+    assert choose(4) != first
 
 
 # --- traffic ---------------------------------------------------------------------------------------------------------
