@@ -126,6 +126,18 @@ def test_outcome_counts_what_is_behind_the_warm_up() -> None:
     assert found.ttft_ms["p50"] >= 16, "more than half waited for an upload of 16 ms"
 
 
+def test_swap_traffic_and_imbalance_are_of_a_replica() -> None:
+    """Ten requests, each for another adapter, in turn to two replicas; those to the first answer ten times as much."""
+    traffic = Traffic([float(i) for i in range(10)], list(range(10)), [1] * 10, [50, 5] * 5, 10)
+    cluster = Cluster(traffic, EVERY["round robin"], COSTS, Sizes(slots=4, host=10), 2)
+    cluster.hold_in_host(range(10))
+    cluster.run()
+    found = cluster.outcome()
+    # Behind the first two: eight uploads in seven seconds, the last begun as the last request came.
+    assert found.swap_mb_per_s == pytest.approx(8 * 20 / 7 / 2)
+    assert 1.5 < found.imbalance < 2
+
+
 # --- tiers -----------------------------------------------------------------------------------------------------------
 
 
