@@ -138,6 +138,17 @@ def test_swap_traffic_and_imbalance_are_of_a_replica() -> None:
     assert 1.5 < found.imbalance < 2
 
 
+def test_tiers_are_filled_as_after_a_long_life() -> None:
+    for host, everywhere in ((50, False), (100, True)):
+        cluster = Cluster(zipf(100, 1.0, 10), EVERY["affinity"], COSTS, Sizes(slots=4, host=host), 4)
+        cluster.fill(zipf_shares(100, 1.0))
+        held = [set(replica.tiers.host) for replica in cluster.replicas]
+        assert set.union(*held) == set(range(100)), "each was asked for once"
+        assert all(len(one) == 100 for one in held) == everywhere
+        assert [len(replica.tiers.slots) for replica in cluster.replicas] == [4] * 4
+        assert cluster.loads == [0] * 4
+
+
 # --- tiers -----------------------------------------------------------------------------------------------------------
 
 
