@@ -198,8 +198,10 @@ def _give_back(family: Family, rows: list[Request]) -> None:
 
 def _of_peft(family: Family, name: str | None, ids: list[int]) -> tuple[float, torch.Tensor]:
     """What PEFT makes of the adapter's files on the same base, in fp64: the last position's logits; and how far fp32
-    may be from them: as far as PEFT is in fp32, or as fp64 is if what it embeds is rounded to fp32 in other ways. One of
-    them alone may be right by luck: deltas of rank 1, 30 times the weights, make an ill-conditioned model."""
+    may be from them: as far as PEFT is in fp32, or as fp64 is if what it embeds is rounded to fp32 in other ways.
+
+    One of them alone may be right by luck: deltas of rank 1, 30 times the weights, make an ill-conditioned model.
+    """
     model = copy.deepcopy(family.model)
     if name is not None:
         with warnings.catch_warnings():
