@@ -215,6 +215,13 @@ def test_embedding_and_logits(ops: Ops, vocab: int) -> None:
     assert ((ops.logits(x, ops.prepare_embedding(table, head=True)) - exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("id", [-1, 112, 1 << 40])
+def test_a_token_that_is_not_in_the_table_is_refused(ops: Ops, id: int) -> None:
+    table = ops.prepare_embedding(torch.zeros(100, 64, dtype=torch.bfloat16), head=True)
+    with pytest.raises(IndexError, match=f"rows .*{id}.* of a table of 112"):
+        ops.embed(torch.tensor([3, id]), table)
+
+
 def test_rms_norm_and_silu(ops: Ops) -> None:
     x, weight = 3 * activations(37, 576), activations(1, 576)[0]
     exact = F.rms_norm(x.double(), (576,), weight.double(), 1e-5)
