@@ -77,12 +77,15 @@ def submit(compiler: GrammarCompiler) -> Submit:
 def test_one_of_a_tenant_at_a_time_and_tenants_in_turn(gate: Gate, submit: Submit) -> None:
     mine = [submit(f"a{n}") for n in range(4)]
     gate.wait_begun(1)
-    others = [submit(f"{tenant}{n}", tenant) for tenant in "bc" for n in range(2)]
-    assert gate.wait_begun(2) == ["a0", "b0"], "the thread that a leaves free is another's"
+    others = [submit("d0", "d")]
+    assert gate.wait_begun(2) == ["a0", "d0"], "the thread that a leaves free is another's"
+    others += [submit(f"{tenant}{n}", tenant) for tenant in "bc" for n in range(2)]  # while both threads are taken
+    gate.pass_on("d0")
+    assert gate.wait_begun(3)[2] == "b0"
     gate.pass_on("b0")
-    assert gate.wait_begun(3)[2] == "c0"
+    assert gate.wait_begun(4)[3] == "c0"
     gate.pass_on("a0", "c0")
-    gate.wait_begun(5)
+    gate.wait_begun(6)
     gate.open()
     for future in (*mine, *others):
         future.result(30)
