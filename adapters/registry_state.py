@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from manylora.adapters.durable import sync_directory
+from manylora.adapters.durable import replace_text
 from manylora.adapters.errors import RegistryStateError
 
 _FORMAT: Final = 1
@@ -65,19 +63,7 @@ def write_state(path: Path, entries: Iterable[StateEntry]) -> None:
     """
     document = {"format": _FORMAT, "adapters": [_as_json(entry) for entry in entries]}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(document, file, indent=2)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        sync_directory(path.parent)
+        replace_text(path, json.dumps(document, indent=2) + "\n")
     except OSError as error:
         raise RegistryStateError(
             f"The list of adapters could not be written to {path}: {error}. Nothing was changed; make room or fix the "

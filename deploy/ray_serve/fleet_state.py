@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from manylora.adapters.durable import sync_directory
+from manylora.adapters.durable import replace_text
 from manylora.adapters.errors import RegistryStateError
 from manylora.adapters.registry_state import StateEntry, read_state, write_state
 
@@ -105,17 +104,6 @@ def _parsed(document: Any) -> tuple[Merge | None, tuple[str, ...]]:
 def _replace(path: Path, text: str) -> None:
     """Write ``path`` in one step."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        sync_directory(path.parent)
+        replace_text(path, text)
     except OSError as error:
         raise RegistryStateError(f"{path} could not be written: {error}. Nothing was changed.") from error
