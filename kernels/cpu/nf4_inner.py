@@ -227,7 +227,7 @@ def _emit_rows(
                     b.store(ir.Constant(VI, [0] * TARGET.lanes), one)
             with cgutils.for_range(b, i64(SPAN // positions), intp=I64) as loop:
                 at = b.add(b.mul(span, i64(SPAN // positions)), loop.index)
-                if n_bytes == 64:
+                if group is _group:
                     prefetch(b, b.add(b.add(weights, ahead), b.mul(at, i64(n_bytes))))
                 for i, pair in enumerate(group(b, b.add(weights, b.mul(at, i64(n_bytes))))):
                     for row, own in zip(x, sums, strict=True):
