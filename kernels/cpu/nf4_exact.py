@@ -21,7 +21,8 @@ from numba.extending import intrinsic
 from manylora.kernels.cpu.bf16_linear import DEPTH, PANEL_TILES, ROW_BLOCK, multiply_panel
 from manylora.kernels.cpu.compiling import kernel
 from manylora.kernels.cpu.emit import I64, TILE, VECTORS, VF, Builder, Value, i64, load_tile, shuffle, store_tile
-from manylora.kernels.cpu.nf4_inner import BYTES, GROUP, interleave, look_up, nibbles
+from manylora.kernels.cpu.nf4_inner import BYTES, interleave, look_up, nibbles
+from manylora.kernels.cpu.nf4_packing import GROUP
 from manylora.kernels.cpu.threads import launch
 from manylora.kernels.cpu.tiles import address_of, keep_alive, share
 from manylora.kernels.nf4_code import NF4_CODE
@@ -124,7 +125,7 @@ def exact_nf4_linear(
     accumulate: bool = False,
 ) -> None:
     """``out (+)= x @ W.T``, x ``[M, K]`` fp32, ``out`` ``[M, N]`` fp32, both with contiguous rows; W as
-    ``nf4_linear.pack_nf4`` and ``pack_absmax`` laid it."""
+    ``nf4_packing`` laid it, ``FOR_WORDS``."""
     m, k = x.shape
     launch(
         _exact_nf4_kernel, x.data_ptr(), x.stride(0) * 4, m, k, packed.data_ptr(), absmax.data_ptr(), packed.shape[0],

@@ -53,6 +53,7 @@ from manylora.kernels.cpu.emit import (
     store,
     store_tile,
 )
+from manylora.kernels.cpu.nf4_packing import GROUP
 from manylora.kernels.cpu.target import HAS_512, TARGET
 from manylora.kernels.nf4_code import NF4_CODE
 
@@ -65,8 +66,6 @@ LEVELS: Final = 8383
 _SMALLEST: Final = 2.0**-100
 """A span whose magnitudes are all below counts as zeros, as ``LEVELS / largest`` must be finite."""
 
-GROUP: Final = TARGET.nf4_group
-"""Positions whose codes come from one load."""
 PAIR_BYTES: Final = 64
 """Two positions of a tile as integers."""
 
@@ -100,7 +99,7 @@ def look_up(b: Builder, table: Value, index: Value) -> Value:
     return _by_name(b, "llvm.x86.avx512.pshuf.b.512", "llvm.x86.avx2.pshuf.b", BYTES, table, index)
 
 
-def _products(b: Builder, left: Value, right: Value) -> Value:
+def products_of_words(b: Builder, left: Value, right: Value) -> Value:
     """``left[2 i] * right[2 i] + left[2 i + 1] * right[2 i + 1]``, int32."""
     return _by_name(b, "llvm.x86.avx512.pmaddw.d.512", "llvm.x86.avx2.pmadd.wd", VI, left, right)
 
@@ -122,7 +121,7 @@ def nibbles(b: Builder, address: Value) -> list[Value]:
 
 def _group(b: Builder, address: Value) -> list[list[Value]]:
     """The integer codes of the ``GROUP`` positions and 16 outputs at ``address``: for each pair of positions, vectors
-    with an output's two codes side by side. ``nf4_linear.pack_nf4`` has the order."""
+    with an output's two codes side by side. ``nf4_packing.FOR_WORDS`` is the order."""
     pairs = []
     for indices in nibbles(b, address):
         low, high = (look_up(b, plane, indices) for plane in _planes())
@@ -234,7 +233,7 @@ def _emit_rows(
                         place = offset(b, b.add(row, b.mul(at, i64(2 * positions))), 4 * i)
                         both = b.bitcast(splat(b, load(b, place, I32, 4), VI), WORDS)
                         for one, vector in zip(own, pair, strict=True):
-                            b.store(b.add(b.load(one), _products(b, vector, both)), one)
+                            b.store(b.add(b.load(one), products_of_words(b, vector, both)), one)
             for factor, own, row in zip(factors, sums, totals, strict=True):
                 scale = splat(b, load(b, b.add(factor, b.mul(span, i64(4))), F32, 4), VF)
                 for one, total, maximum in zip(own, row, largest, strict=True):
@@ -268,6 +267,21 @@ def _largest(b: Builder, vectors: Sequence[Value]) -> Value:
     return found
 
 
+def scaled_span(b: Builder, x: Value, levels: int, unit: int) -> tuple[list[Value], Value]:
+    """The ``SPAN`` fp32 values at ``x`` as whole numbers up to ``levels``, int32, and what one of them times a code of
+    which ``unit`` are 1 stands for, fp32."""
+    nearest = function(b, "llvm.x86.avx.cvt.ps2dq.256", V8I, V8F)
+    values = [load(b, offset(b, x, 32 * i), V8F, 4) for i in range(SPAN // 8)]
+    # Bit patterns of magnitudes are in the order of their values, and NaN above all of them.
+    bits = [b.and_(b.bitcast(value, V8I), ir.Constant(V8I, [0x7FFFFFFF] * 8)) for value in values]
+    peak = b.bitcast(_largest(b, bits), V8F)
+    tiny = b.fcmp_ordered("<", peak, constant(_SMALLEST))
+    factor = b.select(tiny, constant(0.0), b.fdiv(constant(float(levels)), peak))
+    scale = b.select(tiny, constant(0.0), b.fmul(peak, constant(1.0 / (levels * unit))))
+    whole = [b.call(nearest, [b.fmul(value, factor)]) for value in values]
+    return whole, b.extract_element(scale, ir.Constant(I32, 0))
+
+
 @intrinsic
 def quantise(typingctx, x, levels, scales, spans):
     """A row of ``SPAN * spans`` fp32 values at ``x`` as int16 ``levels``, and an fp32 scale a span: ``x`` is about
@@ -275,22 +289,12 @@ def quantise(typingctx, x, levels, scales, spans):
 
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
         x, levels, scales, spans = args
-        nearest = function(b, "llvm.x86.avx.cvt.ps2dq.256", V8I, V8F)
         with cgutils.for_range(b, spans, intp=I64) as loop:
-            source = b.add(x, b.mul(loop.index, i64(4 * SPAN)))
             target = b.add(levels, b.mul(loop.index, i64(2 * SPAN)))
-            values = [load(b, offset(b, source, 32 * i), V8F, 4) for i in range(SPAN // 8)]
-            # Bit patterns of magnitudes are in the order of their values, and NaN above all of them.
-            bits = [b.and_(b.bitcast(value, V8I), ir.Constant(V8I, [0x7FFFFFFF] * 8)) for value in values]
-            peak = b.bitcast(_largest(b, bits), V8F)
-            tiny = b.fcmp_ordered("<", peak, constant(_SMALLEST))
-            factor = b.select(tiny, constant(0.0), b.fdiv(constant(float(LEVELS)), peak))
-            scale = b.select(tiny, constant(0.0), b.fmul(peak, constant(1.0 / (LEVELS * CODE_UNIT))))
-            for i, value in enumerate(values):
-                whole = b.trunc(b.call(nearest, [b.fmul(value, factor)]), _V8S)
-                store(b, whole, offset(b, target, 16 * i), 2)
-            first = b.extract_element(scale, ir.Constant(I32, 0))
-            store(b, first, b.add(scales, b.mul(loop.index, i64(4))), 4)
+            whole, scale = scaled_span(b, b.add(x, b.mul(loop.index, i64(4 * SPAN))), LEVELS, CODE_UNIT)
+            for i, vector in enumerate(whole):
+                store(b, b.trunc(vector, _V8S), offset(b, target, 16 * i), 2)
+            store(b, scale, b.add(scales, b.mul(loop.index, i64(4))), 4)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen

@@ -1,20 +1,16 @@
-"""``y = W x`` on the CPU with W in NF4 and both sides rounded to integers of 16 bits, see ``nf4_inner``.
-
-The weights are re-laid once, at load, into tiles of 16 outputs (the new bytes replace the old: the base is in memory
-once), so that one load gives the codes of whole vectors and no sum crosses lanes.
-"""
+"""``y = W x`` on the CPU with W in NF4 and both sides rounded to integers of 16 bits, see ``nf4_inner``."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 from numba import carray, njit
 
 from manylora.kernels.cpu.compiling import kernel
-from manylora.kernels.cpu.emit import TILE
 from manylora.kernels.cpu.nf4_inner import (
     FUSED_ROWS,
-    GROUP,
     PAIR_BYTES,
     PANEL_ROWS,
     SPAN,
@@ -23,9 +19,9 @@ from manylora.kernels.cpu.nf4_inner import (
     panel_nf4,
     quantise,
 )
+from manylora.kernels.cpu.nf4_packing import GROUP
 from manylora.kernels.cpu.threads import launch
 from manylora.kernels.cpu.tiles import address_of, keep_alive, share
-from manylora.kernels.nf4_code import NF4_CODE
 
 DEPTH = 512
 """Positions of a decoded panel: 512 x 16 int16 are 16 KiB, half of a 32 KiB L1."""
@@ -34,72 +30,6 @@ ROW_BLOCK = 96
 
 CODE_BYTES = 128 << 10
 """Of packed codes that are multiplied with all rows before the next are touched: they stay in L2."""
-
-if GROUP == 4:
-
-    @njit(nogil=True, inline="always")
-    def _codes_of_byte(byte):
-        lane, half, e, j = byte // 16, byte // 8 % 2, byte // 2 % 4, byte % 2
-        return 8 * half + 4 * lane + e, j, 2 + j
-
-else:
-
-    @njit(nogil=True, inline="always")
-    def _codes_of_byte(byte):
-        lane, half, e, j = byte // 16, byte // 8 % 2, byte // 2 % 4, byte % 2
-        return 4 * lane + e, 2 * half + j, 4 + 2 * half + j
-
-
-@njit("void(uint8[::1], int64, int64, uint8[:, :, ::1])", nogil=True, cache=True)
-def _pack_nf4(source, n, k, out):
-    for tile in range(n // 16):
-        for group in range(k // GROUP):
-            for byte in range(8 * GROUP):
-                output, first, second = _codes_of_byte(byte)
-                start = (16 * tile + output) * k + GROUP * group
-                # bitsandbytes keeps the even position in the high nibble.
-                low = source[(start + first) // 2] >> (4 - 4 * (first % 2)) & 15
-                high = source[(start + second) // 2] >> (4 - 4 * (second % 2)) & 15
-                out[tile, group, byte] = low | high << 4
-
-
-def pack_nf4(packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
-    """Re-lay bitsandbytes' NF4 bytes ``[N * K / 2]`` (N % 16 == 0, K % GROUP == 0) as ``[N / 16, K / GROUP, 8 GROUP]``
-    uint8.
-
-    Byte ``16 l + 8 h + 2 e + j`` holds two codes of one output. AVX2: of output ``n = 8 h + 4 l + e``, position ``j``
-    in its low nibble and ``2 + j`` in its high one. AVX512: of output ``n = 4 l + e``, positions ``2 h + j`` and
-    ``4 + 2 h + j``. Once ``vpunpck`` has made int16 of the bytes, two positions of an output lie side by side.
-    """
-    out = torch.empty(n // TILE, k // GROUP, 8 * GROUP, dtype=torch.uint8)
-    _pack_nf4(packed.contiguous().numpy(), n, k, out.numpy())
-    return out
-
-
-def pack_absmax(absmax: torch.Tensor, n: int) -> torch.Tensor:
-    """Re-lay absmax (fp32, one a block of the flattened ``[N, K]``, K % blocksize == 0) as ``[N / 16, blocks, 16]``."""
-    return absmax.float().reshape(n // TILE, TILE, -1).permute(0, 2, 1).contiguous()
-
-
-@njit("void(uint8[:, :, ::1], float32[:, :, ::1], float32[::1], int64, float32[:, ::1])", nogil=True, cache=True)
-def _unpack_nf4(packed, absmax, code, block, out):
-    for tile in range(packed.shape[0]):
-        for group in range(packed.shape[1]):
-            for byte in range(8 * GROUP):
-                n, first, second = _codes_of_byte(byte)
-                scale, codes = absmax[tile, GROUP * group // block, n], packed[tile, group, byte]
-                out[16 * tile + n, GROUP * group + first] = code[codes & 15] * scale
-                out[16 * tile + n, GROUP * group + second] = code[codes >> 4] * scale
-
-
-def unpack_nf4(packed: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> torch.Tensor:
-    """The weight that `pack_nf4` and `pack_absmax` packed, fp32 ``[N, K]``: exactly what the NF4 codes stand for.
-
-    On the caller's thread alone, without Python's lock: adapters are loaded while the step loop computes.
-    """
-    out = torch.empty(packed.shape[0] * TILE, packed.shape[1] * GROUP)
-    _unpack_nf4(packed.numpy(), absmax.numpy(), np.array(NF4_CODE, np.float32), blocksize, out.numpy())
-    return out
 
 
 @kernel
@@ -139,25 +69,51 @@ def _many_rows(rows, levels, stride, depth, packed, absmax, block, c, c_stride, 
             done += size
 
 
-@njit(nogil=True, inline="never")
-def _decoded_as_multiplied(
-    rows, groups, group, last_group, tile, last_tile, levels, stride, depth, packed, absmax, block, y, y_stride,
-    accumulate,
-):  # fmt: skip
-    """Some of the groups of rows and of the tiles. A group's levels stay in L1 while codes come from L2, where some
-    tiles' stay for all of the groups."""
-    at_once = max(1, CODE_BYTES // (8 * depth))
-    for begin in range(tile, last_tile, at_once):
-        for g in range(group, last_group):
-            # Near-equal groups: 9 rows are 4 + 5, not 8 + 1, as codes are looked up for each.
-            row, end = rows * g // groups, rows * (g + 1) // groups
-            own = levels + row * stride
-            for t in range(begin, min(begin + at_once, last_tile)):
-                fused_nf4(
-                    end - row, own, own + 2 * depth, stride, packed + 8 * t * depth,
-                    absmax + 64 * t * (depth // block), depth // block, block // SPAN,
-                    y + row * y_stride + 64 * t, y_stride, accumulate,
-                )  # fmt: skip
+def shared_out(fused: Any, most_rows: int, level_bytes: int) -> Any:
+    """A part of ``y (+)= W x``, all rows and tiles, by a micro-kernel that looks codes up as it multiplies them with up
+    to ``most_rows`` rows, of ``level_bytes`` a level."""
+
+    @njit(nogil=True, inline="never")
+    def some(
+        rows, groups, group, last_group, tile, last_tile, levels, stride, depth, packed, absmax, block, y, y_stride,
+        accumulate,
+    ):  # fmt: skip
+        """Some of the groups of rows and of the tiles. A group's levels stay in L1 while codes come from L2, where some
+        tiles' stay for all of the groups."""
+        at_once = max(1, CODE_BYTES // (8 * depth))
+        for begin in range(tile, last_tile, at_once):
+            for g in range(group, last_group):
+                # Near-equal groups: 9 rows are 4 + 5, not 8 + 1, as codes are looked up for each.
+                row, end = rows * g // groups, rows * (g + 1) // groups
+                own = levels + row * stride
+                for t in range(begin, min(begin + at_once, last_tile)):
+                    fused(
+                        end - row, own, own + level_bytes * depth, stride, packed + 8 * t * depth,
+                        absmax + 64 * t * (depth // block), depth // block, block // SPAN,
+                        y + row * y_stride + 64 * t, y_stride, accumulate,
+                    )  # fmt: skip
+
+    @njit(nogil=True)
+    def multiply(
+        part, parts, rows, levels, stride, depth, packed, absmax, n_tiles, y, y_stride, block, accumulate
+    ):  # fmt: skip
+        groups = (rows + most_rows - 1) // most_rows
+        # Parts get rows of their own if there are enough for all, as each reads fewer levels then.
+        shares = 1 if groups >= 2 * parts else (2 * parts + groups - 1) // groups
+        item, last_item = share(groups * shares, part, parts, 1)
+        while item < last_item:
+            group, which = item // shares, item % shares
+            first, last = share(n_tiles, which, shares, 1)
+            item, more = (last_item, last_item) if shares == 1 else (item + 1, group + 1)
+            some(
+                rows, groups, group, more, first, last, levels, stride, depth, packed, absmax, block, y, y_stride,
+                accumulate,
+            )  # fmt: skip
+
+    return multiply
+
+
+_as_decoded = shared_out(fused_nf4, FUSED_ROWS, 2)
 
 
 @kernel
@@ -166,18 +122,7 @@ def _nf4_kernel(arguments, part, parts):
     rows, depth, levels, stride, packed, absmax, n_tiles = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
     y, y_stride, block, accumulate = a[9], a[10], a[11], a[12]
     if PANEL_ROWS == 0 or rows <= FUSED_ROWS:
-        groups = (rows + FUSED_ROWS - 1) // FUSED_ROWS
-        # Parts get rows of their own if there are enough for all, as each reads fewer levels then.
-        shares = 1 if groups >= 2 * parts else (2 * parts + groups - 1) // groups
-        item, last_item = share(groups * shares, part, parts, 1)
-        while item < last_item:
-            group, which = item // shares, item % shares
-            first, last = share(n_tiles, which, shares, 1)
-            item, more = (last_item, last_item) if shares == 1 else (item + 1, group + 1)
-            _decoded_as_multiplied(
-                rows, groups, group, more, first, last, levels, stride, depth, packed, absmax, block, y, y_stride,
-                accumulate,
-            )  # fmt: skip
+        _as_decoded(part, parts, rows, levels, stride, depth, packed, absmax, n_tiles, y, y_stride, block, accumulate)
         return
     first, last = share(n_tiles, part, parts, 1)
     panel_memory = np.empty(max(block, DEPTH) * PAIR_BYTES // 2, np.uint8)

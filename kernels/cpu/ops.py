@@ -11,7 +11,17 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from manylora.kernels.cpu import Arithmetic, attention, bf16_linear, elementwise, lora_vectors, nf4_exact, nf4_linear
+from manylora.kernels.cpu import (
+    Arithmetic,
+    attention,
+    bf16_linear,
+    elementwise,
+    lora_vectors,
+    nf4_bytes,
+    nf4_exact,
+    nf4_linear,
+    nf4_packing,
+)
 from manylora.kernels.cpu.emit import TILE
 from manylora.kernels.cpu.nf4_inner import SPAN
 from manylora.kernels.cpu.replay import Recordings
@@ -31,7 +41,7 @@ def _bits(value: float) -> int:
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """NF4 in tiles of 16 outputs; see ``nf4_linear.pack_nf4``. ``borrowed``: the bytes are another's."""
+    """NF4 in tiles of 16 outputs; see ``nf4_packing``. ``borrowed``: the bytes are another's."""
 
     packed: torch.Tensor
     absmax: torch.Tensor
@@ -126,6 +136,7 @@ class NumbaOps:
 
     def __init__(self, arithmetic: Arithmetic = "int16") -> None:
         self.arithmetic = arithmetic
+        self._order = nf4_packing.FOR_BYTES if arithmetic == "int8" else nf4_packing.FOR_WORDS
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self._scratch = Scratch()
@@ -148,8 +159,8 @@ class NumbaOps:
             if reason is not None:
                 raise ValueError(f"an NF4 weight {list(weight.shape)} cannot be packed: {reason}")
             n, k = weight.shape
-            packed.append(nf4_linear.pack_nf4(weight.packed, n, k))
-            absmax.append(nf4_linear.pack_absmax(weight.absmax_fp32(), n))
+            packed.append(nf4_packing.pack_nf4(weight.packed, n, k, self._order))
+            absmax.append(nf4_packing.pack_absmax(weight.absmax_fp32(), n))
         return PackedLinear(
             torch.cat(packed) if len(packed) > 1 else packed[0],
             torch.cat(absmax) if len(absmax) > 1 else absmax[0],
@@ -199,7 +210,7 @@ class NumbaOps:
 
     def dense(self, weight: AnyLinear) -> torch.Tensor:
         if isinstance(weight, PackedLinear):
-            return nf4_linear.unpack_nf4(weight.packed, weight.absmax, weight.blocksize)
+            return nf4_packing.unpack_nf4(weight.packed, weight.absmax, weight.blocksize, self._order)
         if isinstance(weight, DenseLinear):
             return bf16_linear.unpack_bf16(weight.tiles)
         return torch.cat([self.dense(part) for part in weight.parts])
@@ -246,11 +257,15 @@ class NumbaOps:
                 x, weight.packed, weight.absmax, weight.blocksize, out, accumulate=accumulate
             )  # fmt: skip
         else:
+            small = self.arithmetic == "int8"
+            width, product = (
+                (nf4_bytes.work_width, nf4_bytes.nf4_bytes_linear)
+                if small
+                else (nf4_linear.work_width, nf4_linear.nf4_linear)
+            )
             with self._scratch.scope():
-                work = self._scratch.empty(x.shape[0], nf4_linear.work_width(x.shape[1]))
-                nf4_linear.nf4_linear(
-                    x, weight.packed, weight.absmax, weight.blocksize, out, work, accumulate=accumulate
-                )  # fmt: skip
+                work = self._scratch.empty(x.shape[0], width(x.shape[1]))
+                product(x, weight.packed, weight.absmax, weight.blocksize, out, work, accumulate=accumulate)
 
     def prepare_embedding(self, weight: torch.Tensor, *, head: bool) -> PackedTable:
         if head:

@@ -13,13 +13,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-from manylora.kernels.cpu import Arithmetic
+from manylora.kernels.cpu import Arithmetic, nf4_reference
 from manylora.kernels.cpu.nf4_inner import SPAN
-from manylora.kernels.cpu.nf4_reference import rounded_weight, rounded_x
 from manylora.kernels.lora import BatchedLora, SiteAdapters
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_segments import LoraSegments
@@ -87,7 +86,7 @@ def _checks(
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     lora = shapes.lora
     for k, block in shapes.linears:
-        yield f"NF4 linear of {k} inputs", partial(_nf4_linear, make, ops, k, block, exact=arithmetic == "fp32")
+        yield f"NF4 linear of {k} inputs", partial(_nf4_linear, make, ops, k, block, _INTEGERS[arithmetic])
     for k in dict.fromkeys(k for k, _ in shapes.linears):
         yield f"bf16 linear of {k} inputs", partial(_bf16_linear, make, ops, k)
     hidden = lora.in_features["q"]
@@ -188,11 +187,18 @@ def _check_linear(
     _compare("added to a residual", _run(ops, partial(ops.linear, x, ours, add_to=stream)), expected, bound)
 
 
-def _nf4_linear(make: _Inputs, ops: Ops, k: int, block: int, *, exact: bool) -> None:
+_INTEGERS: Final[Mapping[Arithmetic, nf4_reference.Integers | None]] = {
+    "int16": nf4_reference.WORDS,
+    "int8": nf4_reference.BYTES,
+    "fp32": None,
+}
+
+
+def _nf4_linear(make: _Inputs, ops: Ops, k: int, block: int, integers: nf4_reference.Integers | None) -> None:
     """In integers against the product of the rounded values: what rounding does is no fault, and would hide one."""
     weights, bias = [make.nf4(_OUTPUTS - 16, k, block), make.nf4(16, k, block)], make.normal(_OUTPUTS)
-    matrix = torch.cat([weight.dequantize() if exact else rounded_weight(weight) for weight in weights])
-    terms, rounded = (k, torch.Tensor.float) if exact else (k // SPAN, rounded_x)
+    matrix = torch.cat([w.dequantize() if integers is None else integers.rounded_weight(w) for w in weights])
+    terms, rounded = (k, torch.Tensor.float) if integers is None else (k // SPAN, integers.rounded_x)
     for added, tested in ((None, _ROWS), (bias, (1, 9))):
         _check_linear(ops, make, ops.prepare_linear(weights, added), matrix, added, terms, rounded, tested)
 

@@ -18,8 +18,9 @@ class Target:
 
     ``*_tiles[rows]``: tiles that so many rows take at once, in the GEMM and in the micro-kernel that widens bf16
     weights as it multiplies; tiles that are left over are taken one by one, rows beyond the table in near-equal groups.
-    ``panel_tiles``: tiles of a widened panel. ``nf4_rows``: rows at most that a decoded tile of NF4 is multiplied with
-    at once. ``nf4_group``: positions whose codes come from one load.
+    ``panel_tiles``: tiles of a widened panel. ``nf4_fused_rows``: rows at most that codes of NF4 are multiplied with
+    as they are looked up as words, ``nf4_byte_rows`` as bytes, ``nf4_panel_rows`` once they are. ``nf4_group``:
+    positions whose codes come from one load.
     """
 
     lanes: int
@@ -28,13 +29,21 @@ class Target:
     panel_tiles: int
     nf4_fused_rows: int
     nf4_panel_rows: int
+    nf4_byte_rows: int
     nf4_group: int
 
 
 _TARGETS: Final = {
     # 16 registers, a tile is two.
     "avx2": Target(
-        8, (0, 4, 2, 2, 1, 1, 1), (0, 4, 2, 2, 1), panel_tiles=1, nf4_fused_rows=4, nf4_panel_rows=6, nf4_group=4
+        8,
+        (0, 4, 2, 2, 1, 1, 1),
+        (0, 4, 2, 2, 1),
+        panel_tiles=1,
+        nf4_fused_rows=4,
+        nf4_panel_rows=6,
+        nf4_byte_rows=4,
+        nf4_group=4,
     ),
     # 32 registers, a tile is one.
     "avx512": Target(
@@ -44,6 +53,7 @@ _TARGETS: Final = {
         panel_tiles=2,
         nf4_fused_rows=8,
         nf4_panel_rows=0,
+        nf4_byte_rows=10,
         nf4_group=8,
     ),
 }
@@ -54,3 +64,6 @@ HAS_512: Final = host_has("avx512bw")
 """Whether the processor multiplies and looks up bytes of 512 bits. Without, wide kernels are run by the tests alone,
 which want them on any machine: LLVM splits wide vectors into what there is, but leaves instructions that are asked for
 by name."""
+
+HAS_BYTE_PRODUCTS: Final = host_has("avxvnni" if TARGET.lanes == 8 else "avx512vnni")
+"""Whether the processor adds up four products of bytes in a lane of the variant's vectors (``vpdpbusd``)."""

@@ -42,16 +42,16 @@ def activations(rows: int, width: int, seed: int = 1) -> torch.Tensor:
 
 def rounding(x: torch.Tensor, weight: Nf4Tensor) -> torch.Tensor:
     """How far rounding x and W to integers moves the product at most."""
-    from manylora.kernels.cpu.nf4_reference import rounding_bound
+    from manylora.kernels.cpu.nf4_reference import WORDS
 
-    return rounding_bound(x, weight.dequantize(), weight.absmax_fp32().reshape(weight.shape[0], -1))
+    return WORDS.bound(x, weight.dequantize(), weight.absmax_fp32().reshape(weight.shape[0], -1))
 
 
 @pytest.mark.parametrize(("n", "k"), [(16, 64), (48, 192), (960, 576), (112, 1536)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 16, 97])
 def test_linear_matches_fp64(ops: Ops, n: int, k: int, rows: int) -> None:
     """Within what rounding to integers and, a span of 32 being one term, fp32 sums may do."""
-    from manylora.kernels.cpu.nf4_reference import rounded_weight, rounded_x
+    from manylora.kernels.cpu.nf4_reference import WORDS
 
     weight, x = nf4(n, k), activations(rows, k)
     y = ops.linear(x, ops.prepare_linear([weight], None))
@@ -59,7 +59,7 @@ def test_linear_matches_fp64(ops: Ops, n: int, k: int, rows: int) -> None:
     sums = (k // 32 + 3) * EPS * (x.abs().double() @ exact.abs().T)
     assert ((y - x.double() @ exact.T).abs() <= rounding(x, weight) + sums).all()
     # And the product of what they are rounded to, to within the sums alone (1.01: the magnitudes are rounded, too).
-    assert ((y - rounded_x(x) @ rounded_weight(weight).T).abs() <= 1.01 * sums).all()
+    assert ((y - WORDS.rounded_x(x) @ WORDS.rounded_weight(weight).T).abs() <= 1.01 * sums).all()
 
 
 @pytest.mark.parametrize("outliers", [1, 100, 1000])
@@ -78,13 +78,13 @@ def test_rounding_is_far_below_that_of_bf16(ops: Ops, rows: int, outliers: int) 
 
 def test_one_hot_inputs_give_the_integer_codes(ops: Ops) -> None:
     """Every code in every place: 1 is the largest level, so out comes the code as it was rounded."""
-    from manylora.kernels.cpu.nf4_reference import CODE_ERROR, rounded_weight
+    from manylora.kernels.cpu.nf4_reference import WORDS
 
     weight = nf4(64, 128, seed=3)
     y = ops.linear(torch.eye(128), ops.prepare_linear([weight], None)).T.double()
-    torch.testing.assert_close(y, rounded_weight(weight), rtol=4 * EPS, atol=0)
+    torch.testing.assert_close(y, WORDS.rounded_weight(weight), rtol=4 * EPS, atol=0)
     blocks = weight.absmax_fp32().double().reshape(64, -1).repeat_interleave(64, 1)
-    assert ((y - weight.dequantize().double()).abs() <= (CODE_ERROR + 4 * EPS) * blocks).all()
+    assert ((y - weight.dequantize().double()).abs() <= (WORDS.code_error + 4 * EPS) * blocks).all()
 
 
 @pytest.fixture(scope="module")

@@ -102,6 +102,7 @@ def _address(typingctx: Any, pointer: Any) -> Any:
 KERNELS = [one for one in compiling.all_kernels() if one.name not in ("_run_alone", "_team_member")]
 NAMED = {
     "_quantise_kernel": "NF4 linear", "_nf4_kernel": "NF4 linear", "_exact_nf4_kernel": "NF4 linear",
+    "_quantise_bytes_kernel": "NF4 linear", "_nf4_bytes_kernel": "NF4 linear",
     "_bf16_kernel": "bf16 linear", "_bias_kernel": "NF4 linear", "_rms_norm_kernel": "RMS",
     "_gelu_mul_kernel": "GELU", "_gelu_kernel": "GELU",
     "_layer_norm_kernel": "layer norm", "_softcap_kernel": "soft cap", "_add_kernel": "sum of two",
@@ -121,7 +122,10 @@ def test_every_kernel_is_known_here() -> None:
 def test_a_broken_kernel_is_named(ops: Ops, kernel: Compiled, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = _nothing if fault == "nothing" else _all_but_one_part(kernel.address)
     monkeypatch.setitem(kernel.__dict__, "address", broken.address)
-    arithmetic: Arithmetic = "fp32" if kernel.name == "_exact_nf4_kernel" else "int16"
+    named: dict[str, Arithmetic] = {
+        "_exact_nf4_kernel": "fp32", "_quantise_bytes_kernel": "int8", "_nf4_bytes_kernel": "int8"
+    }  # fmt: skip
+    arithmetic = named.get(kernel.name, "int16")
     faults = self_test(NumbaOps(arithmetic), shapes("tiny", **SMOL), arithmetic)
     assert any(NAMED[kernel.name] in one.kernel for one in faults), faults
     assert all("differ from torch's" in one.problem or "other bits" in one.problem for one in faults)

@@ -2,9 +2,8 @@
 
 A process has one variant, so each is computed in one of its own. The wide kernels run on any processor that has AVX2:
 LLVM splits their vectors, and the two instructions that are asked for by name are put together from two of 256 bits
-(``nf4_inner._by_name``). That this is what they do, and what they compile to on a processor that has them, is tested
-apart. None of
-this has run on one.
+(``nf4_inner._by_name``), a third one, ``vpdpbusd``, of others (``nf4_bytes._dot``). That this is what they do, and what
+they compile to on a processor that has them, is tested apart.
 """
 
 from __future__ import annotations
@@ -74,6 +73,19 @@ def test_every_variant_gives_the_same_bits(computed: dict[str, Any]) -> None:
     assert len(wide) > 500
     assert all(torch.isfinite(result).all() for result in narrow.values())
     assert [what for what in wide if not torch.equal(wide[what], narrow[what])] == []
+
+
+@slow
+@pytest.mark.parametrize(("name", "feature"), [("avx512", "avx512vnni"), ("avx2", "avxvnni")])
+def test_products_of_bytes_are_the_same_without_their_instruction(
+    computed: dict[str, Any], name: str, feature: str, tmp_path: Path
+) -> None:
+    """With it where this processor has it; ``test_every_variant_gives_the_same_bits`` compares the variants."""
+    finish([start("variant_bits.py", name, tmp_path / "bits", feature, NUMBA_CACHE_DIR=str(tmp_path))])
+    without = torch.load(tmp_path / "bits", weights_only=True)["results"]
+    assert len(without) > 100
+    found = computed[name]["results"]
+    assert [what for what in without if not torch.equal(without[what], found[f"{what}; 1 threads"])] == []
 
 
 @slow

@@ -164,6 +164,44 @@ def test_a_row_alone_gives_the_same_bits_as_in_a_batch(implementation: Implement
         assert torch.equal(alone, y)
 
 
+def _many(count: int) -> Pairs:
+    """So many adapters, in an order that is not that of their rows."""
+    return [(row * 7 % count, row, 1.0 + row / 10) for row in range(count)]
+
+
+@pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
+@pytest.mark.parametrize("more", ["", "a row twice", "a long segment"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_adapters_at_once(threads: int, more: str) -> None:
+    """So many that a part of the kernel takes some as a whole, unless a row has two or a segment is long; each row as
+    it is alone, to the bit."""
+    count = 19
+    ranks = [(4, 16, 20, 33)[i % 4] for i in range(count)]
+    pool = pool_of(*(random_weights(rank, ALL, i) for i, rank in enumerate(ranks)), max_pages=60)
+    op, pairs = BatchedLora(pool, "cpu"), _many(count)
+    if more == "a row twice":
+        pairs += [(3, 5, 0.5)]
+    elif more == "a long segment":
+        pairs += [(row, 2, 0.5) for row in range(count, count + 9)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for site in ("qkv", "down"):
+            x, y = _inputs(site)
+            alone, expected = y.clone(), lora_reference(y, x, pool, pairs, site, 1)
+            segments = LoraSegments.from_pairs(pairs)
+            assert segments is not None
+            op.add_(y, x, segments, site, 1)
+            assert ((y - expected).abs() <= _bound(x, pool, pairs, site, 1)).all()
+            for row in {row for row, _, _ in pairs}:
+                own = LoraSegments.from_pairs([(0, slot, scale) for other, slot, scale in pairs if other == row])
+                assert own is not None
+                op.add_(alone[row : row + 1], x[row : row + 1], own, site, 1)
+            assert torch.equal(alone, y)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
 @pytest.mark.parametrize("site", SITES)
 def test_bf16_pages_give_the_bits_of_the_same_values_in_fp32(site: str) -> None:

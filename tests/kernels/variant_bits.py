@@ -1,4 +1,5 @@
-"""What a CPU kernels' variant computes from seeded inputs, in a process of its own: ``variant_bits.py NAME FILE``.
+"""What a CPU kernels' variant computes from seeded inputs, in a process of its own: ``variant_bits.py NAME FILE``, or
+``variant_bits.py NAME FILE WITHOUT``: products of bytes alone, as on a processor that has no ``WITHOUT``.
 
 A process has one variant, whichever it first uses. The file then has the results by name, and what the self-test found.
 The variant need not be one that this processor is offered: LLVM splits vectors that are wider than its registers.
@@ -144,9 +145,27 @@ def main(name: str, file: str) -> None:
                 found[f"{what}; {threads} threads"] = result.clone()
         for what, result in linears(NumbaOps("fp32"), make):
             found[f"exact {what}; {threads} threads"] = result.clone()
+        for what, result in linears(NumbaOps("int8"), Inputs()):
+            found[f"bytes {what}; {threads} threads"] = result.clone()
     faults = {str(one): list(map(str, self_test(ops, one))) for one in (shapes(), shapes("tiny", window=5, **SMOL))}
     torch.save({"results": found, "faults": faults, "variant": cpu.in_use().name}, file)
 
 
+def bytes_without(name: str, file: str, feature: str) -> None:
+    """As ``main``'s "bytes"; the kernels are to be compiled into a folder of their own, as they are other ones."""
+    features = cpu.host_has
+    cpu.host_has = lambda asked: asked != feature and features(asked)
+    cpu.choose(next(variant for variant in cpu.VARIANTS if variant.name == name))
+    from manylora.kernels.cpu.ops import NumbaOps
+    from manylora.kernels.cpu.target import HAS_BYTE_PRODUCTS
+
+    assert not HAS_BYTE_PRODUCTS
+    results = {f"bytes {what}": result.clone() for what, result in linears(NumbaOps("int8"), Inputs())}
+    torch.save({"results": results}, file)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) == 4:
+        bytes_without(*sys.argv[1:])
+    else:
+        main(*sys.argv[1:])
