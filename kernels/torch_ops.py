@@ -54,7 +54,7 @@ class TorchOps:
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype, *, resident: bool) -> None:
         self.device, self.dtype, self._resident = torch.device(device), dtype, resident
-        self.dense_itemsize = dtype.itemsize
+        self.dense_itemsize, self.kv_dtype = dtype.itemsize, dtype
 
     def together(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
