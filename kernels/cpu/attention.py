@@ -18,27 +18,27 @@ import numpy as np
 import torch
 from numba import carray, njit
 
+from manylora.kernels.cpu.attention_inner import (
+    AHEAD,
+    integer_outputs_of_pages,
+    integer_scores_of_pages,
+    outputs_of_pages,
+    scores_of_pages,
+)
 from manylora.kernels.cpu.compiling import kernel
 from manylora.kernels.cpu.emit import int32_at
-from manylora.kernels.cpu.kv_levels import ask_for, page_width, store_levels, weigh_16
-from manylora.kernels.cpu.target import TARGET
+from manylora.kernels.cpu.kv_levels import page_width, store_levels, weigh_16
 from manylora.kernels.cpu.threads import launch
 from manylora.kernels.cpu.tiles import (
     address_of,
     float32_from_bits,
     float32_view,
-    gemm_panel,
-    gemm_rows,
-    integer_gemm_panel,
-    integer_gemm_rows,
     keep_alive,
     share,
 )
-from manylora.kernels.cpu.vectors import multiply_16, scale_8, softcap_8, softmax_16
+from manylora.kernels.cpu.vectors import scale_8, softcap_8, softmax_16
 
 PAGE: int = 16
-_SEVERAL_TILES = TARGET.panel_tiles > 1
-"""Whether a page's values are multiplied several tiles at once: AVX2 has too few registers for it to pay."""
 QUERY_BLOCK: int = 8
 """Queries of one prompt attended together; times the heads of a group they are the rows of the GEMM."""
 
@@ -99,6 +99,14 @@ def _store_kernel(arguments, part, parts):
                 _store_values(key, value, k_page, v_page, within, head_dim)
 
 
+@njit(nogil=True)
+def _panel(item, index, keys, values, tables, table_stride, head_bytes, page_bytes):
+    """Where the page is that an item reads as its ``index``-th: its pages of keys, then those of values."""
+    s, head, first_page, pages = item[0], item[3], item[4], item[5]
+    cache, p = (keys, index) if index < pages else (values, index - pages)
+    return cache + int32_at(tables + 4 * s * table_stride, first_page + p) * page_bytes + head * head_bytes
+
+
 @kernel
 def _attend_kernel(arguments, part, parts):
     a = carray(arguments, 23)
@@ -110,105 +118,91 @@ def _attend_kernel(arguments, part, parts):
     capped, cap_factor, cap = a[21] != 0, float32_from_bits(a[20]), float32_from_bits(a[21])
     integers = a[22] != 0
     group = n_heads // n_kv_heads
-    size, head_bytes = (2, 32 * (head_dim + 2)) if integers else (4, 64 * head_dim)
-    page_bytes, behind = n_kv_heads * head_bytes, 16 * size * head_dim
+    head_bytes = 32 * (head_dim + 2) if integers else 64 * head_dim
+    page_bytes, behind = n_kv_heads * head_bytes, 32 * head_dim
 
-    longest = 0
+    longest, blocks = 0, 0
     for s in range(n_sequences):
         longest = max(longest, int32_at(contexts, s))
+        blocks += (int32_at(starts, s + 1) - int32_at(starts, s) + QUERY_BLOCK - 1) // QUERY_BLOCK
+    pages_at_most = (longest + 15) // 16
     # A line more than there are scores: rows a power of two apart would fall on the same places of the cache.
-    width = (longest + 15) // 16 * 16 + 16
+    width = 16 * (pages_at_most + 1)
     block_rows = group * QUERY_BLOCK
     score_memory = np.empty(block_rows * width, np.float32)
     q_offsets = np.empty(block_rows, np.int64)
-    s_offsets = np.empty(block_rows, np.int64)
     o_offsets = np.empty(block_rows, np.int64)
+    s_offsets = 4 * width * np.arange(block_rows)
+    panels = np.empty(2 * pages_at_most + AHEAD, np.int64)
     scores, qo, so, oo = address_of(score_memory), address_of(q_offsets), address_of(s_offsets), address_of(o_offsets)
 
-    item = 0
+    # This part's items: the sequence, the first query, how many there are, the head, its first page, and their number.
+    items = np.empty((blocks * n_kv_heads // parts + 1, 6), np.int64)
+    own = item = 0
     for s in range(n_sequences):
         start, end = int32_at(starts, s), int32_at(starts, s + 1)
-        table = tables + 4 * s * table_stride
         for query in range(start, end, QUERY_BLOCK):
             queries = min(QUERY_BLOCK, end - query)
-            rows = queries * group
-            top = int32_at(positions, query + queries - 1) + 1
-            bottom = int32_at(positions, query)
+            bottom, top = int32_at(positions, query), int32_at(positions, query + queries - 1) + 1
             first_page = max(0, bottom + 1 - window) // 16 if window > 0 else 0
-            pages = (top + 15) // 16
             for head in range(n_kv_heads):
                 item += 1
                 if item % parts != part:
                     continue
-                for q in range(queries):
-                    for g in range(group):
-                        r = q * group + g
-                        column = 4 * (head * group + g) * head_dim
-                        q_offsets[r] = (query + q) * qkv_stride + column
-                        o_offsets[r] = (query + q) * out_stride + column
-                        s_offsets[r] = 4 * r * width
-                first_key, first_value = keys + head * head_bytes, values + head * head_bytes
-                for p in range(first_page, pages):
-                    panel = first_key + int32_at(table, p) * page_bytes
-                    if p + 1 < pages:
-                        following = first_key + int32_at(table, p + 1) * page_bytes
-                    else:
-                        following = first_value + int32_at(table, first_page) * page_bytes
-                    target, ahead = scores + 64 * p, following - panel
-                    if integers:
-                        integer_gemm_rows(rows, qkv, qo, panel, 32, head_dim, target, so, 0, ahead)
-                        ask_for(following + behind)
-                        for r in range(rows):
-                            multiply_16(target + s_offsets[r], panel + behind)
-                    else:
-                        gemm_rows(rows, qkv, qo, panel, 64, head_dim, target, so, 0, ahead)
-                for r in range(rows):
-                    limit = int32_at(positions, query + r // group) + 1
-                    begin = max(0, limit - window) if window > 0 else 0
-                    row = float32_view(scores + 4 * r * width, width)
-                    base = scores + 4 * r * width + 64 * first_page
-                    if capped:
-                        softcap_8(base, 2 * (pages - first_page), cap_factor, cap)
-                    for j in range(16 * first_page, begin):
-                        row[j] = -np.inf
-                    for j in range(limit, 16 * pages):
-                        row[j] = -np.inf
-                    factor = np.float32(1.0) / softmax_16(base, pages - first_page, scale)
-                    if integers:
-                        for p in range(first_page, pages):
-                            weigh_16(
-                                scores + 4 * r * width + 64 * p,
-                                first_value + int32_at(table, p) * page_bytes + behind,
-                                factor,
-                            )
-                    else:
-                        scale_8(base, 2 * (pages - first_page), factor)
-                for p in range(first_page, pages):
-                    panel = first_value + int32_at(table, p) * page_bytes
-                    following = panel if p + 1 == pages else first_value + int32_at(table, p + 1) * page_bytes
-                    ahead = following - panel
-                    # Rows of the last page beyond the newest token may hold anything: they are not read.
-                    depth = min(16, top - 16 * p)
-                    keep = 1 if p > first_page else 0
-                    source, stride, tiles = scores + 64 * p, size * head_dim, head_dim // 16
-                    if integers and _SEVERAL_TILES:
-                        integer_gemm_panel(rows, tiles, source, so, panel, stride, depth, out, oo, keep, ahead)
-                    elif _SEVERAL_TILES:
-                        gemm_panel(rows, tiles, source, so, panel, stride, depth, out, oo, keep, ahead)
-                    else:
-                        for d in range(tiles):
-                            if integers:
-                                integer_gemm_rows(
-                                    rows, source, so, panel + 32 * d, stride, depth, out + 64 * d, oo, keep, ahead
-                                )  # fmt: skip
-                            else:
-                                gemm_rows(
-                                    rows, source, so, panel + 64 * d, stride, depth, out + 64 * d, oo, keep, ahead
-                                )  # fmt: skip
+                items[own, 0], items[own, 1], items[own, 2] = s, query, queries
+                items[own, 3], items[own, 4], items[own, 5] = head, first_page, (top + 15) // 16 - first_page
+                own += 1
+
+    for i in range(own):
+        s, query, queries, head = items[i, 0], items[i, 1], items[i, 2], items[i, 3]
+        first_page, pages = items[i, 4], items[i, 5]
+        for p in range(2 * pages):
+            panels[p] = _panel(items[i], p, keys, values, tables, table_stride, head_bytes, page_bytes)
+        after = items[min(i + 1, own - 1)]
+        for p in range(AHEAD):
+            nearest = min(p, 2 * after[5] - 1)
+            panels[2 * pages + p] = _panel(after, nearest, keys, values, tables, table_stride, head_bytes, page_bytes)
+        of_keys = address_of(panels)
+        of_values = of_keys + 8 * pages
+        rows = queries * group
+        for q in range(queries):
+            for g in range(group):
+                column = 4 * (head * group + g) * head_dim
+                q_offsets[q * group + g] = (query + q) * qkv_stride + column
+                o_offsets[q * group + g] = (query + q) * out_stride + column
+        if integers:
+            integer_scores_of_pages(rows, qkv, qo, of_keys, pages, head_dim, scores, so)
+        else:
+            scores_of_pages(rows, qkv, qo, of_keys, pages, head_dim, scores, so)
+        before = 16 * first_page
+        for r in range(rows):
+            limit = int32_at(positions, query + r // group) + 1
+            begin = max(0, limit - window) if window > 0 else 0
+            base = scores + s_offsets[r]
+            row = float32_view(base, 16 * pages)
+            if capped:
+                softcap_8(base, 2 * pages, cap_factor, cap)
+            for j in range(begin - before):
+                row[j] = -np.inf
+            for j in range(limit - before, 16 * pages):
+                row[j] = -np.inf
+            factor = np.float32(1.0) / softmax_16(base, pages, scale)
+            if integers:
+                for p in range(pages):
+                    weigh_16(base + 64 * p, panels[pages + p] + behind, factor)
+            else:
+                scale_8(base, 2 * pages, factor)
+        # Rows of the last page beyond the newest token may hold anything: they are not read.
+        last = int32_at(positions, query + queries - 1) % 16 + 1
+        if integers:
+            integer_outputs_of_pages(rows, head_dim // 16, scores, so, of_values, pages, last, out, oo)
+        else:
+            outputs_of_pages(rows, head_dim // 16, scores, so, of_values, pages, last, out, oo)
     keep_alive(score_memory)
     keep_alive(q_offsets)
     keep_alive(s_offsets)
     keep_alive(o_offsets)
+    keep_alive(panels)
 
 
 def new_pages(

@@ -34,7 +34,6 @@ from manylora.kernels.cpu.emit import (
     i64,
     load,
     offset,
-    prefetch,
     splat,
     store,
 )
@@ -137,14 +136,3 @@ def weigh_16(typingctx, weights, scales, factor):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32), codegen
-
-
-@intrinsic
-def ask_for(typingctx, address):
-    """Ask for the cache line at ``address``."""
-
-    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        prefetch(b, args[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
