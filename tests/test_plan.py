@@ -247,5 +247,5 @@ def test_a_bad_flag_is_named(
 def test_a_large_model_in_numbers_known_elsewhere() -> None:
     """Llama-3.1-8B: 6.98e9 weights in NF4 at 4.127 bits (QLoRA, Dettmers et al. 2023, section 3), 1.05e9 at 16."""
     spec = synthetic_spec("llama-3.1-8b")
-    form = Form("cuda", torch.bfloat16, torch.bfloat16, "words")
+    form = Form("cuda", torch.bfloat16, torch.bfloat16, torch.bfloat16, "words")
     assert base_bytes(spec, form, max_context=8192) == pytest.approx(6.98e9 * 4.127 / 8 + 1.0507e9 * 2, rel=0.01)

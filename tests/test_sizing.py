@@ -17,8 +17,8 @@ LLAMA_70B = {
     "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
     "num_key_value_heads": 8,
 }  # fmt: skip
-CUDA = Form("cuda", torch.bfloat16, torch.bfloat16, "words")
-CPU = Form("cpu", torch.float32, torch.float32, "tiles")
+CUDA = Form("cuda", torch.bfloat16, torch.bfloat16, torch.bfloat16, "words")
+CPU = Form("cpu", torch.float32, torch.int16, torch.float32, "tiles")
 
 
 def sizes(spec: ModelSpec, free: int, form: Form = CUDA, **flags: Any) -> Sizes:
