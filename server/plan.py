@@ -86,7 +86,9 @@ class Plan:
         return [
             Part("base", found.base, f"{held}; embedding and lm_head in 16 bits"),
             Part(
-                "kv", found.kv, f"{sizes.kv_tokens:,} tokens of all requests, in {kv}; one may have {sizes.max_context:,}"
+                "kv",
+                found.kv,
+                f"{sizes.kv_tokens:,} tokens of all requests, in {kv}; one may have {sizes.max_context:,}",
             ),
             Part("slots", found.slots, f"{sizes.max_slots} slots, {sizes.max_pages} pages of 16 ranks, in {dtype}"),
             Part("tables", found.tables, "rows of embedding and lm_head that adapters may replace"),

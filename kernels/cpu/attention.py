@@ -1,10 +1,11 @@
 """Rotary embedding and the KV cache's update, then paged attention: two CPU kernels with the same arguments.
 
 A page of keys is kept as ``[kv_head, head_dim, 16]`` (transposed) and a page of values as ``[kv_head, 16, head_dim]``:
-both are panels of the GEMM micro-kernel, so scores and outputs need no gather and no sum across lanes. The query heads
-of one KV head are rows of the same GEMM, and so are the queries of a prompt chunk. The pages hold fp32, or integers with
-a scale for each token (``kv_levels``): those of the keys then multiply the scores, those of the values the weights, so
-that a page is multiplied as it lies. A token's own step reads it as it was stored, too.
+both are panels of a micro-kernel (``attention_inner``), so scores and outputs need no gather and no sum across lanes.
+The query heads of one KV head are rows of the same product, and so are the queries of a prompt chunk.
+
+The pages hold fp32, or integers with a scale for each token (``kv_levels``): the keys' multiply the scores, the values'
+the weights, so that a page is multiplied as it lies. A token's own step reads it as it was stored, too.
 
 Each query's softmax is over its own positions only, summed by absolute position: the result depends on neither the
 chunk a prompt was cut into nor on who shares the batch.
@@ -40,7 +41,7 @@ from manylora.kernels.cpu.vectors import scale_8, softcap_8, softmax_16
 
 PAGE: int = 16
 QUERY_BLOCK: int = 8
-"""Queries of one prompt attended together; times the heads of a group they are the rows of the GEMM."""
+"""Queries of one prompt attended together; times the heads of a group they are the rows of a product."""
 
 
 @njit(nogil=True)
@@ -205,9 +206,7 @@ def _attend_kernel(arguments, part, parts):
     keep_alive(panels)
 
 
-def new_pages(
-    n_pages: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def new_pages(n_pages: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of one layer, zeros. fp32: ``[n_pages, n_kv_heads, head_dim, 16]`` and ``[n_pages, n_kv_heads,
     16, head_dim]``; int16: both ``[n_pages, n_kv_heads, kv_levels.page_width]``, levels in the same order, then
     scales."""

@@ -1,7 +1,7 @@
 """Keys and values as 16-bit integers: a vector of one token and head has ``LEVELS`` levels each way and one fp32 scale.
 
 ``level = round(x * LEVELS / largest)``, ``scale = largest / LEVELS``, largest being the vector's largest magnitude: a
-value is off by at most half a level, 1.5e-5 of the largest. That is a 256th of what bf16 may do to the largest itself,
+value is off by at most half a level, 1.5e-5 of the largest. That is a 128th of what bf16 may do to the largest itself,
 and half the bytes of fp32. A vector with a value that is not finite has a scale that is not, and no levels; the
 products that read it are NaN.
 
@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import torch
 from llvmlite import ir
-from numba import carray, njit
+from numba import njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
@@ -38,6 +38,7 @@ from manylora.kernels.cpu.emit import (
     store,
 )
 from manylora.kernels.cpu.target import TARGET
+from manylora.kernels.cpu.tiles import float32_view, int16_view
 from manylora.kernels.cpu.vectors import reduce_8
 from manylora.kernels.ops import PAGE_SIZE
 
@@ -91,20 +92,6 @@ def _quantise(typingctx, x, levels, vectors):
     return types.float32(*[types.int64] * 3), codegen
 
 
-def _pointer(kind: Any, of: Any) -> Any:
-    @intrinsic
-    def pointer(typingctx, address):
-        def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-            return b.inttoptr(args[0], kind.as_pointer())
-
-        return types.CPointer(of)(types.int64), codegen
-
-    return pointer
-
-
-_shorts, _floats = _pointer(I16, types.int16), _pointer(ir.FloatType(), types.float32)
-
-
 @njit(nogil=True)
 def store_levels(key, value, k_page, v_page, within, head_dim):
     """Put a key and a value, fp32 vectors at these addresses that are overwritten, into place ``within`` of their
@@ -112,12 +99,12 @@ def store_levels(key, value, k_page, v_page, within, head_dim):
     behind = 32 * head_dim + 4 * within
     # The levels of a vector are made in its own memory.
     scale = _quantise(key, key, head_dim // 8)
-    carray(_floats(k_page + behind), 1)[0] = scale
-    levels, column = carray(_shorts(key), head_dim), carray(_shorts(k_page + 2 * within), 16 * head_dim)
+    float32_view(k_page + behind, 1)[0] = scale
+    levels, column = int16_view(key, head_dim), int16_view(k_page, 16 * head_dim)
     for i in range(head_dim):
-        column[16 * i] = levels[i]
+        column[16 * i + within] = levels[i]
     scale = _quantise(value, v_page + 2 * within * head_dim, head_dim // 8)
-    carray(_floats(v_page + behind), 1)[0] = scale
+    float32_view(v_page + behind, 1)[0] = scale
 
 
 @intrinsic

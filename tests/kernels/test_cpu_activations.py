@@ -97,7 +97,7 @@ def test_rows_do_not_depend_on_others(ops: Ops, threads: int) -> None:
     ids=str,
 )
 def test_scaled_and_capped_attention(ops: Ops, shape: AttentionShape) -> None:
-    """Against the formula in fp64, over pages whose unused places hold NaN; those of integers against what they hold."""
+    """Against the formula in fp64, over pages whose unused places hold NaN; of integers against what those hold."""
     from manylora.kernels.cpu.kv_levels import rounded
     from manylora.kernels.cpu.ops import NumbaOps
 
