@@ -87,29 +87,32 @@ _LOWEST = -87.3
 """Arguments of ``_exp`` below it count as that."""
 
 
-def _exp(b: Builder, x: Value) -> Value:
+_MAGIC = 1.5 * 2.0**23 + 127
+"""Added to a small number it leaves the nearest integer, plus the bias of an exponent, in the low bits."""
+
+
+def _exp(b: Builder, x: Value, *, bounded: bool = False) -> Value:
     """e^x of each lane, to about 2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a degree-6 polynomial for e^r, times 2^n.
 
     The reduction and coefficients are those of the Cephes library (expf). Arguments are clamped to [-87.3, 88.3], where
-    fp32 neither underflows nor overflows; NaN stays NaN.
+    fp32 neither underflows nor overflows, unless they are known to be ``bounded`` by these; NaN stays NaN.
     """
     kind, integers = x.type, ir.VectorType(I32, x.type.count)
     fma = fused_multiply_add(b, kind)
-    rint = function(b, f"llvm.rint.v{kind.count}f32", kind, kind)
-    low, high = constant(_LOWEST, kind), constant(88.3, kind)
-    x = b.select(b.fcmp_ordered("<", x, low), low, x)
-    x = b.select(b.fcmp_ordered(">", x, high), high, x)
-    n = b.call(rint, [b.fmul(x, constant(1.44269504088896341, kind))])
+    if not bounded:
+        low, high = constant(_LOWEST, kind), constant(88.3, kind)
+        x = b.select(b.fcmp_ordered("<", x, low), low, x)
+        x = b.select(b.fcmp_ordered(">", x, high), high, x)
+    biased = b.call(fma, [x, constant(1.44269504088896341, kind), constant(_MAGIC, kind)])
+    n = b.fsub(biased, constant(_MAGIC, kind))
     r = b.call(fma, [n, constant(-0.693359375, kind), x])
     r = b.call(fma, [n, constant(2.12194440e-4, kind), r])
     p = constant(1.9875691500e-4, kind)
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
         p = b.call(fma, [p, r, constant(coefficient, kind)])
     p = b.fadd(b.call(fma, [p, b.fmul(r, r), r]), constant(1.0, kind))
-    # NaN has no integer: convert 0 there instead, p is NaN all the same.
-    exponent = b.fptosi(b.select(b.fcmp_ordered("ord", n, n), n, constant(0.0, kind)), integers)
-    biased = b.add(exponent, ir.Constant(integers, [127] * kind.count))
-    return b.fmul(p, b.bitcast(b.shl(biased, ir.Constant(integers, [23] * kind.count)), kind))
+    # Of NaN the power is anything, and p is NaN.
+    return b.fmul(p, b.bitcast(b.shl(b.bitcast(biased, integers), ir.Constant(integers, [23] * kind.count)), kind))
 
 
 def _tanh(b: Builder, x: Value) -> Value:
@@ -192,9 +195,10 @@ def softmax_16(typingctx, address, tiles, scale):
         with cgutils.for_range(b, tiles, intp=I64) as loop:
             for total, place in zip(totals, places(loop.index), strict=True):
                 exponent = b.fmul(b.fsub(load(b, place, VF, 4), top), factor)
-                # Masked positions must weigh nothing at all, and what is clamped is not quite nothing.
-                clamped = b.fcmp_ordered("<", exponent, constant(_LOWEST, VF))
-                value = b.select(clamped, constant(0.0, VF), _exp(b, exponent))
+                # Masked positions must weigh nothing at all, and a clamped exponential is not quite nothing. None is
+                # above zero, but in a row that is NaN.
+                nothing = b.fcmp_ordered("<", exponent, constant(_LOWEST, VF))
+                value = b.select(nothing, constant(0.0, VF), _exp(b, exponent, bounded=True))
                 store(b, value, place, 4)
                 b.store(b.fadd(value, b.load(total)), total)
         add = b.fadd
