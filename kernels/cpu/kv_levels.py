@@ -2,8 +2,8 @@
 
 ``level = round(x * LEVELS / largest)``, ``scale = largest / LEVELS``, largest being the vector's largest magnitude: a
 value is off by at most half a level, 1.5e-5 of the largest. That is a 128th of what bf16 may do to the largest itself,
-and half the bytes of fp32. A vector with a value that is not finite has a scale that is not, and no levels; the
-products that read it are NaN.
+and half the bytes of fp32. A vector with a value that is not finite has a scale that is not, and levels of zero; the
+products that read it are NaN. A vector below 1e-34, for which the factor overflows, is one of zeros.
 
 A head's page is its 16 vectors' levels, then their 16 scales: ``page_width`` int16 in all, a multiple of 64 bytes.
 """
@@ -43,8 +43,6 @@ from manylora.kernels.cpu.vectors import reduce_8
 from manylora.kernels.ops import PAGE_SIZE
 
 LEVELS: Final = 32767
-_SMALLEST: Final = 2.0**-100
-"""Vectors below it count as zeros: the factor of smaller ones would overflow."""
 _V8S = ir.VectorType(I16, 8)
 
 
@@ -57,8 +55,8 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     """What is held of vectors ``[..., head_dim]`` fp32, as fp64: the levels times the scale, as the kernels round."""
     largest = x.abs().amax(-1, keepdim=True)
     # torch.div, as a Python number over a tensor is rounded twice.
-    factor = torch.where(largest < _SMALLEST, 0.0, torch.div(torch.full_like(largest, LEVELS), largest))
-    return torch.round(x * factor).double() * largest.double() / LEVELS
+    levels = torch.round(x * torch.div(torch.full_like(largest, LEVELS), largest))
+    return levels.nan_to_num(0.0, 0.0, 0.0).double() * largest.double() / LEVELS
 
 
 @intrinsic
@@ -67,7 +65,7 @@ def _quantise(typingctx, x, levels, vectors):
 
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
         x, levels, vectors = args
-        # Of what is no number the processor makes the smallest int32, whose low half is zero.
+        # Of what fits no int32 the processor makes the smallest int32, whose low half is zero.
         nearest = function(b, "llvm.x86.avx.cvt.ps2dq.256", V8I, V8F)
         found = cgutils.alloca_once(b, V8I)
         b.store(ir.Constant(V8I, [0] * 8), found)
@@ -80,9 +78,8 @@ def _quantise(typingctx, x, levels, vectors):
             bits = load(b, b.add(x, b.mul(loop.index, i64(32))), V8I, 4)
             b.store(larger(b.and_(bits, ir.Constant(V8I, [0x7FFFFFFF] * 8)), b.load(found)), found)
         largest = splat(b, b.bitcast(reduce_8(b, b.load(found), larger), V8F.element))
-        tiny = b.fcmp_ordered("<", largest, constant(_SMALLEST))
-        factor = b.select(tiny, constant(0.0), b.fdiv(constant(float(LEVELS)), largest))
-        scale = b.select(tiny, constant(0.0), b.fdiv(largest, constant(float(LEVELS))))
+        factor = b.fdiv(constant(float(LEVELS)), largest)
+        scale = b.fdiv(largest, constant(float(LEVELS)))
         with cgutils.for_range(b, vectors, intp=I64) as loop:
             value = load(b, b.add(x, b.mul(loop.index, i64(32))), V8F, 4)
             whole = b.trunc(b.call(nearest, [b.fmul(value, factor)]), _V8S)

@@ -16,7 +16,7 @@ from manylora.kernels.torch_ops import rotate
 if not available():
     pytest.skip("no AVX2 and FMA here", allow_module_level=True)
 
-from manylora.kernels.cpu.kv_levels import LEVELS, page_width, rounded
+from manylora.kernels.cpu.kv_levels import page_width, rounded
 from manylora.kernels.cpu.ops import NumbaOps
 
 EPS = 2.0**-24
@@ -112,8 +112,8 @@ def attention(
 
 def half_levels(vectors: torch.Tensor) -> torch.Tensor:
     """How far a value of each vector is off at most, ``[..., 1]``: half a level, and what fp32 does to a product of
-    up to ``LEVELS`` before it is rounded, to the factor and to the scale."""
-    return vectors.double().abs().amax(-1, keepdim=True) * (0.5 / LEVELS + 3 * EPS)
+    up to 32767 before it is rounded, to the factor and to the scale."""
+    return vectors.double().abs().amax(-1, keepdim=True) * (0.5 / 32767 + 3 * EPS)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -123,14 +123,14 @@ def test_a_page_holds_levels_and_a_scale_for_each_vector(ops: Ops, shape: Attent
     keys[3, 0, 5] = 1000.0  # an outlier takes its own vector's levels, and nobody else's
     values[4, -1, 0] = -3e4
     keys[5], values[6] = 0.0, 0.0
-    keys[7] *= 1e-36  # below 2^-100 there is nothing
-    values[8] *= 1e-29
+    keys[7] *= 1e-36  # below 1e-34 there is nothing
+    values[8] *= 1e-33
     values[9] *= 1e30
     prompt.run(20)
     _, k, v = prompt.rotated()
     for got, given in zip(prompt.held(), (k, v), strict=True):
         assert torch.allclose(got, rounded(given), rtol=3 * EPS, atol=0), "to the level"
-        assert ((got - given).abs() <= half_levels(given) + 2.0**-100).all()
+        assert ((got - given).abs() <= half_levels(given) + 1e-34).all()
     assert not prompt.held()[0][5].any()
     assert not prompt.held()[1][6].any()
     assert not prompt.held()[0][7].any()
