@@ -119,20 +119,21 @@ def _loops(columns: Columns, tile_bytes: int) -> tuple[Any, Any]:
     @njit(nogil=True, inline="never")
     def scores_of_pages(rows, x, x_offsets, panels, pages, depth, c, c_offsets):
         groups = (rows + _GROUP - 1) // _GROUP
-        at_once = _TILES_AT_ONCE[min((rows + groups - 1) // groups, _GROUP)]
+        # Near-equal groups: 9 rows are 5 + 4, not 8 + 1, because a small group starves the multipliers.
+        at_once = _TILES_AT_ONCE[(rows + groups - 1) // groups]
+        if _TILES_AT_ONCE[rows // groups] != at_once:
+            at_once = 1
         t = 0
         while t < pages:
             several = at_once > 1 and t + at_once <= pages
             done = 0
             for g in range(groups):
-                # Near-equal groups: 9 rows are 5 + 4, not 8 + 1, because a small group starves the multipliers.
                 size = (rows - done + groups - g - 1) // (groups - g)
                 xs, cs = x_offsets + 8 * done, c_offsets + 8 * done
-                if several and _TILES_AT_ONCE[size] == at_once:
+                if several:
                     scores_tiles(size, x, xs, panels + 8 * t, depth, c + 64 * t, cs)
                 else:
-                    for one in range(t, min(t + at_once, pages) if several else t + 1):
-                        scores_tile(size, x, xs, panels + 8 * one, depth, c + 64 * one, cs)
+                    scores_tile(size, x, xs, panels + 8 * t, depth, c + 64 * t, cs)
                 done += size
             t += at_once if several else 1
 
