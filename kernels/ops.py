@@ -72,6 +72,8 @@ class Ops(Protocol):
     dtype: torch.dtype
     dense_itemsize: int
     """Bytes of a weight in what ``prepare_dense`` returns."""
+    kv_dtype: torch.dtype
+    """What ``new_kv_cache`` holds: ``dtype``, or int16, which have a scale for each vector beside."""
 
     def together(self) -> contextlib.AbstractContextManager[None]:
         """Operations within may be queued and run, in order, at the end of the outermost such block or at ``flush``:
@@ -167,5 +169,6 @@ class Ops(Protocol):
 
 
 def page_bytes(shape: AttentionShape, n_layers: int, dtype: torch.dtype) -> int:
-    """Bytes of one KV page over all layers."""
-    return 2 * n_layers * shape.kv_size * PAGE_SIZE * dtype.itemsize
+    """Bytes of one KV page of ``Ops.kv_dtype`` over all layers; of int16 with the scales."""
+    scale = torch.float32.itemsize if dtype == torch.int16 else 0
+    return 2 * n_layers * shape.n_kv_heads * PAGE_SIZE * (shape.head_dim * dtype.itemsize + scale)

@@ -54,7 +54,7 @@ class TorchOps:
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype, *, resident: bool) -> None:
         self.device, self.dtype, self._resident = torch.device(device), dtype, resident
-        self.dense_itemsize = dtype.itemsize
+        self.dense_itemsize, self.kv_dtype = dtype.itemsize, dtype
 
     def together(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -175,8 +175,8 @@ class TorchOps:
         tokens, d = qkv.shape[0], shape.head_dim
         q, k, v = torch.split(qkv, [shape.q_size, shape.kv_size, shape.kv_size], dim=-1)
         positions = sequences.positions.long()
-        q = _rotate(q.view(tokens, shape.n_heads, d), rope, positions)
-        k = _rotate(k.view(tokens, shape.n_kv_heads, d), rope, positions)
+        q = rotate(q.view(tokens, shape.n_heads, d), rope, positions)
+        k = rotate(k.view(tokens, shape.n_kv_heads, d), rope, positions)
         keys, values = cache
         lengths = (sequences.starts[1:] - sequences.starts[:-1]).long()
         owner = torch.repeat_interleave(torch.arange(len(lengths), device=self.device), lengths)
@@ -216,8 +216,8 @@ def _attend(
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-def _rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of ``[T, heads, head_dim]`` in the halves convention of transformers."""
+def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of ``[T, heads, head_dim]`` in the halves convention of transformers; ``rope`` as ``Ops``'s."""
     cos, sin = (table[positions][:, None, :] for table in rope)
     left, right = x.float().chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)

@@ -192,7 +192,12 @@ def add_sizes(parser: argparse.ArgumentParser, *, max_rank: int | None) -> None:
     add("--max-host-adapters", type=int, metavar="N", help="adapters in host memory at once (default: what fits)")
     rank = "--rank" if max_rank is None else "%(default)s"
     add("--max-rank", type=int, default=max_rank, metavar="R", help=f"largest rank of an adapter (default: {rank})")
-    add("--kv-memory", metavar="BYTES", help="memory for keys and values, e.g. 2GiB")
+    add(
+        "--kv-memory",
+        metavar="BYTES",
+        help="memory for keys and values, e.g. 2GiB; they are held in 16-bit "
+        "integers by the CPU kernels, in fp32 with --cpu-arithmetic fp32",
+    )
     add(
         "--prefix-cache",
         choices=("on", "off"),

@@ -118,7 +118,8 @@ class EngineConfig:
     max_queue: int = 1024
     """Requests that may wait; one more is answered 429."""
     kv_memory: int | None = None
-    """Bytes for keys and values."""
+    """Bytes for keys and values. The CPU kernels hold them in integers of 16 bits and a scale for each vector, or in
+    fp32 if that is what they multiply."""
     prefix_cache: bool = True
     """Keep the keys and values of past requests for those that begin alike, until the memory is needed."""
     threads: int | None = None

@@ -81,11 +81,15 @@ class Plan:
     def parts(self) -> list[Part]:
         """The budget, line by line."""
         sizes, form, found = self.sizes, self.form, self.budget
-        dtype = str(form.page_dtype).removeprefix("torch.")
+        dtype, kv = (str(one).removeprefix("torch.") for one in (form.page_dtype, form.kv_dtype))
         held = {"fp32": "dequantised to fp32, as the CPU kernels cannot be used"}.get(form.layout, "NF4")
         return [
             Part("base", found.base, f"{held}; embedding and lm_head in 16 bits"),
-            Part("kv", found.kv, f"{sizes.kv_tokens:,} tokens of all requests; one may have {sizes.max_context:,}"),
+            Part(
+                "kv",
+                found.kv,
+                f"{sizes.kv_tokens:,} tokens of all requests, in {kv}; one may have {sizes.max_context:,}",
+            ),
             Part("slots", found.slots, f"{sizes.max_slots} slots, {sizes.max_pages} pages of 16 ranks, in {dtype}"),
             Part("tables", found.tables, "rows of embedding and lm_head that adapters may replace"),
             Part(
@@ -105,7 +109,7 @@ class Plan:
     def _step(self, rows: int, adapters: int) -> Step:
         matrices = linear_bytes(self.spec, self.form) + table_bytes(self.spec, self.form)[-1]
         per_adapter = self._pages_each * page_bytes(self.spec, self.form, LAYER_PROJECTIONS)
-        per_token = KVCache.bytes_per_page(self.spec, self.form.dtype) // PAGE_SIZE
+        per_token = KVCache.bytes_per_page(self.spec, self.form.kv_dtype) // PAGE_SIZE
         nbytes = matrices + adapters * per_adapter + rows * self.context * per_token
         return Step(rows, adapters, nbytes, self._floor_ms(nbytes))
 

@@ -42,9 +42,9 @@ def make_plan(wish: Wish) -> Plan:
     blocksizes = _checked_blocksizes(opened)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     layout = expected_layout(device, wish.engine.cpu_kernels, spec, blocksizes)
-    integers = layout == "tiles" and wish.engine.cpu_arithmetic == "int16"
+    integers = layout == "tiles" and wish.engine.cpu_arithmetic != "fp32"
     pages = lora_dtype(wish.engine.lora_dtype, device, dtype, integers=integers)
-    form = Form(device, dtype, pages, layout, blocksizes)
+    form = Form(device, dtype, torch.int16 if integers else dtype, pages, layout, blocksizes)
     sizes = choose_sizes(wish.engine, spec, form, _room(wish, device))
     plan = Plan(
         found.name,
@@ -67,6 +67,7 @@ def serve_command(plan: Plan, wish: Wish) -> str:
     flags = ["--model", wish.model, "--device", plan.form.device]
     for flag, value, default in (
         ("--cpu-kernels", engine.cpu_kernels, "auto"),
+        ("--cpu-arithmetic", engine.cpu_arithmetic, EngineConfig().cpu_arithmetic),
         ("--lora-dtype", engine.lora_dtype, "auto"),
         ("--max-rows", sizes.max_rows, None),
         ("--max-batch-tokens", sizes.max_batch_tokens, None),

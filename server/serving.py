@@ -142,7 +142,7 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
     ops = path.ops
     pages = lora_dtype(
         config.engine.lora_dtype, device.type, ops.dtype,
-        integers=ops.name == "numba" and config.engine.cpu_arithmetic == "int16",
+        integers=ops.name == "numba" and config.engine.cpu_arithmetic != "fp32",
     )  # fmt: skip
     form = Form.of(ops, pages, weights)
     # The base is in host memory already: on a CPU its bytes will be given to what it is re-laid into.

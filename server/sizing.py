@@ -40,11 +40,13 @@ dequantised for torch on a CPU."""
 
 @dataclass(frozen=True)
 class Form:
-    """What the bytes depend on besides the model: where it is computed, in what, and what adapters are held in."""
+    """What the bytes depend on besides the model: where it is computed, in what, and what keys and values are held in,
+    and adapters (``page_dtype``)."""
 
     device: str
     """``cpu`` or ``cuda``."""
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     page_dtype: torch.dtype
     layout: Layout
     blocksizes: Mapping[str, int] = field(default_factory=dict)
@@ -60,7 +62,7 @@ class Form:
             for place, weight in weights.projections.items()
             if weight.blocksize != _BLOCK
         }
-        return cls(ops.device.type, ops.dtype, page_dtype, layout, blocksizes)
+        return cls(ops.device.type, ops.dtype, ops.kv_dtype, page_dtype, layout, blocksizes)
 
     @property
     def on_cpu(self) -> bool:
@@ -209,7 +211,7 @@ def budget(spec: ModelSpec, form: Form, sizes: Sizes) -> Budget:
     """What a server of these sizes takes."""
     return Budget(
         base=base_bytes(spec, form, max_context=sizes.max_context),
-        kv=sizes.kv_pages * KVCache.bytes_per_page(spec, form.dtype),
+        kv=sizes.kv_pages * KVCache.bytes_per_page(spec, form.kv_dtype),
         slots=slot_bytes(spec, form, sizes.max_slots, sizes.max_pages),
         tables=sizes.table_bytes,
         scratch=scratch_bytes(spec, form, sizes.max_rows, sizes.max_batch_tokens),
@@ -237,7 +239,7 @@ def choose_sizes(config: EngineConfig, spec: ModelSpec, form: Form, room: Room) 
     # Two pages a slot serve ranks up to 32 everywhere; larger ones share what smaller ones leave. No slot can use more
     # than the largest rank's.
     max_pages = max(min(2, per_slot) * max_slots, per_slot)
-    kv_page = KVCache.bytes_per_page(spec, form.dtype)
+    kv_page = KVCache.bytes_per_page(spec, form.kv_dtype)
     base = base_bytes(spec, form, max_context=max_context)
     free = room.device - base
     if free <= 0:

@@ -63,16 +63,18 @@ def built(model: Path, **sizes: Any) -> Running:
     return build(ServeConfig(model=str(model), engine=EngineConfig(**{**SIZES, **sizes})), progress=False)
 
 
-@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize(("kernels", "arithmetic"), [("auto", "int16"), ("auto", "fp32"), ("torch", "int16")])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_a_server_holds_what_was_planned(
-    family: str, kernels: str, checkpoints: dict[str, Path], tmp_path: Path
+    family: str, kernels: str, arithmetic: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     """The base, keys and values, and the pool, tensor by tensor, of a server that was really built."""
     if kernels == "auto" and not cpu.available():
         pytest.skip("no AVX2 and FMA here: auto is torch")
-    planned = make_plan(wish(checkpoints[family], cpu_kernels=kernels))
-    running = built(checkpoints[family], cpu_kernels=kernels)
+    asked = {"cpu_kernels": kernels, "cpu_arithmetic": arithmetic}
+    planned = make_plan(wish(checkpoints[family], **asked))
+    running = built(checkpoints[family], **asked)
+    assert planned.form.kv_dtype == (torch.int16 if (kernels, arithmetic) == ("auto", "int16") else torch.float32)
     assert planned.sizes == replace(
         running.sizes, table_bytes=planned.sizes.table_bytes, host_memory=planned.sizes.host_memory
     )
@@ -142,14 +144,18 @@ def test_the_memorys_bandwidth_is_measured() -> None:
     assert re.fullmatch(r"measured: \d+ threads? reading", found.source)
 
 
-def test_the_command_that_it_prints_gives_the_sizes_that_it_planned(checkpoints: dict[str, Path]) -> None:
-    asked = wish(checkpoints["qwen3"], memory=1 << 30, table_memory=MIB)
+@pytest.mark.parametrize("arithmetic", ["int16", "fp32"])
+def test_the_command_that_it_prints_gives_the_sizes_that_it_planned(
+    arithmetic: str, checkpoints: dict[str, Path]
+) -> None:
+    asked = wish(checkpoints["qwen3"], memory=1 << 30, table_memory=MIB, cpu_arithmetic=arithmetic)
     planned = make_plan(asked)
     command = serve_command(planned, asked).split()
     assert command[:2] == ["manylora", "serve"]
     running = build(cli.serve_config(cli._parser().parse_args(command[1:])), progress=False)
     assert running.sizes == planned.sizes
     assert running.plan.budget == planned.budget
+    assert running.plan.form == planned.form
 
 
 def test_more_adapters_than_fit_are_told(checkpoints: dict[str, Path]) -> None:
@@ -247,5 +253,5 @@ def test_a_bad_flag_is_named(
 def test_a_large_model_in_numbers_known_elsewhere() -> None:
     """Llama-3.1-8B: 6.98e9 weights in NF4 at 4.127 bits (QLoRA, Dettmers et al. 2023, section 3), 1.05e9 at 16."""
     spec = synthetic_spec("llama-3.1-8b")
-    form = Form("cuda", torch.bfloat16, torch.bfloat16, "words")
+    form = Form("cuda", torch.bfloat16, torch.bfloat16, torch.bfloat16, "words")
     assert base_bytes(spec, form, max_context=8192) == pytest.approx(6.98e9 * 4.127 / 8 + 1.0507e9 * 2, rel=0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,8 +18,8 @@ LLAMA_70B = {
     "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
     "num_key_value_heads": 8,
 }  # fmt: skip
-CUDA = Form("cuda", torch.bfloat16, torch.bfloat16, "words")
-CPU = Form("cpu", torch.float32, torch.float32, "tiles")
+CUDA = Form("cuda", torch.bfloat16, torch.bfloat16, torch.bfloat16, "words")
+CPU = Form("cpu", torch.float32, torch.int16, torch.float32, "tiles")
 
 
 def sizes(spec: ModelSpec, free: int, form: Form = CUDA, **flags: Any) -> Sizes:
@@ -51,6 +52,19 @@ def test_what_cannot_fit_is_said_before_it_is_tried() -> None:
         sizes(spec, 24 * GIB)
     with pytest.raises(ConfigError, match=r"^--model: its base takes 4\d{4} MiB, and 24576 MiB are free on cpu"):
         sizes(spec, 24 * GIB, CPU)
+
+
+def test_integers_hold_almost_twice_the_tokens() -> None:
+    """A vector of fp32 takes ``4 head_dim`` bytes, one of integers ``2 head_dim`` and its scale's four."""
+    for name in ("tiny", "llama-3.1-8b"):
+        spec = synthetic_spec(name)
+        per_token = {}
+        for dtype, vector in ((torch.float32, 4 * spec.head_dim), (torch.int16, 2 * spec.head_dim + 4)):
+            found = sizes(spec, 64 * GIB, replace(CPU, kv_dtype=dtype), kv_memory=2 * GIB)
+            per_token[dtype] = 2 * spec.n_layers * spec.n_kv_heads * vector
+            assert found.kv_pages == 2 * GIB // (16 * per_token[dtype])
+            assert budget(spec, replace(CPU, kv_dtype=dtype), found).kv == found.kv_tokens * per_token[dtype]
+        assert 1.6 < per_token[torch.float32] / per_token[torch.int16] < 2
 
 
 def test_no_pages_are_kept_that_no_rank_could_use() -> None:

@@ -83,7 +83,7 @@ def _half_tile(b: Builder, address: Value) -> list[Value]:
     return [b.bitcast(b.shl(word, ir.Constant(VI, [16] * TARGET.lanes)), VF) for word in words]
 
 
-def _integer_tile(b: Builder, address: Value) -> list[Value]:
+def integer_tile(b: Builder, address: Value) -> list[Value]:
     """The 16 int16 values at ``address``, in their own order, as fp32; exact."""
     shorts = ir.VectorType(I16, TARGET.lanes)
     places = [offset(b, address, 2 * TARGET.lanes * v) for v in range(VECTORS)]
@@ -95,7 +95,7 @@ def store_tile(b: Builder, vectors: Sequence[Value], address: Value) -> None:
         store(b, vector, offset(b, address, 4 * TARGET.lanes * v), 4)
 
 
-class _Rows:
+class Rows:
     """The accumulators of a micro-kernel: ``rows`` x ``tiles`` x ``VECTORS``, and the rows' addresses."""
 
     def __init__(
@@ -131,6 +131,13 @@ class _Rows:
             for accumulator, weights in zip(accumulators, vectors, strict=True):
                 b.store(b.call(self._fma, [factor, weights, b.load(accumulator)]), accumulator)
 
+    def scale(self, vectors: Sequence[Value]) -> None:
+        """Multiply every row's sums by these factors (``VECTORS`` a tile)."""
+        b = self._b
+        for accumulators in self._acc:
+            for accumulator, factors in zip(accumulators, vectors, strict=True):
+                b.store(b.fmul(b.load(accumulator), factors), accumulator)
+
     def finish(self) -> None:
         for place, accumulator in self._each():
             store(self._b, self._b.load(accumulator), place, 4)
@@ -143,7 +150,7 @@ def prefetch(b: Builder, address: Value) -> None:
     b.call(ask, [b.inttoptr(address, kinds[0]), *(ir.Constant(I32, value) for value in (0, 2, 1))])
 
 
-def _shapes(tiles_at_once: Sequence[int], several: bool) -> dict[int, int]:
+def shapes_of(tiles_at_once: Sequence[int], several: bool) -> dict[int, int]:
     """The micro-kernels, as rows: tiles, that take one tile, or ``several``."""
     return {rows: tiles if several else 1 for rows, tiles in enumerate(tiles_at_once) if tiles > several}
 
@@ -168,14 +175,14 @@ def _gemm(several: bool, columns: Callable[[Builder, Value], list[Value]], tile_
     as ``TARGET.gemm_tiles`` says. ``x_offsets`` and ``c_offsets`` are addresses of int64 arrays ``[rows]``. The panel
     is what ``columns`` makes fp32 of, ``tile_bytes`` a tile and row. ``ahead``: how far behind it the panel lies which
     is wanted next (0: none)."""
-    shapes = _shapes(TARGET.gemm_tiles, several)
+    shapes = shapes_of(TARGET.gemm_tiles, several)
 
     @intrinsic
     def gemm(typingctx, rows, x, x_offsets, panel, panel_stride, depth, c, c_offsets, accumulate, ahead):
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             rows, x, x_offsets, panel, panel_stride, depth, c, c_offsets, accumulate, ahead = args
             for count, tiles in branches(b, rows, shapes):
-                state = _Rows(b, count, tiles, x, x_offsets, c, c_offsets)
+                state = Rows(b, count, tiles, x, x_offsets, c, c_offsets)
                 state.start(accumulate)
                 with cgutils.for_range(b, depth, intp=I64) as loop:
                     row = b.add(panel, b.mul(loop.index, panel_stride))
@@ -193,7 +200,7 @@ def _gemm(several: bool, columns: Callable[[Builder, Value], list[Value]], tile_
 
 gemm_tile, gemm_tiles = _gemm(False, load_tile, 64), _gemm(True, load_tile, 64)
 half_gemm_tile, half_gemm_tiles = _gemm(False, _half_tile, 32), _gemm(True, _half_tile, 32)
-integer_gemm_tile, integer_gemm_tiles = _gemm(False, _integer_tile, 32), _gemm(True, _integer_tile, 32)
+integer_gemm_tile, integer_gemm_tiles = _gemm(False, integer_tile, 32), _gemm(True, integer_tile, 32)
 
 
 def shuffle(b: Builder, left: Value, right: Value, mask: list[int]) -> Value:
@@ -210,14 +217,14 @@ def _bf16_row(b: Builder, address: Value) -> list[Value]:
 
 
 def _fused_bf16(several: bool) -> Callable[..., Any]:
-    shapes = _shapes(TARGET.bf16_tiles, several)
+    shapes = shapes_of(TARGET.bf16_tiles, several)
 
     @intrinsic
     def fused(typingctx, rows, x, x_offsets, packed, tile_bytes, depth, c, c_offsets, accumulate):
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             rows, x, x_offsets, packed, tile_bytes, depth, c, c_offsets, accumulate = args
             for count, tiles in branches(b, rows, shapes):
-                state = _Rows(b, count, tiles, x, x_offsets, c, c_offsets)
+                state = Rows(b, count, tiles, x, x_offsets, c, c_offsets)
                 state.start(accumulate)
                 weights = [b.add(packed, b.mul(tile_bytes, i64(t))) for t in range(tiles)]
                 with cgutils.for_range(b, depth, intp=I64) as loop:

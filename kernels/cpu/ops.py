@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 
 from manylora.kernels.cpu import (
@@ -30,7 +29,7 @@ from manylora.kernels.cpu.threads import flush, queued
 from manylora.kernels.lora import SiteAdapters
 from manylora.kernels.nf4_code import NF4_CODE
 from manylora.kernels.nf4_tensor import Nf4Tensor
-from manylora.kernels.ops import PAGE_SIZE, AttentionShape, PagedSequences
+from manylora.kernels.ops import AttentionShape, PagedSequences
 
 
 @lru_cache(maxsize=64)
@@ -139,6 +138,7 @@ class NumbaOps:
         self._order = nf4_packing.FOR_BYTES if arithmetic == "int8" else nf4_packing.FOR_WORDS
         self.device = torch.device("cpu")
         self.dtype = torch.float32
+        self.kv_dtype = torch.float32 if arithmetic == "fp32" else torch.int16
         self._scratch = Scratch()
 
     @contextlib.contextmanager
@@ -326,13 +326,8 @@ class NumbaOps:
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         if shape.head_dim % TILE:
             raise ValueError(f"head_dim {shape.head_dim} is no multiple of {TILE}")
-        keys = (n_pages, shape.n_kv_heads, shape.head_dim, PAGE_SIZE)
-        values = (n_pages, shape.n_kv_heads, PAGE_SIZE, shape.head_dim)
-        # numpy's zeros are committed by the system page by page, as they are first used.
-        return [
-            (torch.from_numpy(np.zeros(keys, np.float32)), torch.from_numpy(np.zeros(values, np.float32)))
-            for _ in range(n_layers)
-        ]
+        of_layer = (n_pages, shape.n_kv_heads, shape.head_dim, self.kv_dtype)
+        return [attention.new_pages(*of_layer) for _ in range(n_layers)]
 
     def attention(
         self,

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import torch
 
-from manylora.kernels.cpu import Arithmetic, nf4_reference
+from manylora.kernels.cpu import Arithmetic, kv_levels, nf4_reference
 from manylora.kernels.cpu.nf4_inner import SPAN
 from manylora.kernels.lora import BatchedLora, SiteAdapters
 from manylora.kernels.lora_pool import LoraPool
@@ -28,7 +28,7 @@ from manylora.kernels.nf4_tensor import Nf4Tensor
 from manylora.kernels.ops import AttentionShape, Ops, PagedSequences
 from manylora.kernels.reference import absolute, site_reference
 from manylora.kernels.sites import SITES, LoraShapes
-from manylora.kernels.torch_ops import TorchOps
+from manylora.kernels.torch_ops import TorchOps, rotate
 
 _EPS = 2.0**-24
 """Half the distance from 1 to the next fp32 value: what rounding changes at most."""
@@ -287,7 +287,8 @@ def _sum(make: _Inputs, ops: Ops) -> None:
 
 
 def _attention(make: _Inputs, ops: Ops, plain: Ops, shape: AttentionShape) -> None:
-    """Two prompts at once, then a token more of each, and a chunk of a prompt that has begun.
+    """Two prompts at once, then a token more of each, and a chunk of a prompt that has begun. In integers against the
+    attention to the rounded keys and values.
 
     Bound: a score, a sum of d products whose magnitudes add up to about 0.6 d, divided by sqrt(d), is off by
     ``_sum_bound(d) * 0.6 sqrt(d)``, a weight by as much of itself. Weights add up to one, values are below 5.
@@ -296,9 +297,10 @@ def _attention(make: _Inputs, ops: Ops, plain: Ops, shape: AttentionShape) -> No
     tables = torch.tensor([[5, 2, 4], [1, 3, 0]], dtype=torch.int32)
     angles = torch.outer(torch.arange(64.0), 0.9 ** torch.arange(shape.head_dim // 2))
     rope = angles.cos().contiguous(), angles.sin().contiguous()
+    still = torch.ones_like(angles), torch.zeros_like(angles)
     caches = [one.new_kv_cache(1, 6, shape)[0] for one in (ops, plain)]
-    for first in caches[0]:
-        first.fill_(float("nan"))  # a page may hold anything of its last owner
+    for pages in caches[0]:
+        pages.view(torch.uint8).fill_(255)  # a page may hold anything of its last owner: NaN, as values and as scales
     parts = (((0, 0, 20), (1, 0, 17)), ((0, 20, 36), (1, 17, 18)), ((0, 36, 37),))
     for part in parts:
         qkv = make.normal(sum(last - first for _, first, last in part), width)
@@ -309,12 +311,25 @@ def _attention(make: _Inputs, ops: Ops, plain: Ops, shape: AttentionShape) -> No
             tables=tables[[i for i, *_ in part]].contiguous(),
             positions=torch.cat([torch.arange(first, last) for _, first, last in part]).int(),
         )
+        held = _as_held(qkv, rope, sequences.positions, shape, ops)
         got, exact = (
-            _run(one, partial(one.attention, qkv.clone(), rope, cache, sequences, shape))
-            for one, cache in zip((ops, plain), caches, strict=True)
+            _run(one, partial(one.attention, given, angle, cache, sequences, shape))
+            for one, given, angle, cache in zip((ops, plain), (qkv, held), (rope, still), caches, strict=True)
         )
         bound = 5 * (0.6 * shape.head_dim**0.5 * _sum_bound(shape.head_dim) + _sum_bound(max(lengths)))
         _compare(f"{len(part)} sequences from {part[0][1]} on", got, exact, bound)
+
+
+def _as_held(
+    qkv: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], positions: torch.Tensor, shape: AttentionShape, ops: Ops
+) -> torch.Tensor:
+    """Queries and keys rotated, keys and values as the pages of ``ops`` hold them."""
+    parts = torch.split(qkv, [shape.q_size, shape.kv_size, shape.kv_size], dim=1)
+    q, k, v = (part.reshape(len(qkv), -1, shape.head_dim) for part in parts)
+    q, k = rotate(q, rope, positions.long()), rotate(k, rope, positions.long())
+    if ops.kv_dtype == torch.int16:
+        k, v = kv_levels.rounded(k).float(), kv_levels.rounded(v).float()
+    return torch.cat([part.reshape(len(qkv), -1) for part in (q, k, v)], dim=1)
 
 
 def _small(shapes: LoraShapes, site: str) -> LoraShapes:

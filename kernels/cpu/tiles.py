@@ -114,15 +114,28 @@ def float32_from_bits(typingctx, bits):
     return types.float32(types.int64), codegen
 
 
-@intrinsic
-def _float32_pointer(typingctx, address):
-    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return b.inttoptr(args[0], ir.FloatType().as_pointer())
+def _pointer_to(kind: Any, of: Any) -> Any:
+    @intrinsic
+    def pointer(typingctx, address):
+        def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+            return b.inttoptr(args[0], kind.as_pointer())
 
-    return types.CPointer(types.float32)(types.int64), codegen
+        return types.CPointer(of)(types.int64), codegen
+
+    return pointer
+
+
+_float32_pointer = _pointer_to(ir.FloatType(), types.float32)
+_int16_pointer = _pointer_to(ir.IntType(16), types.int16)
 
 
 @njit(nogil=True)
 def float32_view(address, count):
     """``count`` fp32 values at ``address`` as an array, for code that the compiler vectorises by itself."""
     return carray(_float32_pointer(address), count)
+
+
+@njit(nogil=True)
+def int16_view(address, count):
+    """The same of int16."""
+    return carray(_int16_pointer(address), count)

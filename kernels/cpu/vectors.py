@@ -20,6 +20,7 @@ from manylora.kernels.cpu.emit import (
     TILE,
     V8F,
     V8I,
+    VECTORS,
     VF,
     Builder,
     Value,
@@ -29,6 +30,7 @@ from manylora.kernels.cpu.emit import (
     i64,
     load,
     offset,
+    shuffle,
     splat,
     store,
 )
@@ -81,29 +83,36 @@ def multiply_16(typingctx, address, factors):
     return types.void(types.int64, types.int64), codegen
 
 
-def _exp(b: Builder, x: Value) -> Value:
+_LOWEST = -87.3
+"""Arguments of ``_exp`` below it count as that."""
+
+
+_MAGIC = 1.5 * 2.0**23 + 127
+"""Added to a small number it leaves the nearest integer, plus the bias of an exponent, in the low bits."""
+
+
+def _exp(b: Builder, x: Value, *, bounded: bool = False) -> Value:
     """e^x of each lane, to about 2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a degree-6 polynomial for e^r, times 2^n.
 
     The reduction and coefficients are those of the Cephes library (expf). Arguments are clamped to [-87.3, 88.3], where
-    fp32 neither underflows nor overflows; NaN stays NaN.
+    fp32 neither underflows nor overflows, unless they are known to be ``bounded`` by these; NaN stays NaN.
     """
     kind, integers = x.type, ir.VectorType(I32, x.type.count)
     fma = fused_multiply_add(b, kind)
-    rint = function(b, f"llvm.rint.v{kind.count}f32", kind, kind)
-    low, high = constant(-87.3, kind), constant(88.3, kind)
-    x = b.select(b.fcmp_ordered("<", x, low), low, x)
-    x = b.select(b.fcmp_ordered(">", x, high), high, x)
-    n = b.call(rint, [b.fmul(x, constant(1.44269504088896341, kind))])
+    if not bounded:
+        low, high = constant(_LOWEST, kind), constant(88.3, kind)
+        x = b.select(b.fcmp_ordered("<", x, low), low, x)
+        x = b.select(b.fcmp_ordered(">", x, high), high, x)
+    biased = b.call(fma, [x, constant(1.44269504088896341, kind), constant(_MAGIC, kind)])
+    n = b.fsub(biased, constant(_MAGIC, kind))
     r = b.call(fma, [n, constant(-0.693359375, kind), x])
     r = b.call(fma, [n, constant(2.12194440e-4, kind), r])
     p = constant(1.9875691500e-4, kind)
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
         p = b.call(fma, [p, r, constant(coefficient, kind)])
     p = b.fadd(b.call(fma, [p, b.fmul(r, r), r]), constant(1.0, kind))
-    # NaN has no integer: convert 0 there instead, p is NaN all the same.
-    exponent = b.fptosi(b.select(b.fcmp_ordered("ord", n, n), n, constant(0.0, kind)), integers)
-    biased = b.add(exponent, ir.Constant(integers, [127] * kind.count))
-    return b.fmul(p, b.bitcast(b.shl(biased, ir.Constant(integers, [23] * kind.count)), kind))
+    # Of NaN the power is anything, and p is NaN.
+    return b.fmul(p, b.bitcast(b.shl(b.bitcast(biased, integers), ir.Constant(integers, [23] * kind.count)), kind))
 
 
 def _tanh(b: Builder, x: Value) -> Value:
@@ -135,13 +144,21 @@ def _gelu(b: Builder, x: Value) -> Value:
     return b.fdiv(x, b.fadd(constant(1.0, kind), _exp(b, b.fmul(cubic, constant(-1.5957691216057308, kind)))))
 
 
-def _reduce(b: Builder, vector: Value, combine: Callable[[Value, Value], Value]) -> Value:
+def reduce_8(b: Builder, vector: Value, combine: Callable[[Value, Value], Value]) -> Value:
     """Fold eight lanes into one, always in the same order: 0+4, 1+5, ... then 0+2, 1+3, then 0+1."""
-    undefined = ir.Constant(V8F, ir.Undefined)
+    undefined = ir.Constant(vector.type, ir.Undefined)
     for step in (4, 2, 1):
         mask = [(i + step) % 8 for i in range(8)]
         vector = combine(vector, b.shuffle_vector(vector, undefined, ir.Constant(V8I, mask)))
     return b.extract_element(vector, ir.Constant(I32, 0))
+
+
+def _eight(b: Builder, vectors: Sequence[Value], combine: Callable[[Value, Value], Value]) -> Value:
+    """Fold the sixteen lanes of a tile into eight: 0+8, 1+9, ..."""
+    if len(vectors) == 1:
+        wide = vectors[0]
+        vectors = [shuffle(b, wide, wide, list(range(first, first + 8))) for first in (0, 8)]
+    return combine(*vectors)
 
 
 def _max(b: Builder, left: Value, right: Value) -> Value:
@@ -149,42 +166,45 @@ def _max(b: Builder, left: Value, right: Value) -> Value:
 
 
 @intrinsic
-def softmax_8(typingctx, address, vectors, scale):
-    """Replace ``s`` (``8 * vectors`` fp32 values) by ``exp(scale * (s - max s))``; returns nothing, see ``sum_8``."""
+def softmax_16(typingctx, address, tiles, scale):
+    """Replace ``s`` (``16 * tiles`` fp32 values) by ``exp(scale * (s - max s))``, or zero where that is below 1e-38;
+    returns their sum: lane by lane, in sixteen lanes, then across the lanes."""
 
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        address, vectors, scale = args
-        peak = cgutils.alloca_once(b, V8F)
-        b.store(load(b, address, V8F, 4), peak)
-        with cgutils.for_range(b, vectors, intp=I64) as loop:
-            value = load(b, b.add(address, b.mul(loop.index, i64(32))), V8F, 4)
-            b.store(_max(b, value, b.load(peak)), peak)
-        top = _splats(b, _reduce(b, b.load(peak), lambda left, right: _max(b, left, right)))
-        factor = _splats(b, scale)
+        address, tiles, scale = args
+        lanes = range(VECTORS)
 
-        def weigh(kind: Any, at: Value) -> None:
-            place = b.add(address, at)
-            store(b, _exp(b, b.fmul(b.fsub(load(b, place, kind, 4), top(kind)), factor(kind))), place, 4)
+        def larger(left: Value, right: Value) -> Value:
+            return _max(b, left, right)
 
-        _each_vector(b, vectors, weigh)
-        return context.get_dummy_value()
+        def places(index: Value) -> list[Value]:
+            return [offset(b, b.add(address, b.mul(index, i64(64))), 4 * TARGET.lanes * v) for v in lanes]
 
-    return types.void(types.int64, types.int64, types.float32), codegen
+        peaks = [cgutils.alloca_once(b, VF) for _ in lanes]
+        totals = [cgutils.alloca_once(b, VF) for _ in lanes]
+        for peak, total, place in zip(peaks, totals, places(i64(0)), strict=True):
+            b.store(load(b, place, VF, 4), peak)
+            b.store(constant(0.0, VF), total)
+        with cgutils.for_range(b, tiles, intp=I64) as loop:
+            for peak, place in zip(peaks, places(loop.index), strict=True):
+                value, found = load(b, place, VF, 4), b.load(peak)
+                # One instruction. It may pass NaN by, whose own exponential then spoils the sum.
+                b.store(b.select(b.fcmp_ordered(">", value, found), value, found), peak)
+        top = splat(b, reduce_8(b, _eight(b, [b.load(peak) for peak in peaks], larger), larger), VF)
+        factor = splat(b, scale, VF)
+        with cgutils.for_range(b, tiles, intp=I64) as loop:
+            for total, place in zip(totals, places(loop.index), strict=True):
+                exponent = b.fmul(b.fsub(load(b, place, VF, 4), top), factor)
+                # Masked positions must weigh nothing at all, and a clamped exponential is not quite nothing. None is
+                # above zero, but in a row that is NaN.
+                nothing = b.fcmp_ordered("<", exponent, constant(_LOWEST, VF))
+                value = b.select(nothing, constant(0.0, VF), _exp(b, exponent, bounded=True))
+                store(b, value, place, 4)
+                b.store(b.fadd(value, b.load(total)), total)
+        add = b.fadd
+        return reduce_8(b, _eight(b, [b.load(total) for total in totals], add), add)
 
-
-@intrinsic
-def sum_8(typingctx, address, vectors):
-    """The sum of ``8 * vectors`` fp32 values: lane by lane, then across the lanes."""
-
-    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        total = cgutils.alloca_once(b, V8F)
-        b.store(constant(0.0), total)
-        with cgutils.for_range(b, args[1], intp=I64) as loop:
-            place = b.add(args[0], b.mul(loop.index, i64(32)))
-            b.store(b.fadd(load(b, place, V8F, 4), b.load(total)), total)
-        return _reduce(b, b.load(total), b.fadd)
-
-    return types.float32(types.int64, types.int64), codegen
+    return types.float32(types.int64, types.int64, types.float32), codegen
 
 
 @intrinsic
@@ -219,7 +239,7 @@ def rms_norm_8(typingctx, x, weight, out, vectors, epsilon):
             value = load(b, b.add(x, b.mul(loop.index, i64(32))), V8F, 4)
             b.store(b.call(fma, [value, value, b.load(total)]), total)
         count = b.sitofp(b.mul(vectors, i64(8)), F32)
-        mean = b.fdiv(_reduce(b, b.load(total), b.fadd), count)
+        mean = b.fdiv(reduce_8(b, b.load(total), b.fadd), count)
         factor = _splats(b, b.fdiv(ir.Constant(F32, 1.0), b.call(sqrt, [b.fadd(mean, epsilon)])))
 
         def normalise(kind: Any, at: Value) -> None:
@@ -312,12 +332,12 @@ def layer_norm_8(typingctx, x, weight, bias, out, vectors, epsilon):
         with cgutils.for_range(b, vectors, intp=I64) as loop:
             value = load(b, b.add(x, b.mul(loop.index, i64(32))), V8F, 4)
             b.store(b.fadd(value, b.load(total)), total)
-        mean = _splats(b, b.fdiv(_reduce(b, b.load(total), b.fadd), count))
+        mean = _splats(b, b.fdiv(reduce_8(b, b.load(total), b.fadd), count))
         b.store(constant(0.0), total)
         with cgutils.for_range(b, vectors, intp=I64) as loop:
             value = b.fsub(load(b, b.add(x, b.mul(loop.index, i64(32))), V8F, 4), mean(V8F))
             b.store(b.call(fma, [value, value, b.load(total)]), total)
-        variance = b.fdiv(_reduce(b, b.load(total), b.fadd), count)
+        variance = b.fdiv(reduce_8(b, b.load(total), b.fadd), count)
         factor = _splats(b, b.fdiv(ir.Constant(F32, 1.0), b.call(sqrt, [b.fadd(variance, epsilon)])))
 
         def normalise(kind: Any, at: Value) -> None:

@@ -99,7 +99,8 @@ class CudaOps:
     name = "cuda"
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
-        self.device, self.dtype, self.dense_itemsize = torch.device(device), dtype, dtype.itemsize
+        self.device, self.dtype, self.kv_dtype = torch.device(device), dtype, dtype
+        self.dense_itemsize = dtype.itemsize
         self.configs = configs_for(self.device)
         self.scratch = Scratch(self.device)
         self._wide = dtype == torch.float32

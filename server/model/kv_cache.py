@@ -18,7 +18,7 @@ class KVCache:
 
     @staticmethod
     def bytes_per_page(spec: ModelSpec, dtype: torch.dtype) -> int:
-        """Bytes that ``PAGE_SIZE`` positions take over all layers."""
+        """Bytes that ``PAGE_SIZE`` positions take over all layers, held in ``dtype`` (``Ops.kv_dtype``)."""
         return page_bytes(AttentionShape(spec.n_heads, spec.n_kv_heads, spec.head_dim), spec.n_layers, dtype)
 
     @staticmethod

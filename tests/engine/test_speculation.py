@@ -166,7 +166,7 @@ def run(
     cache = KVCache(SPEC, config.num_pages, model.ops)
     for tensors in cache.layers:
         for tensor in tensors:
-            tensor.fill_(float("nan") if tensor.is_floating_point() else 0)  # what is read before it is written shows
+            tensor.view(torch.uint8).fill_(255)  # NaN, as values and as scales: what is read before it is written shows
     runner = ModelRunner(model.decoder, cache, Sampler(SPEC.vocab_size, eos_token_ids=[EOS]))
     plans: list[StepPlan] = []
     execute = runner.execute

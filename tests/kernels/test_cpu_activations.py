@@ -97,7 +97,10 @@ def test_rows_do_not_depend_on_others(ops: Ops, threads: int) -> None:
     ids=str,
 )
 def test_scaled_and_capped_attention(ops: Ops, shape: AttentionShape) -> None:
-    """Against the formula in fp64, over pages whose unused places hold NaN."""
+    """Against the formula in fp64, over pages whose unused places hold NaN; of integers against what those hold."""
+    from manylora.kernels.cpu.kv_levels import rounded
+    from manylora.kernels.cpu.ops import NumbaOps
+
     tokens, width = 37, (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
     qkv = torch.randn(tokens, width, generator=torch.Generator().manual_seed(3))
     still = torch.ones(64, shape.head_dim // 2), torch.zeros(64, shape.head_dim // 2)  # no rotation
@@ -107,25 +110,33 @@ def test_scaled_and_capped_attention(ops: Ops, shape: AttentionShape) -> None:
         part.view(tokens, -1, shape.head_dim).transpose(0, 1).repeat_interleave(times, 0)
         for part, times in ((q, 1), (k, group), (v, group))
     )
-    scores = q @ k.mT * shape.score_scale
-    if shape.softcap:
-        scores = shape.softcap * torch.tanh(scores / shape.softcap)
     at = torch.arange(tokens)
     seen = at[None] <= at[:, None]
     if shape.window:
         seen &= at[None] > at[:, None] - shape.window
-    exact = (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(0, 1).reshape(tokens, -1)
+
+    def attended(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = q @ k.mT * shape.score_scale
+        if shape.softcap:
+            scores = shape.softcap * torch.tanh(scores / shape.softcap)
+        return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(0, 1).reshape(tokens, -1)
+
     sequences = PagedSequences(
         starts=torch.tensor([0, tokens], dtype=torch.int32),
         contexts=torch.tensor([tokens], dtype=torch.int32),
         tables=torch.tensor([[2, 0, 1]], dtype=torch.int32),
         positions=at.int(),
     )
-    for one in (ops, TorchOps("cpu", torch.float32, resident=True)):
+    cases: tuple[tuple[Ops, torch.Tensor], ...] = (
+        (ops, attended(rounded(k.float()), rounded(v.float()))),
+        (NumbaOps("fp32"), attended(k, v)),
+        (TorchOps("cpu", torch.float32, resident=True), attended(k, v)),
+    )
+    for one, exact in cases:
         cache = one.new_kv_cache(1, 3, shape)[0]
         for pages in cache:
-            if one is ops:
-                pages.fill_(float("nan"))
+            if one.name == "numba":
+                pages.view(torch.uint8).fill_(255)
         got = one.attention(qkv.clone(), still, cache, sequences, shape)
         assert ((got - exact).abs() <= 2e-6 * shape.head_dim**0.5).all(), one.name
 

@@ -12,6 +12,7 @@ from manylora.kernels.nf4_code import NF4_CODE
 from manylora.kernels.nf4_tensor import Nf4Tensor
 from manylora.kernels.ops import AttentionShape, Ops, PagedSequences
 from manylora.kernels.torch_ops import TorchOps
+from manylora.kernels.torch_ops import rotate as rotate_fp32
 
 pytestmark = pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
 
@@ -250,7 +251,7 @@ class Pages:
         self.cache = ops.new_kv_cache(1, 64, shape)[0]
         if poison:
             for tensor in self.cache:
-                tensor.fill_(float("nan"))  # a page may hold anything of its last owner
+                tensor.view(torch.uint8).fill_(255)  # a page may hold anything of its last owner: NaN, or NaN scales
 
     def run(self, pieces: list[tuple[int, int, int]]) -> torch.Tensor:
         """Attend to tokens ``first .. last - 1`` of sequence i for each (i, first, last)."""
@@ -265,7 +266,7 @@ class Pages:
         return self.ops.attention(qkv, self.rope, self.cache, sequences, self.shape)
 
     def exact(self, i: int) -> torch.Tensor:
-        """All outputs of sequence i in fp64, from the definition."""
+        """All outputs of sequence i in fp64, from the definition; over pages of integers, from what those hold."""
         s, n, d = self.shape, self.qkv[i].shape[0], self.shape.head_dim
         q, k, v = (t.view(n, -1, d) for t in self.qkv[i].double().split([s.q_size, s.kv_size, s.kv_size], dim=1))
         cos, sin = (table[:n, None].double() for table in self.rope)
@@ -274,8 +275,14 @@ class Pages:
             left, right = x.chunk(2, dim=-1)
             return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
+        q, k = rotate(q), rotate(k)
+        if self.ops.kv_dtype == torch.int16:
+            from manylora.kernels.cpu.kv_levels import rounded
+
+            given = self.qkv[i][:, s.q_size :].view(n, -1, d)[:, : s.n_kv_heads]
+            k, v = rounded(rotate_fp32(given, self.rope, torch.arange(n))), rounded(v.float())
         group = s.n_heads // s.n_kv_heads
-        scores = torch.einsum("qhd,khd->hqk", rotate(q), rotate(k).repeat_interleave(group, 1)) / d**0.5
+        scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) / d**0.5
         at = torch.arange(n)
         seen = at[None] <= at[:, None]
         if s.window:
@@ -293,16 +300,16 @@ ATTENTION = [
 
 
 @pytest.mark.parametrize("shape", ATTENTION, ids=str)
-@pytest.mark.parametrize("which", ["numba", "torch"])
-def test_attention_of_prompts_chunks_and_single_tokens(ops: Ops, shape: AttentionShape, which: str) -> None:
-    chosen = ops if which == "numba" else TorchOps("cpu", torch.float32, resident=True)
+@pytest.mark.parametrize("which", ["int16", "fp32", "torch"])
+def test_attention_of_prompts_chunks_and_single_tokens(ops: Ops, exact: Ops, shape: AttentionShape, which: str) -> None:
+    chosen = {"int16": ops, "fp32": exact, "torch": TorchOps("cpu", torch.float32, resident=True)}[which]
     lengths = [1, 17, 100, 33, 300]
-    pages = Pages(chosen, shape, lengths, poison=which == "numba")
+    pages = Pages(chosen, shape, lengths, poison=which != "torch")
     pages.run([(2, 0, 99), (4, 0, 171), (1, 0, 16)])
     out = pages.run([(0, 0, 1), (1, 16, 17), (2, 99, 100), (3, 0, 33), (4, 171, 300)])
-    exact = torch.cat([pages.exact(i)[first:] for i, first in enumerate([0, 16, 99, 0, 171])])
+    expected = torch.cat([pages.exact(i)[first:] for i, first in enumerate([0, 16, 99, 0, 171])])
     # Scores of magnitude ~10 rounded at 2^-24 move a softmax weight by about 1e-6 of itself; values are of order one.
-    torch.testing.assert_close(out.double(), exact, rtol=0, atol=2e-5)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("shape", ATTENTION, ids=str)

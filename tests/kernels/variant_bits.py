@@ -27,7 +27,7 @@ ROWS = (1, 2, 3, 4, 5, 8, 9, 15, 17, 26, 98)
 """Around the ends of each micro-kernel's and group's, and more than a block of rows."""
 SHAPES = (
     AttentionShape(9, 3, 64), AttentionShape(4, 4, 128, window=20), AttentionShape(8, 1, 32),
-    AttentionShape(6, 2, 16, window=5), AttentionShape(10, 2, 48),
+    AttentionShape(6, 2, 16, window=5), AttentionShape(10, 2, 48), AttentionShape(4, 2, 256, softcap=3.0),
 )  # fmt: skip
 Results = Iterator[tuple[str, torch.Tensor]]
 
@@ -76,7 +76,7 @@ def attentions(ops: Ops, make: Inputs) -> Results:
         width = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
         cache = ops.new_kv_cache(1, 40, shape)[0]
         for tensor in cache:
-            tensor.fill_(float("nan"))  # a page may hold anything of its last owner
+            tensor.view(torch.uint8).fill_(255)  # a page may hold anything of its last owner: NaN, or NaN scales
         angles = torch.outer(torch.arange(400.0), 0.9 ** torch.arange(shape.head_dim // 2))
         rope = angles.cos().contiguous(), angles.sin().contiguous()
         tables = torch.arange(40, dtype=torch.int32).flip(0).view(2, 20).contiguous()
@@ -143,8 +143,9 @@ def main(name: str, file: str) -> None:
         for of in (linears, elementwise, attentions, adapters):
             for what, result in of(ops, make):
                 found[f"{what}; {threads} threads"] = result.clone()
-        for what, result in linears(NumbaOps("fp32"), make):
-            found[f"exact {what}; {threads} threads"] = result.clone()
+        for of in (linears, attentions):
+            for what, result in of(NumbaOps("fp32"), make):
+                found[f"exact {what}; {threads} threads"] = result.clone()
         for what, result in linears(NumbaOps("int8"), Inputs()):
             found[f"bytes {what}; {threads} threads"] = result.clone()
     faults = {str(one): list(map(str, self_test(ops, one))) for one in (shapes(), shapes("tiny", window=5, **SMOL))}
