@@ -36,6 +36,15 @@ class PagedSequences:
 
 
 @dataclass(frozen=True)
+class Maxima:
+    """Of each row its largest value, ``highest`` fp32 ``[rows]``, and the first place where that is, ``places`` int64
+    ``[rows]``; of a row with a NaN, NaN and the place of the first one. As ``numpy.argmax`` has it."""
+
+    highest: torch.Tensor
+    places: torch.Tensor
+
+
+@dataclass(frozen=True)
 class AttentionShape:
     """Heads and head size of one layer's attention; ``window`` 0 when every earlier position is seen.
 

@@ -19,46 +19,54 @@ _KEPT = 48
 """Recordings of a thread; one is about 100 KiB and its inputs. A server has steps of few shapes, many of each."""
 
 
+_Kept = tuple[list[torch.Tensor], Recording | None, tuple[torch.Tensor, ...]]
+"""Inputs of its own, what runs over them unless it has to be queued each time, and what that writes."""
+
+
 class Recordings(threading.local):
     """What has been recorded, on each thread for itself: scratch memory is a thread's own. ``hits`` counts the runs
     that needed no Python."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, tuple[list[torch.Tensor], Recording | None]] = OrderedDict()
+        self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
         self.hits = 0
 
     def run(
-        self, key: Hashable, inputs: Sequence[torch.Tensor], compute: Callable[[Sequence[torch.Tensor]], None]
-    ) -> torch.Tensor:
-        """``compute(inputs)`` writes its result into the first input, by queued kernels only; a copy of that.
+        self,
+        key: Hashable,
+        inputs: Sequence[torch.Tensor],
+        compute: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]],
+    ) -> tuple[torch.Tensor, ...]:
+        """What ``compute(inputs)`` returns, which it writes by queued kernels only. It may overwrite its inputs and
+        return them. The results are good until this thread computes anything else: they may lie in scratch memory.
 
         ``key`` stands for everything but the inputs' values that ``compute`` depends on, their shapes too.
         """
         found = self._kept.get(key)
         if found is None:
-            found = self._record(key, inputs, compute)
-        else:
-            self._kept.move_to_end(key)
-            own, recording = found
-            for there, value in zip(own, inputs, strict=True):
-                there.copy_(value)
-            if recording is None:
-                compute(own)
-            else:
-                recording.run()
-                self.hits += 1
-        return found[0][0].clone()
+            return self._record(key, inputs, compute)
+        self._kept.move_to_end(key)
+        own, recording, results = found
+        for there, value in zip(own, inputs, strict=True):
+            there.copy_(value)
+        if recording is None:
+            return compute(own)
+        recording.run()
+        self.hits += 1
+        return results
 
     def _record(
-        self, key: Hashable, inputs: Sequence[torch.Tensor], compute: Callable[[Sequence[torch.Tensor]], None]
-    ) -> tuple[list[torch.Tensor], Recording | None]:
+        self,
+        key: Hashable,
+        inputs: Sequence[torch.Tensor],
+        compute: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]],
+    ) -> tuple[torch.Tensor, ...]:
         with torch.inference_mode(mode=False), torch.no_grad():  # others may write to them without inference mode
             own = [value.clone() for value in inputs]
         with recorded() as runs:
-            compute(own)
+            results = compute(own)
         # Had it been run in parts, something would have been computed by others in between.
-        found = own, runs[0] if len(runs) == 1 else None
-        self._kept[key] = found
+        self._kept[key] = own, runs[0] if len(runs) == 1 else None, results
         if len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
-        return found
+        return results

@@ -42,13 +42,18 @@ class Scratch(threading.local):
         count = rows * width
         while True:
             if self._block == len(self._blocks):
-                self._blocks.append(torch.empty(max(count, _BLOCK)))
+                self._blocks.append(torch.empty(max(_rounded_up(count), _BLOCK)))
             block = self._blocks[self._block]
             if self._used + count <= block.numel():
                 taken = block.as_strided((rows, width), (width, 1), self._used)
                 self._used += -(-count // _ALIGN) * _ALIGN
                 return taken
-            if self._used == 0:  # nothing of it is taken: make it large enough
-                self._blocks[self._block] = torch.empty(count)
+            if self._used == 0:  # nothing of it is taken: make it large enough, seldom, as recordings keep the old one
+                self._blocks[self._block] = torch.empty(_rounded_up(count))
             else:
                 self._block, self._used = self._block + 1, 0
+
+
+def _rounded_up(count: int) -> int:
+    """The next power of two: whatever is asked for, one after the other, is little more than the largest in all."""
+    return 1 << (count - 1).bit_length()

@@ -139,3 +139,17 @@ def float32_view(address, count):
 def int16_view(address, count):
     """The same of int16."""
     return carray(_int16_pointer(address), count)
+
+
+@intrinsic
+def _int64_pointer(typingctx, address):
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.inttoptr(args[0], ir.IntType(64).as_pointer())
+
+    return types.CPointer(types.int64)(types.int64), codegen
+
+
+@njit(nogil=True)
+def int64_view(address, count):
+    """The same of int64 values."""
+    return carray(_int64_pointer(address), count)

@@ -208,6 +208,37 @@ def softmax_16(typingctx, address, tiles, scale):
 
 
 @intrinsic
+def highest_512(typingctx, address):
+    """The largest of 512 fp32 values; NaN if one of them is."""
+
+    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+        # Several chains, as one would wait for its own last comparison each time.
+        chains, step = 4, 4 * TARGET.lanes
+        places = [offset(b, args[0], step * i) for i in range(chains)]
+        peaks = [cgutils.alloca_once_value(b, load(b, place, VF, 4)) for place in places]
+        unordered = cgutils.alloca_once_value(b, ir.Constant(ir.VectorType(ir.IntType(1), TARGET.lanes), None))
+        with cgutils.for_range(b, i64(512 // (chains * TARGET.lanes)), intp=I64) as loop:
+            for place, peak in zip(places, peaks, strict=True):
+                value = load(b, b.add(place, b.mul(loop.index, i64(chains * step))), VF, 4)
+                b.store(_max(b, value, b.load(peak)), peak)
+                b.store(b.or_(b.load(unordered), b.fcmp_unordered("uno", value, value)), unordered)
+        found = [b.load(peak) for peak in peaks]
+        top = _max(b, _max(b, found[0], found[1]), _max(b, found[2], found[3]))
+        mask = b.bitcast(b.load(unordered), ir.IntType(TARGET.lanes))
+        any_nan = b.icmp_unsigned("!=", mask, ir.Constant(mask.type, 0))
+        undefined = ir.Constant(VF, ir.Undefined)
+        halves = [
+            b.shuffle_vector(top, undefined, ir.Constant(V8I, list(range(first, first + 8))))
+            for first in range(0, TARGET.lanes, 8)
+        ]
+        eight = halves[0] if len(halves) == 1 else _max(b, *halves)
+        highest = reduce_8(b, eight, lambda left, right: _max(b, left, right))
+        return b.select(any_nan, ir.Constant(F32, float("nan")), highest)
+
+    return types.float32(types.int64), codegen
+
+
+@intrinsic
 def scale_8(typingctx, address, vectors, factor):
     """Multiply ``8 * vectors`` fp32 values by ``factor``, in place."""
 

@@ -11,6 +11,7 @@ from typing import Final
 import torch
 
 from manylora.adapters.versions import AdapterRef
+from manylora.kernels.ops import Maxima
 from manylora.server.engine.auto_merge import TokenShares
 from manylora.server.engine.batch import adapter_segments, build_batch
 from manylora.server.engine.decode_graphs import DecodeGraphs
@@ -122,20 +123,18 @@ class ModelRunner:
         self, model: MergedModel | None, rows: Sequence[ScheduledRow], whole: Sequence[ScheduledRow] | None = None
     ) -> dict[str, SampledToken | SampleFailed]:
         """``whole``: the rows that ``rows`` are parts of, if they are."""
-        decoder, batch, hidden = self._hidden(model, rows)
-        sampled = self._sample(decoder.logits(hidden, batch, batch.sample_rows), whole or rows)
-        return sampled | self._scorer.score(decoder, hidden, batch, rows)
+        decoder, batch = self._batch(model, rows)
+        result = decoder.step(batch, self._cache)
+        sampled = self._sample(result.logits, whole or rows, result.maxima)
+        return sampled | self._scorer.score(decoder, result.hidden, batch, rows)
 
     def _forward(self, model: MergedModel | None, rows: Sequence[ScheduledRow]) -> torch.Tensor:
-        decoder, batch, hidden = self._hidden(model, rows)
-        return decoder.logits(hidden, batch, batch.sample_rows)
+        decoder, batch = self._batch(model, rows)
+        return decoder.forward(batch, self._cache)
 
-    def _hidden(
-        self, model: MergedModel | None, rows: Sequence[ScheduledRow]
-    ) -> tuple[Decoder, ForwardBatch, torch.Tensor]:
+    def _batch(self, model: MergedModel | None, rows: Sequence[ScheduledRow]) -> tuple[Decoder, ForwardBatch]:
         decoder: Decoder = self._decoder if model is None else model.decoder
-        batch = build_batch(StepPlan(tuple(rows)), decoder.ops.device)
-        return decoder, batch, decoder.hidden(batch, self._cache)
+        return decoder, build_batch(StepPlan(tuple(rows)), decoder.ops.device)
 
     def _graphs_of(self, model: MergedModel | None) -> DecodeGraphs | None:
         if model is None or self._graphs is None:
@@ -175,7 +174,9 @@ class ModelRunner:
                 self._sample(self.logits(StepPlan(tuple(rows))), rows)
         logger.info("prompt kernels ready in %.1f s", time.monotonic() - began)
 
-    def _sample(self, logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> dict[str, SampledToken | SampleFailed]:
+    def _sample(
+        self, logits: torch.Tensor, rows: Sequence[ScheduledRow], maxima: Maxima | None = None
+    ) -> dict[str, SampledToken | SampleFailed]:
         """``logits`` has ``num_sampled`` rows for each of ``rows``; the drafts' are put aside for ``draw_on``."""
         rows = [row for row in rows if row.sample]
         if any(row.drafts for row in rows):
@@ -188,11 +189,14 @@ class ModelRunner:
                     drafted = logits[at + 1 : at + row.num_sampled].clone()
                     self._drafted[row.request.request_id] = row.request.num_tokens, drafted
                 at += row.num_sampled
-            logits = logits[firsts]
-        return self._draw(logits, [row.request for row in rows])
+            logits, maxima = logits[firsts], None
+        return self._draw(logits, [row.request for row in rows], maxima)
 
-    def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> dict[str, SampledToken | SampleFailed]:
-        return {r.request_id: token for r, token in zip(requests, self._sampler.sample(logits, requests), strict=True)}
+    def _draw(
+        self, logits: torch.Tensor, requests: Sequence[Request], maxima: Maxima | None = None
+    ) -> dict[str, SampledToken | SampleFailed]:
+        drawn = self._sampler.sample(logits, requests, maxima)
+        return {request.request_id: token for request, token in zip(requests, drawn, strict=True)}
 
 
 def _by_model(rows: Sequence[ScheduledRow]) -> list[tuple[MergedModel | None, Sequence[ScheduledRow]]]:

@@ -30,6 +30,7 @@ import numpy.typing as npt
 import torch
 
 from manylora.kernels.cuda.sampling_buffers import GREEDY_BELOW, Row
+from manylora.kernels.ops import Maxima
 from manylora.server.engine.grammar.token_masks import TokenMasks
 from manylora.server.engine.logit_edits import LogitEdits, has_edits
 from manylora.server.engine.logprobs import DEPTHS, most_likely, not_finite, token_logprobs, total_weight
@@ -95,8 +96,11 @@ class Sampler:
         if self._device.type != "cpu":
             self._device_sampler(constrained=False)
 
-    def sample(self, logits: torch.Tensor, rows: Sequence[Request]) -> list[SampledToken | SampleFailed]:
-        """The next token of each row, or why there is none. ``logits``: fp32 ``[len(rows), vocab_size]``, unchanged.
+    def sample(
+        self, logits: torch.Tensor, rows: Sequence[Request], maxima: Maxima | None = None
+    ) -> list[SampledToken | SampleFailed]:
+        """The next token of each row, or why there is none. ``logits``: fp32 ``[len(rows), vocab_size]``, unchanged;
+        ``maxima``: theirs, if they are known.
 
         ValueError if the shape or the dtype is another.
         """
@@ -108,13 +112,15 @@ class Sampler:
             return []
         if self._device.type == "cpu":
             host: _Floats = logits.detach().numpy()
-            best = host.argmax(axis=1)  # the first of equals; a NaN if there is one
-            highest = host[np.arange(len(rows)), best]
+            if maxima is None:
+                best = host.argmax(axis=1)  # the first of equals; a NaN if there is one
+                highest = host[np.arange(len(rows)), best]
+            else:
+                best, highest = maxima.places.numpy(), maxima.highest.numpy()
             constrained = [i for i, row in enumerate(rows) if row.constraint is not None]
             choices = self._choices(rows, constrained) if constrained else {}
-            return [
-                self._row(host[i], int(best[i]), float(highest[i]), row, choices.get(i)) for i, row in enumerate(rows)
-            ]
+            found = zip(best.tolist(), highest.tolist(), rows, strict=True)
+            return [self._row(host, i, *one, choices.get(i)) for i, one in enumerate(found)]
         return self._sample_on_device(logits, rows)
 
     def _choices(self, rows: Sequence[Request], constrained: Sequence[int]) -> dict[int, _Choice]:
@@ -150,7 +156,7 @@ class Sampler:
             host: _Floats = logits[needed].cpu().numpy()
             for i, copy in zip(needed, host, strict=True):
                 best = int(copy.argmax())
-                results[i] = self._row(copy, best, float(copy[best]), rows[i], choices.get(i))
+                results[i] = self._row(copy[None], 0, best, float(copy[best]), rows[i], choices.get(i))
         for places, wait in waits:
             results |= {i: result for i, result in zip(places, wait(), strict=True) if result is not None}
         return [results[i] for i in range(len(rows))]
@@ -195,9 +201,9 @@ class Sampler:
         return Row(params.temperature, params.top_k, params.top_p, params.min_p, point, edits)
 
     def _row(
-        self, logits: _Floats, best: int, highest: float, request: Request, choice: _Choice | None
+        self, rows: _Floats, row: int, best: int, highest: float, request: Request, choice: _Choice | None
     ) -> SampledToken | SampleFailed:
-        """One row, given its first maximum; ``logits`` is looked at only if the row is not plainly greedy."""
+        """One of the rows, given its first maximum; logits are looked at only if it is not plainly greedy."""
         params = request.params
         if not math.isfinite(highest):
             return _failure(highest)
@@ -205,7 +211,7 @@ class Sampler:
             return choice
         if choice is None and _is_plain(params):
             return SampledToken(best)
-        edited = logits
+        edited = logits = rows[row]
         if has_edits(params):
             edited = self._edit(logits, request)
         if choice is not None:

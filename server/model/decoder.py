@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from manylora.kernels.lora import BatchedLora
-from manylora.kernels.ops import Ops, PagedSequences
+from manylora.kernels.ops import Maxima, Ops, PagedSequences
 from manylora.kernels.sites import SITES
 from manylora.server.model.decoder_weights import DecoderWeights, LayerWeights, Norm
 from manylora.server.model.families import ModelSpec
@@ -19,6 +20,16 @@ from manylora.server.model.recorded_shape import MOST_TOKENS, RecordedShape
 
 if TYPE_CHECKING:
     from manylora.kernels.cpu.replay import Recordings
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """``hidden`` ``[T, hidden]``: the last layer's output; ``logits`` fp32 ``[sampled, vocab]``, and their ``maxima``,
+    if they came by the way."""
+
+    hidden: torch.Tensor
+    logits: torch.Tensor
+    maxima: Maxima | None = None
 
 
 class _Layer:
@@ -55,8 +66,28 @@ class Decoder:
         """Compute the batch's tokens, storing their keys and values in ``cache``; logits fp32 ``[sampled, vocab]``."""
         return self.logits(self.hidden(batch, cache), batch, batch.sample_rows)
 
+    def step(self, batch: ForwardBatch, cache: KVCache) -> StepResult:
+        """As ``forward``, for whoever looks at the result before this thread computes anything else: a step of rows
+        that decode is one program then, output layer and all."""
+        x = self._embedded(batch)
+        if self._recordings is not None and self._may_be_recorded(batch):
+            if self._samples_all(batch):
+                hidden, logits, *maxima = self._recorded(self._recordings, x, batch, cache, with_logits=True)
+                return StepResult(hidden, logits, Maxima(*maxima))
+            (hidden,) = self._recorded(self._recordings, x, batch, cache)
+        else:
+            hidden = self._compute(x, batch.sequences, self._adapters(batch), cache)
+        return StepResult(hidden, self.logits(hidden, batch, batch.sample_rows))
+
     def hidden(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         """As ``forward``, but the last layer's output ``[T, hidden]``: what ``logits`` takes."""
+        x = self._embedded(batch)
+        if self._recordings is not None and self._may_be_recorded(batch):
+            (hidden,) = self._recorded(self._recordings, x, batch, cache)
+            return hidden.clone()
+        return self._compute(x, batch.sequences, self._adapters(batch), cache)
+
+    def _embedded(self, batch: ForwardBatch) -> torch.Tensor:
         x = self.ops.embed(batch.token_ids, self.weights.embedding)
         if batch.lora is not None and self.lora is not None:
             self.lora.add_embedding_(x, batch.token_ids, batch.lora)
@@ -64,12 +95,13 @@ class Decoder:
             x *= self.spec.embed_scale
         if self.weights.positions is not None:
             x += self.weights.positions[batch.sequences.positions.long()]
-        if self._recordings is not None and batch.routed is None and self._may_be_recorded(batch):
-            return self._recorded(self._recordings, x, batch, cache)
-        adapters = batch.routed
-        if batch.lora is not None and self.lora is not None and adapters is None:
-            adapters = self.lora.route(batch.lora, x.shape[0])
-        return self._compute(x, batch.sequences, adapters, cache)
+        return x
+
+    def _adapters(self, batch: ForwardBatch) -> Any | None:
+        """As the sites take them."""
+        if batch.routed is not None or batch.lora is None or self.lora is None:
+            return batch.routed
+        return self.lora.route(batch.lora, batch.token_ids.numel())
 
     def _compute(
         self, x: torch.Tensor, sequences: PagedSequences, adapters: Any | None, cache: KVCache
@@ -106,23 +138,45 @@ class Decoder:
     def _may_be_recorded(self, batch: ForwardBatch) -> bool:
         """A step of few tokens, of adapters with pairs alone: what gains and biases need is laid out on the host for
         each step."""
-        if batch.token_ids.numel() > MOST_TOKENS:
+        if batch.routed is not None or batch.token_ids.numel() > MOST_TOKENS:
             return False
         return batch.lora is None or self.lora is None or not self.lora.has_vectors(batch.lora)
 
-    def _recorded(self, recordings: Recordings, x: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
+    def _samples_all(self, batch: ForwardBatch) -> bool:
+        """Whether the logits of all tokens are asked for, and only kernels make them."""
+        if batch.sample_rows is not None and batch.sample_rows.numel() != batch.token_ids.numel():
+            return False
+        if self.weights.head_bias is not None:
+            return False
+        return batch.lora is None or self.lora is None or not self.lora.touches("lm_head", batch.lora)
+
+    def _recorded(
+        self, recordings: Recordings, x: torch.Tensor, batch: ForwardBatch, cache: KVCache, *, with_logits: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        """The last layer's output, of the recording's own; with logits, these and their maxima, too."""
+        from manylora.kernels.cpu.maxima import first_maxima  # numba: there is some, or nothing would be recorded
+
         shape = RecordedShape.of(batch.sequences, batch.lora if self.lora is not None else None)
 
-        def compute(own: Sequence[torch.Tensor]) -> None:
+        def compute(own: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
             sequences, segments = shape.rebuilt(own[1:], batch.lora)
             adapters = None
             if segments is not None and self.lora is not None:
                 adapters = self.lora.route(segments, x.shape[0])
-            self._compute(own[0], sequences, adapters, cache)
+            with self.ops.together():
+                self._compute(own[0], sequences, adapters, cache)
+                if not with_logits:
+                    return (own[0],)
+                logits = self._capped(self.ops.logits(self._norm(own[0], self.weights.final_norm), self.weights.head))
+                found = first_maxima(logits)
+            return own[0], logits, found.highest, found.places
 
         # The cache itself, not its address: a recording keeps the pages that it writes to.
         inputs = shape.inputs(batch.sequences, batch.lora)
-        return recordings.run((cache, shape), [x, *inputs], compute)
+        return recordings.run((cache, shape, with_logits), [x, *inputs], compute)
+
+    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.ops.softcap_(logits, self.spec.logit_softcap) if self.spec.logit_softcap else logits
 
     # --- the weights, dequantised: on any thread, beside the step loop ---------------------------------------------
 
@@ -171,4 +225,4 @@ class Decoder:
                 adapters = batch.lora if rows is None else batch.lora.select(rows)
             if adapters is not None:
                 self.lora.add_(logits, hidden, adapters, "lm_head", 0)
-        return self.ops.softcap_(logits, self.spec.logit_softcap) if self.spec.logit_softcap else logits
+        return self._capped(logits)
