@@ -23,7 +23,7 @@ from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.lora_step import StepAdapters, VectorRows, add_vectors_, embed_adapters_, replace_logits_
 from manylora.kernels.lora_tables import DeviceTable
 from manylora.kernels.reference import pool_matrices
-from manylora.kernels.sites import SITES
+from manylora.kernels.sites import PROJECTIONS, SITES
 
 Implementation = Literal["auto", "cpu", "triton", "torch"]
 
@@ -93,6 +93,16 @@ class TorchLora:
         pass
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What the slots of some segments held when the pool was at ``version``."""
+
+    segments: LoraSegments
+    version: int
+    touched: frozenset[str]
+    has_vectors: bool
+
+
 class BatchedLora:
     """The op bound to one pool. ``implementation="auto"`` takes the fastest that fits the device and the shapes.
 
@@ -104,6 +114,7 @@ class BatchedLora:
         self.implementation = _choose(pool) if implementation == "auto" else implementation
         self.kernel = _make(pool, self.implementation)
         self.queues = self.implementation == "cpu"
+        self._last: _Held | None = None
 
     def route(self, segments: LoraSegments, n_rows: int) -> Routed:
         """A step's segments in the form that the implementation works with; ``add_`` takes either."""
@@ -163,11 +174,20 @@ class BatchedLora:
 
     def has_vectors(self, segments: LoraSegments) -> bool:
         """Whether any of the segments' adapters has gains or biases."""
-        return any(self.pool.contents(slot).vectors for slot in segments.slot_list)
+        return self._held(segments).has_vectors
 
     def touches(self, projection: str, segments: LoraSegments) -> bool:
         """Whether any of the segments' adapters has anything for ``projection``, in any layer."""
-        return any(self.pool.contents(slot).touches(projection) for slot in segments.slot_list)
+        return projection in self._held(segments).touched
+
+    def _held(self, segments: LoraSegments) -> _Held:
+        """Kept for the segments that were asked about last: rows that decode have the same step after step."""
+        held, version = self._last, self.pool.version
+        if held is None or held.segments is not segments or held.version != version:
+            contents = [self.pool.contents(slot) for slot in segments.slot_list]
+            touched = frozenset(p for p in PROJECTIONS if any(slot.touches(p) for slot in contents))
+            held = self._last = _Held(segments, version, touched, any(slot.vectors for slot in contents))
+        return held
 
 
 @dataclass(frozen=True)

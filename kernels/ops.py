@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from manylora.kernels.nf4_tensor import Nf4Tensor
@@ -38,10 +40,10 @@ class PagedSequences:
 @dataclass(frozen=True)
 class Maxima:
     """Of each row its largest value, ``highest`` fp32 ``[rows]``, and the first place where that is, ``places`` int64
-    ``[rows]``; of a row with a NaN, NaN and the place of the first one. As ``numpy.argmax`` has it."""
+    ``[rows]``, on the host; of a row with a NaN, NaN and the place of the first one. As ``numpy.argmax`` has it."""
 
-    highest: torch.Tensor
-    places: torch.Tensor
+    highest: npt.NDArray[np.float32]
+    places: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,9 @@ class Ops(Protocol):
         """A bf16 ``[vocab, hidden]`` table; ``head`` if ``logits`` is asked of it too (tied embeddings)."""
 
     def embed(self, token_ids: torch.Tensor, weight: Any) -> torch.Tensor:
-        """Rows of the table for int64 ids ``[T]``."""
+        """Rows of the table for int64 ids ``[T]``. If it makes logits, too, this is queued as other operations are, and
+        a queue that is run again looks up what the ids are by then (NaN for one that there is not, which otherwise
+        raises IndexError)."""
 
     def logits(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
         """``x @ W.T``, fp32 ``[rows, vocab]``."""

@@ -16,10 +16,20 @@ from manylora.kernels.cpu.emit import (
     decode_bf16,
     fused_bf16_tile,
     fused_bf16_tiles,
+    int32_at,
 )
 from manylora.kernels.cpu.target import TARGET
 from manylora.kernels.cpu.threads import launch
-from manylora.kernels.cpu.tiles import address_of, gemm_panel, gemm_rows, keep_alive, share
+from manylora.kernels.cpu.tiles import (
+    address_of,
+    float32_from_bits,
+    float32_view,
+    gemm_panel,
+    gemm_rows,
+    int64_view,
+    keep_alive,
+    share,
+)
 
 PANEL_TILES = TARGET.panel_tiles
 DEPTH = 256 // PANEL_TILES
@@ -46,24 +56,37 @@ def pack_bf16(weight: torch.Tensor) -> torch.Tensor:
     return padded.reshape(tiles, 2, 8, k).permute(0, 3, 2, 1).reshape(tiles, k, TILE).contiguous()
 
 
-@njit("boolean(int64[::1], int16[:, :, ::1], int32[:, ::1])", nogil=True, cache=True)
-def _gather(outputs, tiles, out):
-    for i in range(outputs.size):
+@kernel
+def _gather_kernel(arguments, part, parts):
+    a = carray(arguments, 6)
+    count, width, tiles = a[1], a[4], a[5]
+    outputs = int64_view(a[0], count)
+    first, last = share(count, part, parts, 1)
+    for i in range(first, last):
         tile, within = outputs[i] // 16, outputs[i] % 16
-        if not 0 <= tile < tiles.shape[0]:
-            return False
-        place = 2 * (within % 8) + within // 8
-        for k in range(tiles.shape[1]):
-            out[i, k] = np.int32(tiles[tile, k, place]) << 16  # a bf16 is the upper half of its fp32
-    return True
+        row = float32_view(a[3] + 4 * width * i, width)
+        if 0 <= tile < tiles:
+            pairs = a[2] + 32 * width * tile + 4 * (within % 8)
+            for k in range(width):
+                pair = int32_at(pairs, 8 * k)
+                row[k] = float32_from_bits(pair << 16 if within < 8 else pair & ~0xFFFF)  # the upper half of an fp32
+        else:
+            for k in range(width):
+                row[k] = np.nan
 
 
 def gather_bf16(outputs: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
     """Rows of the weight that `pack_bf16` packed, fp32 ``[len(outputs), K]``: those of the ``outputs``, int64.
-    IndexError if there is no such row."""
-    out = torch.empty(outputs.numel(), tiles.shape[1])
-    if not _gather(outputs.contiguous().numpy(), tiles.view(torch.int16).numpy(), out.view(torch.int32).numpy()):
+    IndexError if there is no such row. Within ``queued`` they are there when that has ended; run again, it gives those
+    of the outputs by then, NaN for what is no row."""
+    outputs = outputs.contiguous()
+    if any(not 0 <= output < 16 * tiles.shape[0] for output in outputs.tolist()):
         raise IndexError(f"rows {outputs.tolist()[:8]} ... of a table of {16 * tiles.shape[0]}")
+    out = torch.empty(outputs.numel(), tiles.shape[1])
+    launch(
+        _gather_kernel, outputs.data_ptr(), outputs.numel(), tiles.data_ptr(), out.data_ptr(), tiles.shape[1],
+        tiles.shape[0], keep=(outputs, tiles, out),
+    )  # fmt: skip
     return out
 
 

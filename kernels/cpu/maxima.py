@@ -55,9 +55,9 @@ def first_maxima(x: torch.Tensor) -> Maxima:
     """Of each row of ``x``, fp32 ``[rows, width]`` with contiguous rows; see ``ops.Maxima``. Within ``queued`` they are
     there when that has ended."""
     rows, width = x.shape
-    found = Maxima(torch.empty(rows), torch.empty(rows, dtype=torch.int64))
+    highest, places = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
     launch(
-        _maxima_kernel, x.data_ptr(), x.stride(0) * 4, rows, width, found.highest.data_ptr(), found.places.data_ptr(),
-        keep=(x, found.highest, found.places),
+        _maxima_kernel, x.data_ptr(), x.stride(0) * 4, rows, width, highest.data_ptr(), places.data_ptr(),
+        keep=(x, highest, places),
     )  # fmt: skip
-    return found
+    return Maxima(highest.numpy(), places.numpy())

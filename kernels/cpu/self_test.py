@@ -91,6 +91,7 @@ def _checks(
         yield f"bf16 linear of {k} inputs", partial(_bf16_linear, make, ops, k)
     hidden = lora.in_features["q"]
     yield "embedding and logits", partial(_tables, make, ops, plain, hidden)
+    yield "largest logits", partial(_maxima, make, ops)
     yield "RMS norm", partial(_norm, make, ops, plain, hidden)
     yield "layer norm", partial(_layer_norm, make, ops, hidden)
     yield "SiLU", partial(_silu, make, ops, plain)
@@ -218,6 +219,23 @@ def _tables(make: _Inputs, ops: Ops, plain: Ops, hidden: int) -> None:
         size = (x.abs() @ table.float().abs().T).double()
         got, exact = _run(ops, partial(ops.logits, x, ours)), plain.logits(x, plain.prepare_embedding(table, head=True))
         _compare(f"logits of {rows} rows", got, exact, _sum_bound(hidden) * size)
+
+
+def _maxima(make: _Inputs, ops: Ops) -> None:
+    from manylora.kernels.cpu.maxima import first_maxima  # numba, which this module's importers need not have
+
+    rows = make.normal(9, 1200)
+    rows[2] = rows[2].round()
+    rows[3, 700:702] = math.nan
+
+    with ops.together():
+        found = first_maxima(rows)
+        found.highest[:], found.places[:] = -1, -1  # a kernel that does nothing must not find the right result
+        ops.flush()
+    places = torch.from_numpy(rows.numpy().argmax(axis=1))
+    _compare("places", torch.from_numpy(found.places), places, 0.0)
+    values = rows[torch.arange(len(rows)), places]
+    _compare("values", torch.from_numpy(found.highest).nan_to_num(9e9), values.nan_to_num(9e9), 0.0)
 
 
 def _norm(make: _Inputs, ops: Ops, plain: Ops, width: int) -> None:

@@ -1,23 +1,82 @@
-"""A step's plan as tensors: token ids, positions, page tables, adapter segments. Built on the CPU, once a step."""
+"""A step's plan as arrays: token ids, positions, page tables, adapter segments. Built on the CPU, once a step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from manylora.kernels.lora_segments import LoraSegments
-from manylora.kernels.ops import PagedSequences
+from manylora.kernels.ops import PAGE_SIZE
 from manylora.server.engine.request import ScheduledRow, StepPlan
 from manylora.server.model.forward_batch import ForwardBatch
 from manylora.server.model.kv_cache import KVCache
+from manylora.server.model.step_arrays import StepArrays
+
+
+class BatchBuilder:
+    """Makes the arrays of steps; ``device``: where their adapters are computed. For one thread (the step loop's).
+
+    A step in which the rows of the one before go on, each by a token, is made from that one's arrays."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = device
+        self._last: _Continued | None = None
+
+    def arrays(self, rows: Sequence[ScheduledRow]) -> StepArrays:
+        """Of at least one row. Of a row that samples, the logits of its last known token are asked for, and those of
+        each of its drafts. Good until the next call."""
+        if any(row.count != 1 or row.drafts or not row.sample for row in rows):
+            return _arrays(rows, adapter_segments(rows, self._device))
+        if self._last is None or not self._last.goes_on(rows):
+            self._last = _Continued(rows, _arrays(rows, adapter_segments(rows, self._device)))
+        return self._last.step
+
+
+class _Continued:
+    """A step of decoding rows, which is made into the next one as long as the same rows decode."""
+
+    def __init__(self, rows: Sequence[ScheduledRow], step: StepArrays) -> None:
+        self.step = step
+        # Who is preempted, which is when slots change, has another list afterwards. Not the requests: what they hold
+        # would be kept with them.
+        self._pages = [row.request.pages for row in rows]
+        self._starts = [row.start for row in rows]
+
+    def goes_on(self, rows: Sequence[ScheduledRow]) -> bool:
+        """Make it the step of these rows; False if it has others, or one that does not go on where it was."""
+        starts = [start + 1 for start in self._starts]
+        if starts != [row.start for row in rows]:
+            return False
+        requests = [row.request for row in rows]
+        if any(request.pages is not pages for request, pages in zip(requests, self._pages, strict=True)):
+            return False
+        self._starts, step = starts, self.step
+        step.token_ids[:] = [request.output_token_ids[-1] for request in requests]
+        for array in (step.positions, step.contexts):
+            array += 1
+        for i, start in enumerate(starts):
+            if start % PAGE_SIZE == 0:  # pages before it are as they were: only drafts give some back
+                self._turn_page(i, self._pages[i], start // PAGE_SIZE)
+        return True
+
+    def _turn_page(self, row: int, pages: Sequence[int], place: int) -> None:
+        tables = self.step.tables
+        if place == tables.shape[1]:
+            tables = np.pad(tables, ((0, 0), (0, 1)))
+            self.step = replace(self.step, tables=tables)
+        tables[row, place] = pages[place]
 
 
 def build_batch(plan: StepPlan, device: torch.device | str = "cpu") -> ForwardBatch:
-    """The tensors of a plan with at least one row. See ``adapter_segments``. Of a row that samples, the logits of its
-    last known token are asked for, and those of each of its drafts."""
-    rows, tokens = plan.rows, plan.num_tokens
+    """The tensors of a plan with at least one row; see ``BatchBuilder``."""
+    return BatchBuilder(device).arrays(plan.rows).on(device)
+
+
+def _arrays(rows: Sequence[ScheduledRow], segments: LoraSegments | None) -> StepArrays:
+    tokens = sum(row.count for row in rows)
     width = max(KVCache.pages_for(row.start + row.count) for row in rows)
     ids = np.empty(tokens, np.int64)
     positions = np.empty(tokens, np.int32)
@@ -28,31 +87,19 @@ def build_batch(plan: StepPlan, device: torch.device | str = "cpu") -> ForwardBa
     at = 0
     for i, row in enumerate(rows):
         request, last = row.request, row.start + row.count
-        token_at = row.token_at if row.drafts else request.token_at
-        if row.count == 1:
-            ids[at] = token_at(row.start)
-            positions[at] = row.start
+        if row.drafts:
+            ids[at : at + row.count] = [row.token_at(position) for position in range(row.start, last)]
         else:
-            ids[at : at + row.count] = [token_at(position) for position in range(row.start, last)]
-            positions[at : at + row.count] = np.arange(row.start, last)
+            ids[at : at + row.count] = request.tokens_between(row.start, last)
+        positions[at : at + row.count] = np.arange(row.start, last)
         contexts[i] = last
         pages = request.pages[: KVCache.pages_for(last)]
         tables[i, : len(pages)] = pages
         at += row.count
         starts[i + 1] = at
         sampled.extend(range(at - row.num_sampled, at))
-
-    def there(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
-
-    return ForwardBatch(
-        token_ids=there(ids),
-        sequences=PagedSequences(
-            there(starts), there(contexts), there(tables), there(positions), tuple(starts.tolist())
-        ),
-        sample_rows=there(np.array(sampled, np.int64)),
-        lora=adapter_segments(rows, device),
-    )
+    rows_that_sample = None if len(sampled) == tokens else np.array(sampled, np.int64)
+    return StepArrays(ids, starts, contexts, tables, positions, rows_that_sample, segments)
 
 
 def adapter_segments(rows: Sequence[ScheduledRow], device: torch.device | str = "cpu") -> LoraSegments | None:

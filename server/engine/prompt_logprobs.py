@@ -16,7 +16,7 @@ import torch
 from manylora.server.engine.logprobs import Floats, score_on_device, score_on_host
 from manylora.server.engine.request import Request, SampleFailed, ScheduledRow
 from manylora.server.model.decoder import Decoder
-from manylora.server.model.forward_batch import ForwardBatch
+from manylora.server.model.step_arrays import StepArrays
 
 PIECE: Final = 64
 """Rows of logits at a time: 33 MB for a vocabulary of 128 thousand."""
@@ -37,12 +37,15 @@ class PromptScorer:
         self._scratch: Floats = np.empty(vocab_size, np.float32)
 
     def score(
-        self, decoder: Decoder, hidden: torch.Tensor, batch: ForwardBatch, rows: Sequence[ScheduledRow]
+        self, decoder: Decoder, hidden: torch.Tensor, step: StepArrays, rows: Sequence[ScheduledRow]
     ) -> dict[str, SampleFailed]:
-        """``hidden``: what ``decoder`` made of ``batch``, which is made of ``rows``. Returns, by id, the requests that
+        """``hidden``: what ``decoder`` made of ``step``, which is made of ``rows``. Returns, by id, the requests that
         cannot go on because the model's output for their prompt is not finite."""
         wanted = _wanted(rows)
         failed: dict[str, SampleFailed] = {}
+        if not wanted:
+            return failed
+        batch = step.on(hidden.device)
         for first in range(0, len(wanted), PIECE):
             piece = wanted[first : first + PIECE]
             places = torch.tensor([one.place for one in piece], device=hidden.device)

@@ -9,7 +9,7 @@ import enum
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from manylora.adapters.versions import AdapterRef
 from manylora.server.engine.constraint import Constraint
@@ -70,8 +70,7 @@ class TokenLogprobs:
     top: tuple[TokenLogprob, ...]
 
 
-@dataclass(frozen=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """The sampler's answer for one row."""
 
     token_id: int
@@ -245,23 +244,24 @@ class Request:
         return self.prompt_token_ids[position] if position < n_prompt else self.output_token_ids[position - n_prompt]
 
 
-@dataclass(frozen=True)
 class ScheduledRow:
-    """One request's share of a step: compute tokens ``start .. start + count - 1``.
+    """One request's share of a step: compute tokens ``start .. start + count - 1``. Not to be changed.
 
     ``drafts``: guesses at the tokens behind the request's known ones; the last of those computed. ``sample`` is true if
     the others are its last known tokens, so that the step's logits give its next one, and, of each draft that turns out
-    to be right, the one after it. Both hold until a token is appended.
+    to be right, the one after it: as it is when the row is made, before anything is appended.
     """
 
-    request: Request
-    start: int
-    count: int
-    drafts: tuple[int, ...] = ()
+    __slots__ = ("count", "drafts", "request", "sample", "start")  # there is one for each row of each step
 
-    @property
-    def sample(self) -> bool:
-        return self.start + self.count - len(self.drafts) == self.request.num_tokens
+    def __init__(self, request: Request, start: int, count: int, drafts: tuple[int, ...] = ()) -> None:
+        self.request, self.start, self.count, self.drafts = request, start, count, drafts
+        known = len(request.prompt_token_ids) + len(request.output_token_ids)
+        self.sample = start + count - len(drafts) == known
+
+    def __repr__(self) -> str:
+        drafts = f", drafts={self.drafts}" if self.drafts else ""
+        return f"ScheduledRow({self.request.request_id!r}, {self.start}, {self.count}{drafts})"
 
     @property
     def num_sampled(self) -> int:

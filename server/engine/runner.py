@@ -13,7 +13,7 @@ import torch
 from manylora.adapters.versions import AdapterRef
 from manylora.kernels.ops import Maxima
 from manylora.server.engine.auto_merge import TokenShares
-from manylora.server.engine.batch import adapter_segments, build_batch
+from manylora.server.engine.batch import BatchBuilder, adapter_segments
 from manylora.server.engine.decode_graphs import DecodeGraphs
 from manylora.server.engine.merges import MergedModel
 from manylora.server.engine.prompt_logprobs import PromptScorer
@@ -28,7 +28,6 @@ from manylora.server.engine.request import (
 )
 from manylora.server.engine.sampler import Sampler
 from manylora.server.model.decoder import Decoder
-from manylora.server.model.forward_batch import ForwardBatch
 from manylora.server.model.kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
@@ -60,6 +59,7 @@ class ModelRunner:
     ) -> None:
         self._decoder, self._cache, self._sampler, self._graphs = decoder, cache, sampler, graphs
         self._shares = shares
+        self._batches = BatchBuilder(decoder.ops.device)
         self._drafted: dict[str, tuple[int, torch.Tensor]] = {}
         """Of the last step's rows with drafts, by request id: the tokens that were known, and the drafts' logits."""
         self._scorer = PromptScorer(decoder.spec.vocab_size)
@@ -123,18 +123,22 @@ class ModelRunner:
         self, model: MergedModel | None, rows: Sequence[ScheduledRow], whole: Sequence[ScheduledRow] | None = None
     ) -> dict[str, SampledToken | SampleFailed]:
         """``whole``: the rows that ``rows`` are parts of, if they are."""
-        decoder, batch = self._batch(model, rows)
-        result = decoder.step(batch, self._cache)
+        decoder = self._decoder_of(model)
+        step = self._batches.arrays(rows)
+        result = decoder.step(step, self._cache)
         sampled = self._sample(result.logits, whole or rows, result.maxima)
-        return sampled | self._scorer.score(decoder, result.hidden, batch, rows)
+        sampled.update(self._scorer.score(decoder, result.hidden, step, rows))
+        return sampled
 
     def _forward(self, model: MergedModel | None, rows: Sequence[ScheduledRow]) -> torch.Tensor:
-        decoder, batch = self._batch(model, rows)
-        return decoder.forward(batch, self._cache)
+        decoder = self._decoder_of(model)
+        return decoder.forward(self._batches.arrays(rows).on(decoder.ops.device), self._cache)
 
-    def _batch(self, model: MergedModel | None, rows: Sequence[ScheduledRow]) -> tuple[Decoder, ForwardBatch]:
-        decoder: Decoder = self._decoder if model is None else model.decoder
-        return decoder, build_batch(StepPlan(tuple(rows)), decoder.ops.device)
+    def _decoder_of(self, model: MergedModel | None) -> Decoder:
+        if model is None:
+            return self._decoder
+        merged: Decoder = model.decoder
+        return merged
 
     def _graphs_of(self, model: MergedModel | None) -> DecodeGraphs | None:
         if model is None or self._graphs is None:

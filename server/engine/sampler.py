@@ -90,6 +90,7 @@ class Sampler:
         self._edits: WeakKeyDictionary[Request, LogitEdits] = WeakKeyDictionary()
         self._edited: _Floats = np.empty(vocab_size, np.float32)
         self._scratch: _Floats = np.empty(vocab_size, np.float32)
+        self._plain_rows: list[Request] = []
         self._masks = TokenMasks(vocab_size, self._device)
         self._on_device: dict[bool, DeviceSampler] = {}
         """By whether its rows are constrained: those are drawn from a masked copy of their logits."""
@@ -104,6 +105,8 @@ class Sampler:
 
         ValueError if the shape or the dtype is another.
         """
+        if maxima is not None and self._are_plain(rows) and all(map(math.isfinite, maxima.highest.tolist())):
+            return [SampledToken(token) for token in maxima.places.tolist()]
         if logits.shape != (len(rows), self.vocab_size) or logits.dtype != torch.float32:
             raise ValueError(
                 f"logits must be float32 [{len(rows)}, {self.vocab_size}], got {logits.dtype} {list(logits.shape)}"
@@ -116,12 +119,22 @@ class Sampler:
                 best = host.argmax(axis=1)  # the first of equals; a NaN if there is one
                 highest = host[np.arange(len(rows)), best]
             else:
-                best, highest = maxima.places.numpy(), maxima.highest.numpy()
+                best, highest = maxima.places, maxima.highest
             constrained = [i for i, row in enumerate(rows) if row.constraint is not None]
             choices = self._choices(rows, constrained) if constrained else {}
             found = zip(best.tolist(), highest.tolist(), rows, strict=True)
-            return [self._row(host, i, *one, choices.get(i)) for i, one in enumerate(found)]
+            return [self._row(host[i], *one, choices.get(i)) for i, one in enumerate(found)]
         return self._sample_on_device(logits, rows)
+
+    def _are_plain(self, rows: Sequence[Request]) -> bool:
+        """Whether all are plainly greedy; of rows that were, in the step before, it is known."""
+        if rows == self._plain_rows:
+            return True
+        if not all(row.constraint is None and _is_plain(row.params) for row in rows):
+            return False
+        if all(row.merged is None for row in rows):  # else merged weights would be kept with them
+            self._plain_rows = list(rows)
+        return True
 
     def _choices(self, rows: Sequence[Request], constrained: Sequence[int]) -> dict[int, _Choice]:
         """By row, what its constraint leaves of the tokens."""
@@ -156,7 +169,7 @@ class Sampler:
             host: _Floats = logits[needed].cpu().numpy()
             for i, copy in zip(needed, host, strict=True):
                 best = int(copy.argmax())
-                results[i] = self._row(copy[None], 0, best, float(copy[best]), rows[i], choices.get(i))
+                results[i] = self._row(copy, best, float(copy[best]), rows[i], choices.get(i))
         for places, wait in waits:
             results |= {i: result for i, result in zip(places, wait(), strict=True) if result is not None}
         return [results[i] for i in range(len(rows))]
@@ -201,9 +214,9 @@ class Sampler:
         return Row(params.temperature, params.top_k, params.top_p, params.min_p, point, edits)
 
     def _row(
-        self, rows: _Floats, row: int, best: int, highest: float, request: Request, choice: _Choice | None
+        self, logits: _Floats, best: int, highest: float, request: Request, choice: _Choice | None
     ) -> SampledToken | SampleFailed:
-        """One of the rows, given its first maximum; logits are looked at only if it is not plainly greedy."""
+        """One row, given its first maximum; ``logits`` is looked at only if the row is not plainly greedy."""
         params = request.params
         if not math.isfinite(highest):
             return _failure(highest)
@@ -211,7 +224,7 @@ class Sampler:
             return choice
         if choice is None and _is_plain(params):
             return SampledToken(best)
-        edited = logits = rows[row]
+        edited = logits
         if has_edits(params):
             edited = self._edit(logits, request)
         if choice is not None:

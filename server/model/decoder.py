@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from manylora.kernels.lora import BatchedLora
+from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.ops import Maxima, Ops, PagedSequences
 from manylora.kernels.sites import SITES
 from manylora.server.model.decoder_weights import DecoderWeights, LayerWeights, Norm
@@ -17,6 +19,7 @@ from manylora.server.model.forward_batch import ForwardBatch
 from manylora.server.model.kv_cache import KVCache
 from manylora.server.model.linear import SiteLinear
 from manylora.server.model.recorded_shape import MOST_TOKENS, RecordedShape
+from manylora.server.model.step_arrays import StepArrays
 
 if TYPE_CHECKING:
     from manylora.kernels.cpu.replay import Recordings
@@ -66,42 +69,43 @@ class Decoder:
         """Compute the batch's tokens, storing their keys and values in ``cache``; logits fp32 ``[sampled, vocab]``."""
         return self.logits(self.hidden(batch, cache), batch, batch.sample_rows)
 
-    def step(self, batch: ForwardBatch, cache: KVCache) -> StepResult:
+    def step(self, step: StepArrays, cache: KVCache) -> StepResult:
         """As ``forward``, for whoever looks at the result before this thread computes anything else: a step of rows
         that decode is one program then, output layer and all."""
-        x = self._embedded(batch)
-        if self._recordings is not None and self._may_be_recorded(batch):
-            if self._samples_all(batch):
-                hidden, logits, *maxima = self._recorded(self._recordings, x, batch, cache, with_logits=True)
-                return StepResult(hidden, logits, Maxima(*maxima))
-            (hidden,) = self._recorded(self._recordings, x, batch, cache)
+        if self._recordings is not None and self._may_be_recorded(step.lora, len(step.token_ids)):
+            with_logits = step.sample_rows is None and self._only_kernels_make_logits(step.lora)
+            hidden, maxima, logits = self._recorded(self._recordings, step, cache, with_logits=with_logits)
+            if logits is not None:
+                return StepResult(hidden, logits, maxima)
+            batch = step.on(self.ops.device)
         else:
-            hidden = self._compute(x, batch.sequences, self._adapters(batch), cache)
+            batch = step.on(self.ops.device)
+            hidden = self.hidden(batch, cache)
         return StepResult(hidden, self.logits(hidden, batch, batch.sample_rows))
 
     def hidden(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         """As ``forward``, but the last layer's output ``[T, hidden]``: what ``logits`` takes."""
-        x = self._embedded(batch)
-        if self._recordings is not None and self._may_be_recorded(batch):
-            (hidden,) = self._recorded(self._recordings, x, batch, cache)
-            return hidden.clone()
-        return self._compute(x, batch.sequences, self._adapters(batch), cache)
+        tokens = batch.token_ids.numel()
+        if self._recordings is not None and batch.routed is None and self._may_be_recorded(batch.lora, tokens):
+            return self._recorded(self._recordings, StepArrays.of(batch), cache)[0].clone()
+        adapters = batch.routed
+        if batch.lora is not None and self.lora is not None and adapters is None:
+            adapters = self.lora.route(batch.lora, tokens)
+        x = self._embedded(batch.token_ids, batch.sequences.positions, batch.lora)
+        return self._compute(x, batch.sequences, adapters, cache)
 
-    def _embedded(self, batch: ForwardBatch) -> torch.Tensor:
-        x = self.ops.embed(batch.token_ids, self.weights.embedding)
-        if batch.lora is not None and self.lora is not None:
-            self.lora.add_embedding_(x, batch.token_ids, batch.lora)
+    def _embedded(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, segments: LoraSegments | None
+    ) -> torch.Tensor:
+        """What the first layer is given, ``[T, hidden]``."""
+        x = self.ops.embed(token_ids, self.weights.embedding)
+        if segments is not None and self.lora is not None:
+            self.lora.add_embedding_(x, token_ids, segments)
         if self.spec.embed_scale != 1.0:
             x *= self.spec.embed_scale
         if self.weights.positions is not None:
-            x += self.weights.positions[batch.sequences.positions.long()]
+            x += self.weights.positions[positions.long()]
         return x
-
-    def _adapters(self, batch: ForwardBatch) -> Any | None:
-        """As the sites take them."""
-        if batch.routed is not None or batch.lora is None or self.lora is None:
-            return batch.routed
-        return self.lora.route(batch.lora, batch.token_ids.numel())
 
     def _compute(
         self, x: torch.Tensor, sequences: PagedSequences, adapters: Any | None, cache: KVCache
@@ -135,45 +139,58 @@ class Decoder:
             return self.ops.rms_norm(x, norm.weight, self.spec.rms_norm_eps)
         return self.ops.layer_norm(x, norm.weight, norm.bias, self.spec.rms_norm_eps)
 
-    def _may_be_recorded(self, batch: ForwardBatch) -> bool:
+    def _may_be_recorded(self, segments: LoraSegments | None, tokens: int) -> bool:
         """A step of few tokens, of adapters with pairs alone: what gains and biases need is laid out on the host for
         each step."""
-        if batch.routed is not None or batch.token_ids.numel() > MOST_TOKENS:
-            return False
-        return batch.lora is None or self.lora is None or not self.lora.has_vectors(batch.lora)
+        return tokens <= MOST_TOKENS and (segments is None or self.lora is None or not self.lora.has_vectors(segments))
 
-    def _samples_all(self, batch: ForwardBatch) -> bool:
-        """Whether the logits of all tokens are asked for, and only kernels make them."""
-        if batch.sample_rows is not None and batch.sample_rows.numel() != batch.token_ids.numel():
-            return False
+    def _only_kernels_make_logits(self, segments: LoraSegments | None) -> bool:
         if self.weights.head_bias is not None:
             return False
-        return batch.lora is None or self.lora is None or not self.lora.touches("lm_head", batch.lora)
+        return segments is None or self.lora is None or not self.lora.touches("lm_head", segments)
+
+    def _embedding_is_queued(self, segments: LoraSegments | None) -> bool:
+        """Whether only a kernel makes what the first layer is given."""
+        if not self.weights.tied or self.spec.embed_scale != 1.0 or self.weights.positions is not None:
+            return False
+        return segments is None or self.lora is None or not self.lora.touches("embed", segments)
 
     def _recorded(
-        self, recordings: Recordings, x: torch.Tensor, batch: ForwardBatch, cache: KVCache, *, with_logits: bool = False
-    ) -> tuple[torch.Tensor, ...]:
-        """The last layer's output, of the recording's own; with logits, these and their maxima, too."""
+        self, recordings: Recordings, step: StepArrays, cache: KVCache, *, with_logits: bool = False
+    ) -> tuple[torch.Tensor, Maxima | None, torch.Tensor | None]:
+        """The last layer's output, in memory of the recording's own; with logits, their maxima and these, too."""
         from manylora.kernels.cpu.maxima import first_maxima  # numba: there is some, or nothing would be recorded
 
-        shape = RecordedShape.of(batch.sequences, batch.lora if self.lora is not None else None)
+        if self.lora is None and step.lora is not None:
+            step = replace(step, lora=None)
+        shape, from_ids = RecordedShape.of(step), self._embedding_is_queued(step.lora)
+        first: np.ndarray = step.token_ids
+        if not from_ids:
+            ids, positions = torch.from_numpy(step.token_ids), torch.from_numpy(step.positions)
+            first = self._embedded(ids, positions, step.lora).numpy()
 
-        def compute(own: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-            sequences, segments = shape.rebuilt(own[1:], batch.lora)
+        def inputs() -> list[torch.Tensor]:
+            return [torch.from_numpy(np.empty_like(first)), *shape.inputs()]
+
+        def fill(own: Sequence[np.ndarray]) -> None:
+            own[0][:] = first
+            shape.fill(own[1:], step)
+
+        def compute(own: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Maxima | None, torch.Tensor | None]:
+            sequences, segments = shape.rebuilt(own[1:], step.lora)
             adapters = None
             if segments is not None and self.lora is not None:
-                adapters = self.lora.route(segments, x.shape[0])
+                adapters = self.lora.route(segments, shape.tokens)
             with self.ops.together():
-                self._compute(own[0], sequences, adapters, cache)
+                x = self.ops.embed(own[0], self.weights.embedding) if from_ids else own[0]
+                self._compute(x, sequences, adapters, cache)
                 if not with_logits:
-                    return (own[0],)
-                logits = self._capped(self.ops.logits(self._norm(own[0], self.weights.final_norm), self.weights.head))
-                found = first_maxima(logits)
-            return own[0], logits, found.highest, found.places
+                    return x, None, None
+                logits = self._capped(self.ops.logits(self._norm(x, self.weights.final_norm), self.weights.head))
+                return x, first_maxima(logits), logits
 
         # The cache itself, not its address: a recording keeps the pages that it writes to.
-        inputs = shape.inputs(batch.sequences, batch.lora)
-        return recordings.run((cache, shape, with_logits), [x, *inputs], compute)
+        return recordings.run((cache, shape, from_ids, with_logits), inputs, fill, compute)
 
     def _capped(self, logits: torch.Tensor) -> torch.Tensor:
         return self.ops.softcap_(logits, self.spec.logit_softcap) if self.spec.logit_softcap else logits

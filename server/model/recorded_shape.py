@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+import numpy as np
 import torch
 
 from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.ops import PagedSequences
+from manylora.server.model.step_arrays import StepArrays
 
 MOST_TOKENS: Final = 64
 """A step of more takes so long that what Python adds is a few percent, and seldom has a shape that comes again."""
@@ -35,42 +37,46 @@ class RecordedShape:
     segments: int
 
     @classmethod
-    def of(cls, sequences: PagedSequences, lora: LoraSegments | None) -> RecordedShape:
-        tokens = sequences.positions.numel()
-        width = -(-sequences.tables.shape[1] // _TABLE_STEP) * _TABLE_STEP
-        if lora is None:
+    def of(cls, step: StepArrays) -> RecordedShape:
+        tokens = len(step.token_ids)
+        width = -(-step.tables.shape[1] // _TABLE_STEP) * _TABLE_STEP
+        if step.lora is None:
             return cls(tokens, width, 0, 0)
-        return cls(tokens, width, -(-lora.rows.numel() // tokens) * tokens, len(lora.slot_list))
+        return cls(tokens, width, -(-len(step.lora.host_rows) // tokens) * tokens, len(step.lora.slot_list))
 
-    def inputs(self, sequences: PagedSequences, lora: LoraSegments | None) -> list[torch.Tensor]:
-        """The tensors of a step of this shape, made as large as it says: sequences that are not there begin where the
-        tokens end."""
-        found = [
-            _padded(sequences.starts, self.tokens, (self.tokens + 1,)),
-            _padded(sequences.contexts, 0, (self.tokens,)),
-            sequences.positions,
-            _padded(sequences.tables, 0, (self.tokens, self.table_width)),
-        ]
-        if lora is not None and self.segments:
-            found += [_padded(lora.rows, 0, (self.pairs,)), _padded(lora.scales, 0, (self.pairs,))]
-            found += [lora.slots, lora.offsets]
+    def inputs(self) -> list[torch.Tensor]:
+        """Tensors for the numbers of a step of this shape."""
+        sizes: list[tuple[int, ...]] = [(self.tokens + 1,), (self.tokens,), (self.tokens,)]
+        found = [torch.zeros(size, dtype=torch.int32) for size in (*sizes, (self.tokens, self.table_width))]
+        if self.segments:
+            found += [torch.zeros(self.pairs, dtype=torch.int32), torch.zeros(self.pairs, dtype=torch.float32)]
+            found += [torch.zeros(self.segments + n, dtype=torch.int32) for n in (0, 1)]
         return found
+
+    def fill(self, inputs: Sequence[np.ndarray], step: StepArrays) -> None:
+        """Put a step of this shape into what ``inputs`` made, seen as arrays. Sequences that are not there begin where
+        the tokens end; what is not looked at keeps what it had."""
+        starts, contexts, positions, tables, *adapters = inputs
+        n, width = step.tables.shape
+        starts[: n + 1] = step.starts
+        starts[n + 1 :] = self.tokens
+        contexts[:n] = step.contexts
+        contexts[n:] = 0
+        positions[:] = step.positions
+        tables[:n, :width] = step.tables
+        if adapters and step.lora is not None:
+            rows, scales, slots, offsets = adapters
+            n_pairs = len(step.lora.host_rows)
+            rows[:n_pairs], scales[:n_pairs] = step.lora.host_rows, step.lora.host_scales
+            slots[:], offsets[:] = step.lora.slot_list, step.lora.host_offsets
 
     def rebuilt(
         self, inputs: Sequence[torch.Tensor], lora: LoraSegments | None
     ) -> tuple[PagedSequences, LoraSegments | None]:
-        """The step over what ``inputs`` made, or tensors that are as large; ``lora``: its adapters."""
+        """The step over what ``inputs`` made; ``lora``: its adapters."""
         starts, contexts, positions, tables, *adapters = inputs
         sequences = PagedSequences(starts, contexts, tables, positions)
         if lora is None or not adapters:
             return sequences, None
         rows, scales, slots, offsets = adapters
         return sequences, replace(lora, rows=rows, scales=scales, slots=slots, offsets=offsets)
-
-
-def _padded(tensor: torch.Tensor, fill: int, shape: tuple[int, ...]) -> torch.Tensor:
-    if tensor.shape == shape:
-        return tensor
-    padded = tensor.new_full(shape, fill)
-    padded[tuple(map(slice, tensor.shape))] = tensor
-    return padded

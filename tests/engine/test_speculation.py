@@ -327,7 +327,7 @@ def test_steps_with_drafts_are_run_from_recordings(model: Model, monkeypatch: py
     with monkeypatch.context() as patched:
         patched.setattr(Recordings, "run", watched)
         recorded = run(model, asked, liars(without, 5), prefix_cache=cached)
-    monkeypatch.setattr(Decoder, "_may_be_recorded", lambda self, batch: False)
+    monkeypatch.setattr(Decoder, "_may_be_recorded", lambda *_: False)
     queued = run(model, asked, liars(without, 5), prefix_cache=cached)
     assert recorded.answers == queued.answers
     assert recorded.tokens == without.tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,10 +16,11 @@ from manylora.kernels.lora import BatchedLora
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_weights import LoraVectors, LoraWeights
 from manylora.kernels.ops import Ops
-from manylora.server.engine.batch import build_batch
+from manylora.server.engine.batch import BatchBuilder, build_batch
 from manylora.server.engine.request import AdapterUse, Request, SamplingParams, ScheduledRow, StepPlan
 from manylora.server.model.decoder import Decoder
 from manylora.server.model.decoder_weights import DecoderWeights
+from manylora.server.model.families import ModelSpec
 from manylora.server.model.forward_batch import ForwardBatch
 from manylora.server.model.kv_cache import KVCache
 from manylora.server.model.recorded_shape import MOST_TOKENS
@@ -28,13 +30,14 @@ if not available():
     pytest.skip("no AVX2 and FMA here", allow_module_level=True)
 
 SPEC = synthetic_spec("tiny", max_position_embeddings=1024)
+TIED = synthetic_spec("tiny", max_position_embeddings=1024, tie_word_embeddings=True)
 PAGES = 200
 
 
 class Model:
     """A decoder with three adapters: ranks 8 and 24, and one that has gains."""
 
-    def __init__(self, lora: Any = "cpu") -> None:
+    def __init__(self, lora: Any = "cpu", spec: ModelSpec = SPEC) -> None:
         from manylora.kernels.cpu.ops import NumbaOps
 
         self.ops: Ops = NumbaOps()
@@ -43,9 +46,9 @@ class Model:
             self.pool.write(slot, synthetic_adapter(SPEC.lora_shapes(), rank, seed=slot))
         gains = {("q", 0): LoraVectors(gain=torch.full((SPEC.lora_shapes().out_features["q"],), 1.5))}
         self.pool.write(3, LoraWeights(synthetic_adapter(SPEC.lora_shapes(), 8, seed=9).pairs, gains))
-        weights = DecoderWeights.prepare(SPEC, synthetic_base(SPEC), self.ops, max_context=1024)
-        self.decoder = Decoder(SPEC, weights, self.ops, BatchedLora(self.pool, lora))
-        self.cache = KVCache(SPEC, PAGES, self.ops)
+        weights = DecoderWeights.prepare(spec, synthetic_base(spec), self.ops, max_context=1024)
+        self.decoder = Decoder(spec, weights, self.ops, BatchedLora(self.pool, lora))
+        self.cache = KVCache(spec, PAGES, self.ops)
 
     def hidden(self, batch: ForwardBatch) -> torch.Tensor:
         return self.decoder.hidden(batch, self.cache)
@@ -292,3 +295,46 @@ def test_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.decoder._recordings is not None
     assert len(model.decoder._recordings._kept) == 2
     assert model.hits == 1, "the last one; the first was forgotten"
+
+
+@pytest.mark.parametrize("spec", [SPEC, TIED, replace(TIED, embed_scale=3.0), replace(TIED, logit_softcap=0.5)])
+def test_a_recorded_step_has_its_logits_and_their_maxima(spec: ModelSpec) -> None:
+    recording, other = Model(spec=spec), plain(Model(spec=spec))
+    for contexts, slots in STEPS * 2:
+        plan = rows(contexts, slots)
+        for model in (recording, other):
+            prefill(model, plan)
+        expected = other.decoder.forward(build_batch(plan), other.cache)
+        found = recording.decoder.step(BatchBuilder().arrays(plan.rows), recording.cache)
+        assert torch.equal(found.logits, expected)
+        assert torch.equal(found.hidden, other.hidden(build_batch(plan)))
+        assert found.maxima is not None
+        assert found.maxima.places.tolist() == expected.argmax(1).tolist()
+        assert found.maxima.highest.tolist() == expected.amax(1).tolist()
+    assert recording.hits >= len(STEPS)
+
+
+def test_a_step_that_samples_some_of_its_tokens_has_no_maxima() -> None:
+    recording, other = Model(), plain(Model())
+    plan = rows([30, 17], [(0,), ()], counts=[3, 1])
+    for _ in range(2):
+        for model in (recording, other):
+            prefill(model, plan)
+        expected = other.decoder.forward(build_batch(plan), other.cache)
+        found = recording.decoder.step(BatchBuilder().arrays(plan.rows), recording.cache)
+        assert torch.equal(found.logits, expected)
+        assert found.maxima is None
+
+
+def test_a_token_that_there_is_not() -> None:
+    """It ends its own row and no other, also where the look-up is recorded."""
+    model = Model(spec=TIED)
+    plan = rows([30, 17], [(), ()])
+    prefill(model, plan)
+    model.decoder.step(BatchBuilder().arrays(plan.rows), model.cache)
+    plan.rows[0].request.prompt_token_ids[-1] = 10**6
+    found = model.decoder.step(BatchBuilder().arrays(plan.rows), model.cache)
+    assert found.logits[0].isnan().all()
+    assert found.logits[1].isfinite().all()
+    with pytest.raises(IndexError):
+        plain(model).decoder.step(BatchBuilder().arrays(plan.rows), model.cache)

@@ -109,6 +109,7 @@ NAMED = {
     "_silu_mul_kernel": "SiLU", "_store_kernel": "attention", "_attend_kernel": "attention",
     "_shrink_kernel": "adapters at", "_expand_kernel": "adapters at", "_set_aside_kernel": "adapters at",
     "_take_products_kernel": "adapters at", "_add_vectors_kernel": "adapters at", "_fp32_kernel": "replaced logits",
+    "_gather_kernel": "embedding", "_maxima_kernel": "largest logits",
 }  # fmt: skip
 """How the self-test calls what each kernel does."""
 
