@@ -23,7 +23,7 @@ class PoolFull(RuntimeError):
     """There are not enough free pages for an adapter; the message says of what and how many."""
 
 
-def _as_integers(ranks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def as_integers(ranks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Values ``[R, n]`` as whole numbers of at most 32767, and what one of them stands for in each row, fp64
     ``[R]``: the row's largest over 32767. So a value is off by 1.5e-5 of the largest of its rank."""
     values = ranks.double()
@@ -38,10 +38,15 @@ def _fill_page(
     integers, ``scales`` ``[16]``; zeros beyond."""
     width = 0 if pair is None else max(0, min(RANK_PAGE, pair.rank - first))
     if pair is not None and width:
+        if scales is not None and a.device.type == "cpu" and cpu_kernels_available():
+            from manylora.kernels.cpu.lora_pages import fill_integer_page  # numba, which need not be there
+
+            if fill_integer_page(pair, first, a, b, scales):
+                return
         of_a, of_b = pair.a[first : first + width], pair.b[:, first : first + width].T
         if scales is not None:
             scales.zero_()
-            (of_a, scale_a), (of_b, scale_b) = _as_integers(of_a), _as_integers(of_b)
+            (of_a, scale_a), (of_b, scale_b) = as_integers(of_a), as_integers(of_b)
             scales[:width] = scale_a * scale_b
         a[:, :width] = of_a.to(a.dtype).T
         b[:width] = of_b.to(b.dtype)

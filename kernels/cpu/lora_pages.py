@@ -1,0 +1,89 @@
+"""An adapter's ranks as whole numbers into a page, in one pass that does not hold Python's lock.
+
+What ``lora_pool.as_integers`` says, to the bit. In torch that is a dozen small operations for each of some hundred
+modules, and a step whose kernels have ended waits for the lock meanwhile.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit, types
+from numba.extending import overload
+
+import manylora.kernels.cpu.compiling  # noqa: F401 - says where compiled code is kept
+from manylora.kernels.cpu.tiles import float32_from_bits
+from manylora.kernels.lora_weights import LoraPair
+from manylora.kernels.sites import RANK_PAGE
+
+_SIGNATURES = [
+    f"void({values}[:, ::1], {values}[:, ::1], int64, int64, int16[:, ::1], int16[:, ::1], float32[::1])"
+    for values in ("float32", "uint16")
+]
+
+
+def _wide(value):
+    """An fp32 value as fp64; of a bf16 one its bits are given, the upper half of an fp32's."""
+
+
+@overload(_wide)
+def _wide_of_type(value):
+    if isinstance(value, types.Float):
+        return lambda value: np.float64(value)
+    return lambda value: np.float64(float32_from_bits(np.int64(value) << 16))
+
+
+@njit(nogil=True, fastmath={"nnan", "nsz"})  # all are finite; else the largest is not looked for in vectors
+def _peak(values):
+    peak = 0.0
+    for i in range(values.size):
+        peak = max(peak, abs(values[i]))
+    return peak
+
+
+@njit(nogil=True)
+def _levels(values, levels):
+    """A rank's values as whole numbers; what one of them stands for."""
+    step = _peak(values) / 32767
+    divisor = step if step > 0 else 1.0
+    for i in range(values.size):
+        levels[i] = np.int16(np.rint(values[i] / divisor))
+    return step
+
+
+@njit(_SIGNATURES, nogil=True, cache=True)
+def _fill(a, b, first, width, to_a, to_b, scales):
+    depth, outputs = a.shape[1], b.shape[0]
+    values, levels = np.empty((RANK_PAGE, max(depth, outputs))), np.empty((RANK_PAGE, depth), np.int16)
+    steps = np.empty(RANK_PAGE)
+    levels[width:] = 0
+    for r in range(width):
+        for k in range(depth):
+            values[r, k] = _wide(a[first + r, k])
+        steps[r] = _levels(values[r, :depth], levels[r])
+    for k in range(depth):
+        for r in range(RANK_PAGE):
+            to_a[k, r] = levels[r, k]
+    for n in range(outputs):
+        for r in range(width):
+            values[r, n] = _wide(b[n, first + r])
+    for r in range(width):
+        scales[r] = np.float32(steps[r] * _levels(values[r, :outputs], to_b[r]))
+    to_b[width:] = 0
+    scales[width:] = 0
+
+
+def fill_integer_page(pair: LoraPair, first: int, to_a: torch.Tensor, to_b: torch.Tensor, scales: torch.Tensor) -> bool:
+    """Ranks ``first .. first + 15`` of a pair into ``to_a`` int16 ``[K, 16]``, ``to_b`` int16 ``[16, N]`` and ``scales``
+    fp32 ``[16]``, zeros beyond. False, with nothing done, if the pair is held in a way that this does not read."""
+    a, b = pair.a, pair.b
+    if a.dtype != b.dtype or a.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if not (a.is_contiguous() and b.is_contiguous()):
+        return False
+    if a.dtype == torch.bfloat16:
+        a, b = a.view(torch.int16), b.view(torch.int16)
+    arrays = [half.numpy().view(np.uint16) if half.dtype == torch.int16 else half.numpy() for half in (a, b)]
+    width = max(0, min(RANK_PAGE, pair.rank - first))
+    _fill(*arrays, first, width, to_a.numpy(), to_b.numpy(), scales.numpy())
+    return True
