@@ -22,11 +22,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 def pair_of(rank: int, dtype: torch.dtype, kind: str) -> LoraPair:
     random = torch.Generator().manual_seed(rank)
     a, b = torch.randn(rank, 96, generator=random), torch.randn(64, rank, generator=random) * 1e-3
+    if dtype == torch.float16 and kind in ("halves", "extremes"):
+        return LoraPair(a.to(dtype), b.to(dtype), 2.0)  # it has no such values
     if kind == "zeros":
         a[rank // 2], b[:, 0] = 0, 0
-    elif kind == "halves":  # a largest of 32767: values fall half-way between levels
+    elif kind == "halves":  # a rank's largest is a multiple of 32767: values fall half-way between levels
         a, b = (torch.randint(-65534, 65535, part.shape, generator=random) / 2 for part in (a, b))
         a[:, 0], b[0] = 32767, -32767
+        a, b = a * torch.arange(1, rank + 1)[:, None], b * torch.arange(1, rank + 1)
     elif kind == "extremes":
         a, b = (a, b) if dtype == torch.float16 else (a * 1e-41, b * 1e38)
     return LoraPair(a.to(dtype), b.to(dtype).contiguous(), 2.0)
