@@ -39,6 +39,12 @@ def peaks(value: torch.Tensor, axis: int) -> Array:
     return highest
 
 
+def highest(value: torch.Tensor) -> float:
+    """The largest magnitude; NaN if there is one, 0 if there is nothing."""
+    values = array(value)
+    return float(max(values.max(), -values.min())) if values.size else 0.0
+
+
 def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two matrices have the same shape and values."""
     return one.shape == other.shape and np.array_equal(array(one), array(other))

@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from manylora.adapters.fp32 import array, peaks
+from manylora.adapters.fp32 import array, highest, peaks
 from manylora.adapters.kinds.kind import Kind
 from manylora.adapters.weights import LoadReport
 from manylora.kernels.lora_weights import LoraPair, LoraVectors, LoraWeights, Module
@@ -38,7 +38,10 @@ def not_applicable(pair: LoraPair | None, vectors: LoraVectors) -> str | None:
             return f"its {what} is not finite"
     if pair is None:
         return None
-    # An upper bound of every element of scale * B A; NaN if a factor itself overflowed.
+    # Seldom is a closer look needed; NaN if a factor itself overflowed.
+    if abs(pair.scale) * pair.rank * highest(pair.a) * highest(pair.b) < _HIGHEST / 2:
+        return None
+    # An upper bound of every element of scale * B A.
     bound = abs(pair.scale) * float(peaks(pair.a, 1).astype(np.float64) @ peaks(pair.b, 0).astype(np.float64))
     return None if bound <= _HIGHEST else f"scale * B A may reach {bound:.3g}, more than fp32 holds"
 
@@ -52,7 +55,12 @@ def without_effect(pair: LoraPair | None, vectors: LoraVectors | None) -> bool:
             return False
         if vectors.bias is not None and array(vectors.bias).any():
             return False
-    return pair is None or pair.scale == 0 or not bool(((peaks(pair.a, 1) > 0) & (peaks(pair.b, 0) > 0)).any())
+    if pair is None or pair.scale == 0:
+        return True
+    of_first = array(pair.a[:, :1]).ravel() * array(pair.b[:1]).ravel()
+    if of_first.any():
+        return False  # the first input reaches the first output: no need to look at all of them
+    return not bool(((peaks(pair.a, 1) > 0) & (peaks(pair.b, 0) > 0)).any())
 
 
 def not_composable(kind: Kind | None, lora: LoraWeights, changed_biases: bool) -> str | None:

@@ -23,6 +23,30 @@ class PoolFull(RuntimeError):
     """There are not enough free pages for an adapter; the message says of what and how many."""
 
 
+_BITS: Final = {
+    torch.float32: (torch.int32, np.uint32),
+    torch.bfloat16: (torch.int16, np.uint16),
+    torch.float16: (torch.int16, np.uint16),
+}
+
+
+def _highest(values: torch.Tensor) -> float:
+    """The largest magnitude of values on the CPU; NaN if one is, 0 if there is none.
+
+    Not by torch, which would wake a second team of threads for it, beside the one that computes a step: the bits of
+    floats without their signs are in the order of the magnitudes, those of NaN above all.
+    """
+    if values.numel() == 0:
+        return 0.0
+    if values.dtype not in _BITS:
+        return float(values.abs().max())
+    signed, unsigned = _BITS[values.dtype]
+    bits = values.detach().contiguous().view(signed).numpy()
+    magnitude = np.iinfo(unsigned).max >> 1
+    highest = max(int(bits.max()), int(bits.view(unsigned).max()) & magnitude)
+    return float(torch.tensor(highest, dtype=signed).view(values.dtype))
+
+
 def as_integers(ranks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Values ``[R, n]`` as whole numbers of at most 32767, and what one of them stands for in each row, fp64
     ``[R]``: the row's largest over 32767. So a value is off by 1.5e-5 of the largest of its rank."""
@@ -234,24 +258,25 @@ class LoraPool:
 
     def overflows(self, weights: LoraWeights) -> str | None:
         """Why the adapter cannot be held in the pool's types (float16 ends at 65504), or None."""
-        parts: list[tuple[str, str, torch.Tensor, torch.dtype]] = []
+        parts: list[tuple[str, str, float, torch.dtype]] = []
         for (projection, layer), pair in weights.pairs.items():
             where = f"`{projection}` of layer {layer}"
-            parts += [(where, "A", pair.a, self.page_dtype), (where, "B", pair.b, self.page_dtype)]
-            parts.append((where, "the scale", torch.tensor(pair.scale, dtype=torch.float64), torch.float32))
-            if self.page_dtype == torch.int16 and pair.rank:
-                product = pair.a.abs().max().double() * pair.b.abs().max().double()
-                parts.append((where, "A times B", product, torch.float32))
+            of_a, of_b = _highest(pair.a), _highest(pair.b)
+            parts += [(where, "A", of_a, self.page_dtype), (where, "B", of_b, self.page_dtype)]
+            parts.append((where, "the scale", abs(pair.scale), torch.float32))
+            if self.page_dtype == torch.int16:
+                parts.append((where, "A times B", of_a * of_b, torch.float32))
         for (projection, layer), vectors in weights.vectors.items():
             for name, vector in (("the gain", vectors.gain), ("the bias", vectors.bias)):
                 if vector is not None:
-                    parts.append((f"`{projection}` of layer {layer}", name, vector, torch.float32))
+                    parts.append((f"`{projection}` of layer {layer}", name, _highest(vector), torch.float32))
         for projection, table in weights.tables.items():
-            parts.append((f"`{projection}`", "its rows", table.rows, self._forms[projection].stored_dtype(table)))
-        for where, name, values, dtype in parts:
-            highest = torch.finfo(torch.float32 if dtype == torch.int16 else dtype).max
-            if values.numel() and not float(values.abs().max()) <= highest:  # NaN is no number that it holds either
-                return f"{where}: {name} has values above {highest:g}, more than {dtype} holds"
+            dtype = self._forms[projection].stored_dtype(table)
+            parts.append((f"`{projection}`", "its rows", _highest(table.rows), dtype))
+        for where, name, highest, dtype in parts:
+            most = torch.finfo(torch.float32 if dtype == torch.int16 else dtype).max
+            if not highest <= most:  # NaN is no number that it holds either
+                return f"{where}: {name} has values above {most:g}, more than {dtype} holds"
         return None
 
     def has_room(self, weights: LoraWeights) -> bool:

@@ -74,8 +74,8 @@ def _fill(a, b, first, width, to_a, to_b, scales):
 
 
 def fill_integer_page(pair: LoraPair, first: int, to_a: torch.Tensor, to_b: torch.Tensor, scales: torch.Tensor) -> bool:
-    """Ranks ``first .. first + 15`` of a pair into ``to_a`` int16 ``[K, 16]``, ``to_b`` int16 ``[16, N]`` and fp32
-    ``scales`` ``[16]``, zeros beyond. False, with nothing done, if the pair is held in a way that this does not read."""
+    """Ranks ``first .. first + 15`` of a pair into int16 ``to_a`` ``[K, 16]`` and ``to_b`` ``[16, N]``, and fp32
+    ``scales`` ``[16]``; zeros beyond. False, and nothing done, if the pair is held in a way that this does not read."""
     a, b = pair.a, pair.b
     if a.dtype != b.dtype or a.dtype not in (torch.float32, torch.bfloat16):
         return False

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 
 import pytest
 import torch
 
-from manylora.kernels.lora_pool import LoraPool, PoolFull
+from manylora.kernels.lora_pool import LoraPool, PoolFull, _highest
 from manylora.kernels.lora_weights import LoraPair, LoraVectors, LoraWeights, TableRows
 from tests.kernels.shapes import SHAPES, random_weights
 
@@ -214,3 +215,18 @@ def test_slots_written_by_several_threads_at_once() -> None:
     for slot in range(8):
         pool.clear(slot)
     assert pool.free_pages() == total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_largest_magnitude(dtype: torch.dtype) -> None:
+    for seed in range(20):
+        values = torch.randn(seed % 5 + 1, 7, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        values = values.abs() if seed % 3 == 0 else -values.abs() if seed % 3 == 1 else values
+        assert _highest(values) == float(values.abs().max())
+        assert _highest(values.T) == float(values.abs().max())
+        for odd in (math.inf, -math.inf):
+            assert _highest(torch.cat((values, torch.full_like(values, odd)))) == math.inf
+        for sign in (1, -1):
+            nan = torch.full_like(values, math.nan).copysign(torch.tensor(sign, dtype=dtype))
+            assert math.isnan(_highest(torch.cat((values, nan))))
+    assert _highest(torch.zeros(3, dtype=dtype)) == _highest(torch.empty(0, 3, dtype=dtype)) == 0.0
