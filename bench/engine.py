@@ -59,6 +59,7 @@ class Ours:
         cpu_arithmetic: Arithmetic = "int16",
         lora_dtype: LoraDtype = "auto",
     ) -> None:
+        from manylora.server.collector import set_aside
         from manylora.server.config import AdapterSpec, EngineConfig, ServeConfig
         from manylora.server.serving import build, load_adapters
 
@@ -79,6 +80,7 @@ class Ours:
         self._config = config
         self._running = build(config, progress=False)
         load_adapters(self._running, config)
+        set_aside()
         self._serial = 0
 
     def start(self) -> None:

@@ -40,6 +40,7 @@ from results_file import processor
 
 from manylora.adapters.peft_tensors import places_of
 from manylora.server.cli import demo_base
+from manylora.server.collector import set_aside
 from manylora.server.config import EngineConfig, ServeConfig
 from manylora.server.engine.request import AdapterUse, FinishEvent, Request, SamplingParams, TokenEvent
 from manylora.server.http_server import new_loop
@@ -269,6 +270,7 @@ def main() -> None:
         for path in tqdm(paths, desc="registering", unit="adapter"):
             running.registry.load(path.name, str(path))
         registering = time.monotonic() - began
+        set_aside()  # as `manylora serve` does
         # Popular adapters are not the last that were registered, which are the ones in memory now.
         names = [path.name for path in paths]
         with asyncio.Runner(loop_factory=new_loop) as runner:

@@ -11,6 +11,7 @@ import logging
 import socket
 from collections.abc import Sequence
 
+from manylora.server.collector import set_aside
 from manylora.server.config import ServeConfig
 from manylora.server.http_server import new_loop, serve_until_signal
 from manylora.server.serving import Running, build, load_adapters
@@ -31,6 +32,7 @@ async def _serve(running: Running, config: ServeConfig, sockets: Sequence[socket
     try:
         # Still nobody is connected, so nothing else needs this loop meanwhile.
         load_adapters(running, config)
+        set_aside()
         _say_what_to_try(running, config, sockets[0])
         code = await serve_until_signal(running.serving, config.api, sockets)
     finally:
