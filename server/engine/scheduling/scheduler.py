@@ -372,8 +372,10 @@ class Scheduler:
     # --- admission (rules 3 to 6 and 8) --------------------------------------------------------------------------
 
     def _admit(self, step: StepDraft) -> None:
-        max_rows = self._max_rows(step)
         accounts = [account for account in step.shares.active if account.waiting]
+        if not accounts:
+            return
+        max_rows = self._max_rows(step)
         queues = [iter(account.waiting.copy()) for account in accounts]
         turns = [(step.turn_of(account), i) for i, account in enumerate(accounts)]
         heapify(turns)
