@@ -24,10 +24,11 @@ class PoolFull(RuntimeError):
 
 
 _BITS: Final = {
-    torch.float32: (torch.int32, np.uint32),
-    torch.bfloat16: (torch.int16, np.uint16),
-    torch.float16: (torch.int16, np.uint16),
+    torch.float32: (torch.int32, "u4", 0x7FFFFFFF),
+    torch.bfloat16: (torch.int16, "u2", 0x7FFF),
+    torch.float16: (torch.int16, "u2", 0x7FFF),
 }
+"""Of a float type: its bits as torch and as numpy have them, and which of them are the magnitude's."""
 
 
 def _highest(values: torch.Tensor) -> float:
@@ -40,9 +41,8 @@ def _highest(values: torch.Tensor) -> float:
         return 0.0
     if values.dtype not in _BITS:
         return float(values.abs().max())
-    signed, unsigned = _BITS[values.dtype]
+    signed, unsigned, magnitude = _BITS[values.dtype]
     bits = values.detach().contiguous().view(signed).numpy()
-    magnitude = np.iinfo(unsigned).max >> 1
     highest = max(int(bits.max()), int(bits.view(unsigned).max()) & magnitude)
     return float(torch.tensor(highest, dtype=signed).view(values.dtype))
 
