@@ -27,6 +27,8 @@ _BLOCK: Final = 64
 """Weights of one scale, as a base is quantised here."""
 _TILE: Final = 16
 """Vocabulary entries of a tile of the CPU's ``lm_head``; the last is padded."""
+_SPAN: Final = 32
+"""Values of a hidden state that share a scale as integers; of no multiple of it ``lm_head`` is multiplied in fp32."""
 _NESTED: Final = 256
 """Scales that share one outer scale, where scales are quantised too."""
 
@@ -162,9 +164,12 @@ def _linear_bytes(n: int, k: int, blocksize: int, layout: Layout) -> int:
 
 
 def table_bytes(spec: ModelSpec, form: Form) -> tuple[int, ...]:
-    """Of the embedding (first) and, if it is another table, of ``lm_head``: 16 bits a value."""
+    """Of the embedding (first) and, if it is another table, of ``lm_head``: 16 bits a value; for the CPU's integers
+    also the largest value of each entry of ``lm_head``."""
     rows, tiled = spec.vocab_size, -(-spec.vocab_size // _TILE) * _TILE
     head = (tiled if form.layout == "tiles" else rows) * spec.hidden_size * 2
+    if form.layout == "tiles" and form.kv_dtype == torch.int16 and spec.hidden_size % _SPAN == 0:
+        head += tiled * 4
     return (head,) if spec.tie_embeddings else (rows * spec.hidden_size * 2, head)
 
 

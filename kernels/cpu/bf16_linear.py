@@ -36,8 +36,6 @@ DEPTH = 256 // PANEL_TILES
 """Rows of a decoded panel: 256 x 16 fp32, or 128 x 32, are 16 KiB, half of a 32 KiB L1."""
 ROW_BLOCK = 96
 """Rows of x per pass over the weights: their 96 x 256 fp32 stay in L2 while the panels stream by."""
-GROUP: int = TARGET.nf4_group
-"""Positions whose codes lie together."""
 
 
 def unpack_bf16(tiles: torch.Tensor) -> torch.Tensor:

@@ -208,7 +208,7 @@ def shuffle(b: Builder, left: Value, right: Value, mask: list[int]) -> Value:
     return b.shuffle_vector(left, right, ir.Constant(ir.VectorType(I32, len(mask)), mask))
 
 
-def _bf16_row(b: Builder, address: Value) -> list[Value]:
+def bf16_row(b: Builder, address: Value) -> list[Value]:
     """The 16 bf16 values at ``address`` (order of ``pack_bf16``) as fp32; exact."""
     words = load(b, address, V8I, 4)
     low = b.bitcast(b.shl(words, ir.Constant(V8I, [16] * 8)), V8F)
@@ -232,7 +232,7 @@ def _fused_bf16(several: bool) -> Callable[..., Any]:
                     # What comes next: by itself the processor asks too late for more than it keeps in its caches.
                     for w in weights:
                         prefetch(b, b.add(w, b.add(at, b.mul(tile_bytes, i64(tiles)))))
-                    state.multiply(loop.index, [v for w in weights for v in _bf16_row(b, b.add(w, at))])
+                    state.multiply(loop.index, [v for w in weights for v in bf16_row(b, b.add(w, at))])
                 state.finish()
             return context.get_dummy_value()
 
@@ -253,7 +253,7 @@ def decode_bf16(typingctx, packed, out, out_stride, depth):
         packed, out, out_stride, depth = args
         with cgutils.for_range(b, depth, intp=I64) as loop:
             row = b.add(out, b.mul(loop.index, out_stride))
-            store_tile(b, _bf16_row(b, b.add(packed, b.mul(loop.index, i64(32)))), row)
+            store_tile(b, bf16_row(b, b.add(packed, b.mul(loop.index, i64(32)))), row)
         return context.get_dummy_value()
 
     return signature, codegen

@@ -119,7 +119,7 @@ def nibbles(b: Builder, address: Value) -> list[Value]:
     return [b.and_(codes, low), b.and_(shifted, low)]
 
 
-def _group(b: Builder, address: Value) -> list[list[Value]]:
+def _group(b: Builder, address: Value, _: Sequence[Value]) -> list[list[Value]]:
     """The integer codes of the ``GROUP`` positions and 16 outputs at ``address``: for each pair of positions, vectors
     with an output's two codes side by side. ``nf4_packing.FOR_WORDS`` is the order."""
     pairs = []
@@ -130,7 +130,7 @@ def _group(b: Builder, address: Value) -> list[list[Value]]:
     return pairs
 
 
-def _decoded_group(b: Builder, address: Value) -> list[list[Value]]:
+def decoded_pair(b: Builder, address: Value, _: Sequence[Value]) -> list[list[Value]]:
     """The same from a decoded panel, one pair of positions."""
     return [[load(b, offset(b, address, 4 * TARGET.lanes * v), WORDS, 4) for v in range(VECTORS)]]
 
@@ -143,7 +143,7 @@ def decode_nf4(typingctx, packed, panel, groups):
         packed, panel, groups = args
         with cgutils.for_range(b, groups, intp=I64) as loop:
             place = b.add(panel, b.mul(loop.index, i64(GROUP // 2 * PAIR_BYTES)))
-            for i, pair in enumerate(_group(b, b.add(packed, b.mul(loop.index, i64(8 * GROUP))))):
+            for i, pair in enumerate(_group(b, b.add(packed, b.mul(loop.index, i64(8 * GROUP))), ())):
                 for v, vector in enumerate(pair):
                     store(b, vector, offset(b, place, i * PAIR_BYTES + 4 * TARGET.lanes * v), 4)
         return context.get_dummy_value()
@@ -151,9 +151,14 @@ def decode_nf4(typingctx, packed, panel, groups):
     return types.void(*[types.int64] * 3), codegen
 
 
-def _multiply(group: Callable[[Builder, Value], list[list[Value]]], positions: int, n_bytes: int, rows: int) -> Any:
+Group = Callable[[Builder, Value, Sequence[Value]], list[list[Value]]]
+"""What brings weights: of some positions at an address, given the block's absmax, for each pair of positions vectors
+with an output's two integers side by side."""
+
+
+def multiply_words(group: Group, positions: int, n_bytes: int, rows: int, *, fetched: bool) -> Any:
     """The micro-kernel for up to ``rows`` rows whose weights ``group`` brings, ``positions`` of them from ``n_bytes``
-    bytes."""
+    bytes. ``fetched``: those of the next tile lie behind, and are fetched into the cache meanwhile."""
 
     @intrinsic
     def multiply(
@@ -173,7 +178,7 @@ def _multiply(group: Callable[[Builder, Value], list[list[Value]]], positions: i
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             rows, *rest = args
             for count, _ in branches(b, rows, dict.fromkeys(shapes, 1)):
-                _emit_rows(b, count, group, positions, n_bytes, *rest)
+                _emit_rows(b, count, group, positions, n_bytes, fetched, *rest)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 11), codegen
@@ -185,9 +190,10 @@ def _multiply(group: Callable[[Builder, Value], list[list[Value]]], positions: i
 def _emit_rows(
     b: Builder,
     rows: int,
-    group: Callable[[Builder, Value], list[list[Value]]],
+    group: Group,
     positions: int,
     n_bytes: int,
+    fetched: bool,
     levels: Value,
     scales: Value,
     stride: Value,
@@ -226,9 +232,9 @@ def _emit_rows(
                     b.store(ir.Constant(VI, [0] * TARGET.lanes), one)
             with cgutils.for_range(b, i64(SPAN // positions), intp=I64) as loop:
                 at = b.add(b.mul(span, i64(SPAN // positions)), loop.index)
-                if group is _group:
+                if fetched:
                     prefetch(b, b.add(b.add(weights, ahead), b.mul(at, i64(n_bytes))))
-                for i, pair in enumerate(group(b, b.add(weights, b.mul(at, i64(n_bytes))))):
+                for i, pair in enumerate(group(b, b.add(weights, b.mul(at, i64(n_bytes))), largest)):
                     for row, own in zip(x, sums, strict=True):
                         place = offset(b, b.add(row, b.mul(at, i64(2 * positions))), 4 * i)
                         both = b.bitcast(splat(b, load(b, place, I32, 4), VI), WORDS)
@@ -245,11 +251,11 @@ def _emit_rows(
 
 FUSED_ROWS: Final = TARGET.nf4_fused_rows
 PANEL_ROWS: Final = TARGET.nf4_panel_rows
-fused_nf4 = _multiply(_group, GROUP, 8 * GROUP, FUSED_ROWS)
+fused_nf4 = multiply_words(_group, GROUP, 8 * GROUP, FUSED_ROWS, fetched=True)
 """``fused_nf4(rows, levels, scales, stride, packed, absmax, blocks, spans, c, c_stride, accumulate)``: ``c[r] (+)=
 W x[r]`` for up to ``FUSED_ROWS`` rows of integers (``quantise``), ``stride`` bytes apart, and the 16 outputs of a tile
 of ``blocks`` quantisation blocks, ``spans`` spans each. Addresses, and strides in bytes."""
-panel_nf4 = _multiply(_decoded_group, 2, PAIR_BYTES, PANEL_ROWS)
+panel_nf4 = multiply_words(decoded_pair, 2, PAIR_BYTES, PANEL_ROWS, fetched=False)
 """The same for up to ``PANEL_ROWS`` rows and a panel of ``decode_nf4``."""
 
 

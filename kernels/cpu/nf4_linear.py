@@ -33,7 +33,7 @@ CODE_BYTES = 128 << 10
 
 
 @kernel
-def _quantise_kernel(arguments, part, parts):
+def quantise_kernel(arguments, part, parts):
     a = carray(arguments, 13)
     x, x_stride, rows, depth, levels, level_stride = a[0], a[1], a[2], a[3], a[4], a[5]
     spans = depth // SPAN
@@ -69,29 +69,37 @@ def _many_rows(rows, levels, stride, depth, packed, absmax, block, c, c_stride, 
             done += size
 
 
-def shared_out(fused: Any, most_rows: int, level_bytes: int) -> Any:
-    """A part of ``y (+)= W x``, all rows and tiles, by a micro-kernel that looks codes up as it multiplies them with up
-    to ``most_rows`` rows, of ``level_bytes`` a level."""
+def groups_and_tiles(fused: Any, most_rows: int, level_bytes: int, weight_bytes: int) -> Any:
+    """Some of the tiles of ``y (+)= W x`` for some of its groups of rows, by a micro-kernel that makes integers of
+    weights as it multiplies them with up to ``most_rows`` rows. ``level_bytes`` of a level, ``weight_bytes`` of a
+    tile's position."""
 
     @njit(nogil=True, inline="never")
     def some(
-        rows, groups, group, last_group, tile, last_tile, levels, stride, depth, packed, absmax, block, y, y_stride,
+        rows, group, last_group, tile, last_tile, levels, stride, depth, packed, absmax, block, y, y_stride,
         accumulate,
     ):  # fmt: skip
-        """Some of the groups of rows and of the tiles. A group's levels stay in L1 while codes come from L2, where some
-        tiles' stay for all of the groups."""
-        at_once = max(1, CODE_BYTES // (8 * depth))
+        """A group's levels stay in L1 while weights come from L2, where some tiles' stay for all of the groups."""
+        groups = (rows + most_rows - 1) // most_rows
+        at_once = max(1, CODE_BYTES // (weight_bytes * depth))
         for begin in range(tile, last_tile, at_once):
             for g in range(group, last_group):
-                # Near-equal groups: 9 rows are 4 + 5, not 8 + 1, as codes are looked up for each.
+                # Near-equal groups: 9 rows are 4 + 5, not 8 + 1, as weights are made integers for each.
                 row, end = rows * g // groups, rows * (g + 1) // groups
                 own = levels + row * stride
                 for t in range(begin, min(begin + at_once, last_tile)):
                     fused(
-                        end - row, own, own + level_bytes * depth, stride, packed + 8 * t * depth,
+                        end - row, own, own + level_bytes * depth, stride, packed + weight_bytes * t * depth,
                         absmax + 64 * t * (depth // block), depth // block, block // SPAN,
                         y + row * y_stride + 64 * t, y_stride, accumulate,
                     )  # fmt: skip
+
+    return some
+
+
+def shared_out(fused: Any, most_rows: int, level_bytes: int) -> Any:
+    """A part of ``y (+)= W x`` with W in NF4, all rows and tiles; see `groups_and_tiles`."""
+    some = groups_and_tiles(fused, most_rows, level_bytes, 8)
 
     @njit(nogil=True)
     def multiply(
@@ -106,8 +114,7 @@ def shared_out(fused: Any, most_rows: int, level_bytes: int) -> Any:
             first, last = share(n_tiles, which, shares, 1)
             item, more = (last_item, last_item) if shares == 1 else (item + 1, group + 1)
             some(
-                rows, groups, group, more, first, last, levels, stride, depth, packed, absmax, block, y, y_stride,
-                accumulate,
+                rows, group, more, first, last, levels, stride, depth, packed, absmax, block, y, y_stride, accumulate
             )  # fmt: skip
 
     return multiply
@@ -158,7 +165,7 @@ def nf4_linear(
     then its scales; what it holds is overwritten."""
     m, k = x.shape
     launch(
-        _quantise_kernel, x.data_ptr(), x.stride(0) * 4, m, k, work.data_ptr(), work.stride(0) * 4, packed.data_ptr(),
+        quantise_kernel, x.data_ptr(), x.stride(0) * 4, m, k, work.data_ptr(), work.stride(0) * 4, packed.data_ptr(),
         absmax.data_ptr(), packed.shape[0], out.data_ptr(), out.stride(0) * 4, blocksize, int(accumulate),
         then=_nf4_kernel, keep=(x, out, work),
     )  # fmt: skip

@@ -50,6 +50,13 @@ class Integers:
         codes = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1, weight.blocksize).long()
         return (self._codes[codes] * weight.absmax_fp32().double()[:, None]).reshape(weight.shape)
 
+    def rounded_head(self, weight: torch.Tensor) -> torch.Tensor:
+        """A bf16 weight ``[N, K]`` as ``head_words`` multiplies with it, fp64: whole numbers up to ``code_unit`` times
+        what one stands for, by row."""
+        largest = weight.abs().amax(1, keepdim=True).float()
+        factor = torch.where(largest > 0, torch.div(torch.full_like(largest, self.code_unit), largest), 0.0)
+        return torch.round(weight.double() * factor.double()) * largest.double() / self.code_unit
+
     def bound(self, x: torch.Tensor, weight: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
         """How far the product of the rounded values is from that of x ``[M, K]`` and ``weight`` ``[N, K]`` at most,
         ``[M, N]`` fp64. ``absmax`` ``[N, K / blocksize]``: those of the weight's blocks."""

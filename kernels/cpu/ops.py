@@ -15,6 +15,7 @@ from manylora.kernels.cpu import (
     attention,
     bf16_linear,
     elementwise,
+    head_words,
     lora_vectors,
     nf4_bytes,
     nf4_exact,
@@ -92,15 +93,17 @@ AnyLinear = PackedLinear | DenseLinear | StackedLinear
 
 @dataclass(frozen=True)
 class PackedTable:
-    """bf16 in tiles of 16 vocabulary entries if it makes logits, else plain rows."""
+    """bf16 in tiles of 16 vocabulary entries if it makes logits, else plain rows. ``maxima``: the largest of each entry
+    if logits are computed in integers, see ``head_words``."""
 
     vocab: int
     tiles: torch.Tensor | None
     rows: torch.Tensor | None
+    maxima: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.tiles, self.rows) if t is not None)
+        return sum(t.nbytes for t in (self.tiles, self.rows, self.maxima) if t is not None)
 
 
 def unsupported(weight: Nf4Tensor) -> str | None:
@@ -269,7 +272,9 @@ class NumbaOps:
 
     def prepare_embedding(self, weight: torch.Tensor, *, head: bool) -> PackedTable:
         if head:
-            return PackedTable(weight.shape[0], bf16_linear.pack_bf16(weight), None)
+            tiles = bf16_linear.pack_bf16(weight)
+            rounded = self.arithmetic != "fp32" and weight.shape[1] % SPAN == 0
+            return PackedTable(weight.shape[0], tiles, None, head_words.head_maxima(weight) if rounded else None)
         return PackedTable(weight.shape[0], None, weight)
 
     def embed(self, token_ids: torch.Tensor, weight: PackedTable) -> torch.Tensor:
@@ -282,7 +287,12 @@ class NumbaOps:
         if weight.tiles is None:
             raise ValueError("this table was not prepared to make logits")
         out = self._scratch.empty(x.shape[0], weight.tiles.shape[0] * TILE)
-        bf16_linear.bf16_linear(x, weight.tiles, out)
+        if weight.maxima is None:
+            bf16_linear.bf16_linear(x, weight.tiles, out)
+        else:
+            with self._scratch.scope():
+                work = self._scratch.empty(x.shape[0], nf4_linear.work_width(x.shape[1]))
+                head_words.head_linear(x, weight.tiles, weight.maxima, out, work)
         return out[:, : weight.vocab]
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -90,7 +90,10 @@ def _checks(
     for k in dict.fromkeys(k for k, _ in shapes.linears):
         yield f"bf16 linear of {k} inputs", partial(_bf16_linear, make, ops, k)
     hidden = lora.in_features["q"]
-    yield "embedding and logits", partial(_tables, make, ops, plain, hidden)
+    yield (
+        "embedding and logits",
+        partial(_tables, make, ops, plain, hidden, None if arithmetic == "fp32" else nf4_reference.WORDS),
+    )
     yield "largest logits", partial(_maxima, make, ops)
     yield "RMS norm", partial(_norm, make, ops, plain, hidden)
     yield "layer norm", partial(_layer_norm, make, ops, hidden)
@@ -209,7 +212,8 @@ def _bf16_linear(make: _Inputs, ops: Ops, k: int) -> None:
     _check_linear(ops, make, ops.prepare_dense(weight, None), weight, None, k, torch.Tensor.float)
 
 
-def _tables(make: _Inputs, ops: Ops, plain: Ops, hidden: int) -> None:
+def _tables(make: _Inputs, ops: Ops, plain: Ops, hidden: int, integers: nf4_reference.Integers | None) -> None:
+    """Logits in integers of 16 bits also where NF4 is in those of 8."""
     vocab = _OUTPUTS - 11  # no whole number of tiles
     table, ids = make.normal(vocab, hidden).bfloat16(), torch.tensor([0, 7, 8, 15, 16, vocab - 1])
     ours = ops.prepare_embedding(table, head=True)
@@ -217,8 +221,11 @@ def _tables(make: _Inputs, ops: Ops, plain: Ops, hidden: int) -> None:
     for rows in (1, 4, 7):
         x = make.normal(rows, hidden)
         size = (x.abs() @ table.float().abs().T).double()
-        got, exact = _run(ops, partial(ops.logits, x, ours)), plain.logits(x, plain.prepare_embedding(table, head=True))
-        _compare(f"logits of {rows} rows", got, exact, _sum_bound(hidden) * size)
+        if integers is None or hidden % SPAN:
+            exact = plain.logits(x, plain.prepare_embedding(table, head=True)).double()
+        else:
+            exact = integers.rounded_x(x) @ integers.rounded_head(table).T
+        _compare(f"logits of {rows} rows", _run(ops, partial(ops.logits, x, ours)), exact, _sum_bound(hidden) * size)
 
 
 def _maxima(make: _Inputs, ops: Ops) -> None:

@@ -20,7 +20,8 @@ class Target:
     weights as it multiplies; tiles that are left over are taken one by one, rows beyond the table in near-equal groups.
     ``panel_tiles``: tiles of a widened panel. ``nf4_fused_rows``: rows at most that codes of NF4 are multiplied with
     as they are looked up as words, ``nf4_byte_rows`` as bytes, ``nf4_panel_rows`` once they are. ``nf4_group``:
-    positions whose codes come from one load.
+    positions whose codes come from one load. ``head_rows``: rows at most that bf16 weights are multiplied with
+    as they become integers.
     """
 
     lanes: int
@@ -30,6 +31,7 @@ class Target:
     nf4_fused_rows: int
     nf4_panel_rows: int
     nf4_byte_rows: int
+    head_rows: int
     nf4_group: int
 
 
@@ -43,6 +45,7 @@ _TARGETS: Final = {
         nf4_fused_rows=4,
         nf4_panel_rows=6,
         nf4_byte_rows=4,
+        head_rows=4,
         nf4_group=4,
     ),
     # 32 registers, a tile is one.
@@ -54,6 +57,7 @@ _TARGETS: Final = {
         nf4_fused_rows=8,
         nf4_panel_rows=0,
         nf4_byte_rows=10,
+        head_rows=8,
         nf4_group=8,
     ),
 }

@@ -206,14 +206,58 @@ def test_what_cannot_be_packed_is_refused(ops: Ops) -> None:
 
 
 @pytest.mark.parametrize("vocab", [64, 1000])
-def test_embedding_and_logits(ops: Ops, vocab: int) -> None:
+def test_embedding_and_logits(ops: Ops, exact: Ops, vocab: int) -> None:
     table = activations(vocab, 96, seed=4).bfloat16()
     x, ids = activations(7, 96), torch.tensor([0, 1, 7, 8, 15, 16, vocab - 1])
     for head in (True, False):
         assert torch.equal(ops.embed(ids, ops.prepare_embedding(table, head=head)), table[ids].float())
-    bound = 97 * EPS * (x.abs().double() @ table.abs().double().T)
+    sizes = x.abs().double() @ table.abs().double().T
+    y = exact.logits(x, exact.prepare_embedding(table, head=True))
+    assert ((y - x.double() @ table.double().T).abs() <= 97 * EPS * sizes).all()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 8, 9, 40])
+def test_logits_in_integers(ops: Ops, rows: int) -> None:
+    """Against the product of what both sides are rounded to, which is off by no more than is said: with an entry of
+    zeros, very small and very large ones, an outlier in the hidden state."""
+    from manylora.kernels.cpu.nf4_reference import WORDS
+
+    table, x = activations(1000, 576, seed=4), activations(rows, 576)
+    table[7], table[9], table[11] = 0, 1e-3 * table[9], 1e4 * table[11]
+    table, x[:, 40] = table.bfloat16(), 50.0
+    prepared = ops.prepare_embedding(table, head=True)
+    y, rounded = ops.logits(x, prepared), WORDS.rounded_x(x) @ WORDS.rounded_head(table).T
+    sums = 1.02 * (576 // 32 + 3) * EPS * (x.abs().double() @ table.abs().double().T)
+    assert ((y - rounded).abs() <= sums).all()
+    largest = table.abs().amax(1).double()
+    of_x = x.abs().double().reshape(rows, -1, 32).amax(2).repeat_interleave(32, 1) * WORDS.level_error
+    of_table = largest * 0.5 / WORDS.code_unit
     exact = x.double() @ table.double().T
-    assert ((ops.logits(x, ops.prepare_embedding(table, head=True)) - exact).abs() <= bound).all()
+    bound = of_x @ table.abs().double().T + (x.abs().double() + of_x).sum(1, keepdim=True) * of_table
+    assert ((rounded - exact).abs() <= 1.001 * bound + 1e-12).all()
+    assert (y[:, 7] == 0).all()
+    assert torch.equal(ops.embed(torch.arange(1000), prepared), table.float()), "embeddings are looked up exactly"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_logits_of_what_is_not_finite_are_not(ops: Ops, bad: float) -> None:
+    table, x = activations(100, 64, seed=4).bfloat16(), activations(3, 64)
+    clean = ops.logits(x, ops.prepare_embedding(table, head=True)).clone()
+    x[1, 5] = bad
+    y = ops.logits(x, ops.prepare_embedding(table, head=True)).clone()
+    assert not y[1].isfinite().any()
+    assert torch.equal(y[[0, 2]], clean[[0, 2]])
+    x, table[33, 7] = activations(3, 64), bad
+    y = ops.logits(x, ops.prepare_embedding(table, head=True))
+    assert not y[:, 33].isfinite().any()
+    assert torch.equal(y[:, :33], clean[:, :33])
+
+
+def test_logits_of_a_width_that_is_no_whole_span_are_in_fp32(ops: Ops) -> None:
+    table, x = activations(100, 40, seed=4).bfloat16(), activations(3, 40)
+    bound = 41 * EPS * (x.abs().double() @ table.abs().double().T)
+    y = ops.logits(x, ops.prepare_embedding(table, head=True))
+    assert ((y - x.double() @ table.double().T).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("id", [-1, 112, 1 << 40])

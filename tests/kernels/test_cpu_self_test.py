@@ -101,7 +101,7 @@ def _address(typingctx: Any, pointer: Any) -> Any:
 
 KERNELS = [one for one in compiling.all_kernels() if one.name not in ("_run_alone", "_team_member")]
 NAMED = {
-    "_quantise_kernel": "NF4 linear", "_nf4_kernel": "NF4 linear", "_exact_nf4_kernel": "NF4 linear",
+    "quantise_kernel": "NF4 linear", "_nf4_kernel": "NF4 linear", "_exact_nf4_kernel": "NF4 linear",
     "_quantise_bytes_kernel": "NF4 linear", "_nf4_bytes_kernel": "NF4 linear",
     "_bf16_kernel": "bf16 linear", "_bias_kernel": "NF4 linear", "_rms_norm_kernel": "RMS",
     "_gelu_mul_kernel": "GELU", "_gelu_kernel": "GELU",
@@ -109,7 +109,7 @@ NAMED = {
     "_silu_mul_kernel": "SiLU", "_store_kernel": "attention", "_attend_kernel": "attention",
     "_shrink_kernel": "adapters at", "_expand_kernel": "adapters at", "_set_aside_kernel": "adapters at",
     "_take_products_kernel": "adapters at", "_add_vectors_kernel": "adapters at", "_fp32_kernel": "replaced logits",
-    "_gather_kernel": "embedding", "_maxima_kernel": "largest logits",
+    "_gather_kernel": "embedding", "_head_kernel": "embedding and logits", "_maxima_kernel": "largest logits",
 }  # fmt: skip
 """How the self-test calls what each kernel does."""
 
