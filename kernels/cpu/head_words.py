@@ -73,7 +73,8 @@ def _pair_of_one(b: Builder, address: Value, factors: Value) -> Value:
         of_half = shuffle(b, factors, factors, 2 * list(range(first, first + 8)))
         whole.append(b.bitcast(_nearest(b, b.bitcast(half, VF), of_half), WORDS))
     places = [32 * (output // 8) + 2 * (output % 8) + 16 * position for output in range(16) for position in range(2)]
-    return shuffle(b, *whole, places)
+    low, high = whole
+    return shuffle(b, low, high, places)
 
 
 _ROWS: Final = TARGET.head_rows

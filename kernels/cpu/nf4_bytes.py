@@ -10,8 +10,8 @@ from which ``bias``, 128 times the sum of the span's levels, is taken away. With
 longer.
 
 **What rounding costs.** A code is off by at most 3.6e-3 of its block's absmax, a value of x by at most 3.9e-3 of its
-span's largest: what llama.cpp does to x (its Q8_0 has the same spans), and some five times what bf16 does to both
-(``bench/accuracy.py`` measures it in logits). Sums are exact, and spans are added in order: as with 16 bits, a row's
+span's largest: what llama.cpp does to x (its Q8_0 has the same spans), and three times what bf16 does to both (in
+logits too: ``bench/accuracy.py``). Sums are exact, and spans are added in order: as with 16 bits, a row's
 result depends neither on the rows beside it nor on how wide vectors are.
 """
 
