@@ -35,8 +35,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from results_file import ResultsFile
 
 from manylora.kernels import cpu
-from manylora.kernels.ops import Ops, PagedSequences
+from manylora.kernels.ops import Ops
 from manylora.kernels.torch_ops import TorchOps
+from manylora.server.engine.batch import build_batch
+from manylora.server.engine.request import Request, SamplingParams, ScheduledRow, StepPlan
 from manylora.server.model.decoder import Decoder
 from manylora.server.model.decoder_weights import DecoderWeights
 from manylora.server.model.families import ModelSpec
@@ -73,22 +75,18 @@ class Model:
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """The last layer's output for a text of its own, ``[tokens, hidden]``. ``ids``: int64 ``[tokens]``."""
-        return self._decoder.hidden(self._batch(ids), self._cache)
+        return self._decoder.hidden(batch_of(ids), self._cache)
 
     def logits(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """fp32 ``[tokens, vocab]``, of what ``hidden`` gave for ``ids``."""
-        return self._decoder.logits(hidden, self._batch(ids), None).float()
+        return self._decoder.logits(hidden, batch_of(ids), None).float()
 
-    def _batch(self, ids: torch.Tensor) -> ForwardBatch:
-        tokens = ids.numel()
-        sequences = PagedSequences(
-            starts=torch.tensor([0, tokens], dtype=torch.int32),
-            contexts=torch.tensor([tokens], dtype=torch.int32),
-            tables=torch.arange(KVCache.pages_for(tokens), dtype=torch.int32)[None],
-            positions=torch.arange(tokens, dtype=torch.int32),
-            host_starts=(0, tokens),
-        )
-        return ForwardBatch(ids, sequences, sample_rows=None, lora=None)
+
+def batch_of(ids: torch.Tensor) -> ForwardBatch:
+    """A text of its own, as the server computes a prompt."""
+    request = Request("accuracy", ids.tolist(), SamplingParams())
+    request.pages = list(range(KVCache.pages_for(len(ids))))
+    return build_batch(StepPlan((ScheduledRow(request, 0, len(ids)),)))
 
 
 class Comparison:

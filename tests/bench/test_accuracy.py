@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from manylora.kernels.cpu import available
+from manylora.kernels.torch_ops import TorchOps
 from manylora.server.model.synthetic import synthetic_base, synthetic_spec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 import accuracy
-from accuracy import Comparison, measured, windows_of
+from accuracy import Comparison, Model, measured, windows_of
 
 IDS = torch.arange(100) % 7
 
@@ -52,15 +53,17 @@ def test_divergence_is_the_reference_s_from_what_is_measured() -> None:
 
 
 def test_mean_percentile_and_top_are_over_all_windows() -> None:
-    sure, unsure = torch.tensor([9.0, 0.0]), torch.tensor([0.0, 0.0])
+    sure = torch.tensor([9.0, 0.0, 0.0]).repeat(100, 1)
+    nearly, wrong = torch.tensor([9.0, 0.1, 0.0]), torch.tensor([-9.0, 0.0, 0.0])
     comparison = Comparison()
     ids = torch.zeros(100, dtype=torch.int64)
-    comparison.add(sure.repeat(100, 1), sure.repeat(100, 1), ids)
-    comparison.add(sure.repeat(100, 1), torch.cat([sure.repeat(97, 1), (unsure - sure).repeat(3, 1)]), ids)
+    comparison.add(sure, sure, ids)
+    comparison.add(sure, torch.cat([nearly.repeat(97, 1), wrong.repeat(3, 1)]), ids)
     result = comparison.result()
     assert result["same_top"] == 197 / 200
-    assert result["kl_mean"] == pytest.approx(9 * 3 / 200, rel=1e-2)
-    assert result["kl_p99"] == pytest.approx(9, rel=1e-2)  # 1.5 % of the positions
+    far = 9 + math.log(2)
+    assert result["kl_mean"] == pytest.approx(far * 3 / 200, rel=1e-2)
+    assert result["kl_p99"] == pytest.approx(far, rel=1e-2)  # 1.5 % of the positions
 
 
 def test_perplexity_is_of_the_next_token_of_the_same_window() -> None:
@@ -79,6 +82,20 @@ def test_windows_are_the_beginnings_of_all_texts(monkeypatch: pytest.MonkeyPatch
     assert ["".join(map(chr, one)) for one in windows] == ["abc", "def", "ijk", "lmn"]
     with pytest.raises(ValueError, match="5 tokens: 2 windows of 3 take 6"):
         windows_of(Letters(), ["abcdefgh", "ijklm"], 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("changed", [3, 39])
+def test_a_position_depends_on_its_own_token_and_those_before(changed: int) -> None:
+    spec = synthetic_spec("tiny")
+    model = Model(spec, synthetic_base(spec), TorchOps("cpu", torch.float32, resident=True), 40)  # two pages and a half
+    ids = torch.arange(40)
+    others = ids.clone()
+    others[changed] = 200
+    with torch.inference_mode():
+        first, second = (model.logits(model.hidden(one), one) for one in (ids, others))
+    assert first.shape == (40, spec.vocab_size)
+    differ = (first - second).abs().amax(-1) > 1e-6
+    assert differ.tolist() == [position >= changed for position in range(40)]
 
 
 @pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
