@@ -96,9 +96,9 @@ class EngineConfig:
     twelfth or less of what bf16 would be; ``int8``: off by 0.8 percent, three times what bf16 would be, fastest on a
     processor with VNNI; ``fp32``: nothing rounded but sums, slower for few rows."""
     lora_dtype: LoraDtype = "auto"
-    """What adapters' A and B are held in on the device. ``auto``: what is computed in, so nothing of an adapter is lost
-    on a CPU. ``bfloat16`` on a CPU: half the bytes to read in each step and to hold; adapters saved in fp32 or fp16 are
-    rounded to it, those saved in bf16 lose nothing."""
+    """What adapters' A and B are held in on the device. ``auto``: on a CPU int16, whole numbers of 1/32767 of the
+    largest of each rank, or fp32 beside ``cpu_arithmetic`` fp32; else what is computed in. ``bfloat16`` on a CPU: as
+    few bytes; adapters saved in fp32 or fp16 are rounded to it, those saved in bf16 lose nothing."""
     max_rows: int | None = None
     """Requests computed together in one step."""
     max_device_adapters: int | None = None
