@@ -9,7 +9,7 @@ and an FMA does half as many products as ``vpmaddwd``. So both sides become inte
 magnitude, rounded; ``scale`` takes both factors back. The inner sum is exact: 32 products fit an int32.
 
 **What rounding costs.** A code is off by at most 4e-5 of its block's absmax, a value of x by at most 6e-5 of its span's
-largest. Products are off by 1e-4 of themselves, 2e-4 if x has outliers: as a rule a twelfth or less of what bf16 does to
+largest. Products are off by 1e-4 of themselves, 2e-4 if x has outliers: mostly a twelfth or less of what bf16 does to
 them, in which a QLoRA base is usually multiplied (``test_rounding_is_far_below_that_of_bf16``).
 
 **Order of summation.** The inner sum has none; a row's spans are added in order, ``fma(inner, absmax * scale, y)``,
