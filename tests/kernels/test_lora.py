@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from collections.abc import Callable
 from itertools import chain
@@ -200,6 +201,33 @@ def test_many_adapters_at_once(threads: int, more: str) -> None:
             assert torch.equal(alone, y)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
+@pytest.mark.parametrize("twice", [False, True])
+def test_the_parts_of_a_kernel_may_run_in_any_order(twice: bool) -> None:
+    """Threads take them as they come: no two parts add to the same row of a column, or its sum would have another
+    order. Here the last is run first, with a row of two adapters and without."""
+    from manylora.kernels.cpu.threads import queued, recorded
+
+    count, parts = 19, 4
+    pool = pool_of(*(random_weights(16, ("down",), i) for i in range(count)), max_pages=60)
+    pairs = _many(count) + ([(row, (row + 9) % count, 0.5) for row in range(count)] if twice else [])
+    segments = LoraSegments.from_pairs(pairs)
+    assert segments is not None
+    x, y = _inputs("down")
+    expected = y.clone()
+    BatchedLora(pool, "cpu").add_(expected, x, segments, "down", 1)
+    before = y.clone()
+    with recorded() as made, queued():
+        BatchedLora(pool, "cpu").add_(y, x, segments, "down", 1)
+    y.copy_(before)
+    program = list(made[0]._program)[2:]
+    for address, arguments in zip(program[::4], program[1::4], strict=True):
+        kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(address)
+        for part in reversed(range(parts)):
+            kernel(arguments, part, parts)
+    assert torch.equal(y, expected)
 
 
 @pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
