@@ -52,11 +52,10 @@ from manylora.kernels.cpu.emit import (
     store_tile,
 )
 from manylora.kernels.cpu.nf4_inner import BYTES, SPAN, WORDS, look_up, nibbles, products_of_words, scaled_span
-from manylora.kernels.cpu.nf4_linear import shared_out
+from manylora.kernels.cpu.nf4_linear import quantised, shared_out
 from manylora.kernels.cpu.nf4_packing import GROUP
 from manylora.kernels.cpu.target import HAS_BYTE_PRODUCTS, TARGET
 from manylora.kernels.cpu.threads import launch
-from manylora.kernels.cpu.tiles import share
 from manylora.kernels.nf4_code import NF4_CODE
 
 CODE_UNIT: Final = 123
@@ -174,12 +173,14 @@ def _emit_rows(
 
 
 @intrinsic
-def _quantise(typingctx, x, levels, scales, biases, spans):
-    """A row of ``SPAN * spans`` fp32 values at ``x`` as int8 ``levels``, an fp32 scale and an int32 bias a span: ``x``
-    is about ``level * scale * CODE_UNIT``. A span with a value that is not finite has a scale that is not."""
+def _quantise(typingctx, x, levels, scales, all_spans, spans):
+    """A row's ``SPAN * spans`` fp32 values at ``x`` as int8 ``levels``, an fp32 scale a span, and behind the row's
+    ``all_spans`` scales an int32 bias a span: ``x`` is about ``level * scale * CODE_UNIT``. A span with a value that is
+    not finite has a scale that is not."""
 
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        x, levels, scales, biases, spans = args
+        x, levels, scales, all_spans, spans = args
+        biases = b.add(scales, b.mul(all_spans, i64(4)))
         add_up = function(b, "llvm.vector.reduce.add.v8i32", I32, V8I)
         narrow = ir.VectorType(I8, 8)
         with cgutils.for_range(b, spans, intp=I64) as loop:
@@ -196,22 +197,13 @@ def _quantise(typingctx, x, levels, scales, biases, spans):
     return types.void(*[types.int64] * 5), codegen
 
 
-_product = shared_out(_multiply, MOST_ROWS, 1)
+_quantised, _product = quantised(_quantise, 1), shared_out(_multiply, MOST_ROWS, 1)
 
 
 @kernel
 def _quantise_bytes_kernel(arguments, part, parts):
     a = carray(arguments, 13)
-    x, x_stride, rows, depth, levels, level_stride = a[0], a[1], a[2], a[3], a[4], a[5]
-    spans = depth // SPAN
-    first, last = share(rows * spans, part, parts, 1)
-    while first < last:
-        row, start = first // spans, first % spans
-        count = min(spans - start, last - first)
-        own = levels + row * level_stride
-        scales = own + depth + 4 * start
-        _quantise(x + row * x_stride + 4 * SPAN * start, own + SPAN * start, scales, scales + 4 * spans, count)
-        first += count
+    _quantised(part, parts, a[0], a[1], a[2], a[3], a[4], a[5])
 
 
 @kernel

@@ -32,20 +32,34 @@ CODE_BYTES = 128 << 10
 """Of packed codes that are multiplied with all rows before the next are touched: they stay in L2."""
 
 
+def quantised(quantise_spans: Any, level_bytes: int) -> Any:
+    """A part of x as integers, by ``quantise_spans(x, levels, scales, all_spans, spans)``: ``level_bytes`` of a level,
+    behind a row's levels the scales of ``all_spans``."""
+
+    @njit(nogil=True)
+    def some(part, parts, x, x_stride, rows, depth, levels, level_stride):
+        spans = depth // SPAN
+        first, last = share(rows * spans, part, parts, 1)
+        while first < last:
+            row, start = first // spans, first % spans
+            count = min(spans - start, last - first)
+            own = levels + row * level_stride
+            scales = own + level_bytes * depth + 4 * start
+            quantise_spans(
+                x + row * x_stride + 4 * SPAN * start, own + level_bytes * SPAN * start, scales, spans, count
+            )  # fmt: skip
+            first += count
+
+    return some
+
+
+_quantised = quantised(quantise, 2)
+
+
 @kernel
 def quantise_kernel(arguments, part, parts):
     a = carray(arguments, 13)
-    x, x_stride, rows, depth, levels, level_stride = a[0], a[1], a[2], a[3], a[4], a[5]
-    spans = depth // SPAN
-    first, last = share(rows * spans, part, parts, 1)
-    while first < last:
-        row, start = first // spans, first % spans
-        count = min(spans - start, last - first)
-        own = levels + row * level_stride
-        quantise(
-            x + row * x_stride + 4 * SPAN * start, own + 2 * SPAN * start, own + 2 * depth + 4 * start, count
-        )  # fmt: skip
-        first += count
+    _quantised(part, parts, a[0], a[1], a[2], a[3], a[4], a[5])
 
 
 @njit(nogil=True, inline="never")

@@ -3,6 +3,8 @@ bit. Tolerances: fp32 sums of depth d round at most d times (Higham, section 3.1
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,9 @@ from manylora.kernels.nf4_tensor import Nf4Tensor
 from manylora.kernels.ops import AttentionShape, Ops, PagedSequences
 from manylora.kernels.torch_ops import TorchOps
 from manylora.kernels.torch_ops import rotate as rotate_fp32
+
+if TYPE_CHECKING:
+    from manylora.kernels.cpu.ops import NumbaOps
 
 pytestmark = pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
 
@@ -41,11 +46,12 @@ def activations(rows: int, width: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
 
 
-def rounding(x: torch.Tensor, weight: Nf4Tensor) -> torch.Tensor:
+def rounding(x: torch.Tensor, weight: Nf4Tensor, arithmetic: str = "int16") -> torch.Tensor:
     """How far rounding x and W to integers moves the product at most."""
-    from manylora.kernels.cpu.nf4_reference import WORDS
+    from manylora.kernels.cpu.nf4_reference import BYTES, WORDS
 
-    return WORDS.bound(x, weight.dequantize(), weight.absmax_fp32().reshape(weight.shape[0], -1))
+    integers, blocks = {"int16": WORDS, "int8": BYTES}[arithmetic], weight.absmax_fp32().reshape(weight.shape[0], -1)
+    return integers.bound(x, weight.dequantize(), blocks)
 
 
 @pytest.mark.parametrize(("n", "k"), [(16, 64), (48, 192), (960, 576), (112, 1536)])
@@ -149,9 +155,18 @@ def test_the_largest_sums_there_are_do_not_overflow(ops: Ops) -> None:
             torch.testing.assert_close(y, torch.full((rows, 16), 3.0 * 64 * NF4_CODE[code]), rtol=4 * EPS, atol=0)
 
 
+@pytest.fixture(scope="module", params=["int16", "int8"])
+def rounding_ops(request: pytest.FixtureRequest) -> NumbaOps:
+    """Those of each size of integers."""
+    from manylora.kernels.cpu.ops import NumbaOps
+
+    return NumbaOps(request.param)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("rows", [3, 9])
-def test_what_is_not_finite_stays_so_in_its_row(ops: Ops, bad: float, rows: int) -> None:
+def test_what_is_not_finite_stays_so_in_its_row(rounding_ops: NumbaOps, bad: float, rows: int) -> None:
+    ops = rounding_ops
     weight, x = ops.prepare_linear([nf4(48, 128)], None), activations(rows, 128)
     clean = ops.linear(x, weight)
     for place in (0, 37, 127):
@@ -163,21 +178,24 @@ def test_what_is_not_finite_stays_so_in_its_row(ops: Ops, bad: float, rows: int)
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-40, 1e-31, 1e-29, 1e30])
-def test_inputs_of_any_magnitude(ops: Ops, magnitude: float) -> None:
+def test_inputs_of_any_magnitude(rounding_ops: NumbaOps, magnitude: float) -> None:
+    ops = rounding_ops
     weight, x = nf4(48, 128), magnitude * activations(5, 128)
     y = ops.linear(x, ops.prepare_linear([weight], None))
     exact = x.double() @ weight.dequantize().double().T
     # Below 2^-100 = 8e-31 they count as zeros.
-    assert ((y - exact).abs() <= rounding(x, weight) * 1.01 + 128 * 2.0**-100 * 1.2 * (magnitude < 1e-30)).all()
+    bound = rounding(x, weight, ops.arithmetic) * 1.01
+    assert ((y - exact).abs() <= bound + 128 * 2.0**-100 * 1.2 * (magnitude < 1e-30)).all()
 
 
 @pytest.mark.parametrize("blocksize", [32, 64, 128])
-def test_linear_fuses_weights_bias_and_residual(ops: Ops, blocksize: int) -> None:
+def test_linear_fuses_weights_bias_and_residual(rounding_ops: NumbaOps, blocksize: int) -> None:
+    ops = rounding_ops
     weights = [nf4(n, 256, seed=n, blocksize=blocksize) for n in (32, 16, 64)]
     bias, x, residual = activations(1, 112)[0], activations(9, 256), activations(9, 112, seed=5)
     expected = x @ torch.cat([w.dequantize() for w in weights]).T + bias
     prepared = ops.prepare_linear(weights, bias)
-    bound = torch.cat([rounding(x, weight) for weight in weights], 1) + 1e-5
+    bound = torch.cat([rounding(x, weight, ops.arithmetic) for weight in weights], 1) + 1e-5
     assert ((ops.linear(x, prepared) - expected).abs() <= bound).all()
     stream = residual.clone()
     assert ops.linear(x, prepared, add_to=stream) is stream
