@@ -135,16 +135,7 @@ class BatchedLora:
         without bias and residual, of the rows that ``vector_rows`` names; not needed for ``lm_head``, whose y is just
         that. Raises ValueError if a shape or dtype is not the site's, or if ``base`` is missing; the message has both.
         """
-        shapes = self.pool.shapes
-        k, n = shapes.in_features[SITES[site][0]], shapes.site_offsets(site)[-1]
-        if x.dim() != 2 or y.dim() != 2 or x.shape != (y.shape[0], k) or y.shape[1] != n:
-            raise ValueError(
-                f"site `{site}` maps x [T, {k}] to y [T, {n}], got x {list(x.shape)} and y {list(y.shape)}"
-            )
-        if x.stride(1) != 1 or y.stride(1) != 1:
-            raise ValueError("x and y need contiguous rows")
-        if self.implementation == "cpu" and (x.dtype != torch.float32 or y.dtype != torch.float32):
-            raise ValueError(f"the CPU op computes in float32, got x {x.dtype} and y {y.dtype}")
+        n = self.check(y, x, site)
         routed = self.route(adapters, x.shape[0]) if isinstance(adapters, LoraSegments) else adapters
         vectors = routed.vector_rows(site, layer)
         if vectors is not None and base is None and site == "lm_head":
@@ -162,6 +153,20 @@ class BatchedLora:
                 )
             self.kernel.add_vectors_(y, base, vectors, site, layer)
         self.kernel.add_(y, x, routed, site, layer)
+
+    def check(self, y: torch.Tensor, x: torch.Tensor, site: str) -> int:
+        """The site's width N. Raises ValueError if a shape or dtype is not the site's; the message has both."""
+        shapes = self.pool.shapes
+        k, n = shapes.in_features[SITES[site][0]], shapes.site_offsets(site)[-1]
+        if x.dim() != 2 or y.dim() != 2 or x.shape != (y.shape[0], k) or y.shape[1] != n:
+            raise ValueError(
+                f"site `{site}` maps x [T, {k}] to y [T, {n}], got x {list(x.shape)} and y {list(y.shape)}"
+            )
+        if x.stride(1) != 1 or y.stride(1) != 1:
+            raise ValueError("x and y need contiguous rows")
+        if self.implementation == "cpu" and (x.dtype != torch.float32 or y.dtype != torch.float32):
+            raise ValueError(f"the CPU op computes in float32, got x {x.dtype} and y {y.dtype}")
+        return n
 
     def add_embedding_(self, y: torch.Tensor, token_ids: torch.Tensor, segments: LoraSegments) -> None:
         """The token embedding's part of the adapters; ids int64 ``[T]``, ``y`` ``[T, hidden]`` the base's rows::
@@ -198,6 +203,11 @@ class SiteAdapters:
     adapters: Any
     site: str
     layer: int
+
+    def routed(self, n_rows: int) -> Any:
+        """See ``BatchedLora.route``."""
+        adapters = self.adapters
+        return self.lora.route(adapters, n_rows) if isinstance(adapters, LoraSegments) else adapters
 
     def vector_rows(self) -> VectorRows | None:
         """The rows whose products ``add_`` needs as its ``base``; None if there are none."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from manylora.kernels.cpu import available as cpu_kernels_available
+from manylora.kernels.host_memory import untouched_zeros
 from manylora.kernels.lora_books import POOL_SITES, SlotContents
 from manylora.kernels.lora_tables import TABLE_BYTES, DeviceTable, TableForm
 from manylora.kernels.lora_weights import LoraPair, LoraWeights, TableRows
@@ -58,7 +59,7 @@ def as_integers(ranks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _fill_page(
     a: torch.Tensor, b: torch.Tensor, scales: torch.Tensor | None, pair: LoraPair | None, first: int
 ) -> None:
-    """Ranks ``first .. first + 15`` of a pair into a layer's page ``a`` ``[K, 16]``, ``b`` ``[16, N]``, and, of
+    """Ranks ``first .. first + 15`` of a pair into a layer's page ``a`` ``[K, 16]``, ``b`` (as in `LoraPool`), and, of
     integers, ``scales`` ``[16]``; zeros beyond."""
     width = 0 if pair is None else max(0, min(RANK_PAGE, pair.rank - first))
     if pair is not None and width:
@@ -73,19 +74,22 @@ def _fill_page(
             (of_a, scale_a), (of_b, scale_b) = as_integers(of_a), as_integers(of_b)
             scales[:width] = scale_a * scale_b
         a[:, :width] = of_a.to(a.dtype).T
-        b[:width] = of_b.to(b.dtype)
+        if b.dim() == 2:
+            b[:width] = of_b.to(b.dtype)
+        else:
+            b[:, :width] = of_b.to(b.dtype).unflatten(1, (-1, RANK_PAGE)).transpose(0, 1)
     if width < RANK_PAGE:
         a[:, width:] = 0
-        b[width:] = 0
+        b[..., width:, :] = 0
+
+
+def rows_of_b(pages: torch.Tensor, n: int) -> torch.Tensor:
+    """Pages of a layer's B, ``[pages, 16, N]`` or ``[pages, N / 16, 16, 16]``, as ``[16 * pages, N]``."""
+    return (pages if pages.dim() == 3 else pages.transpose(1, 2)).reshape(-1, n)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # calloc'ed by numpy: the system commits a page of memory when it is first written, torch.zeros would at once.
-    stand_in = {torch.float32: np.float32, torch.float16: np.float16}.get(dtype, np.int16)
-    zeros = torch.from_numpy(np.zeros(shape, stand_in))
-    return zeros.view(dtype) if zeros.dtype != dtype else zeros
+    return untouched_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,9 @@ class LoraPool:
     For each projection ``p`` of K inputs, N outputs and L layers:
 
     - ``a[p]`` ``[pages, L, K, 16]`` and ``b[p]`` ``[pages, L, 16, N]``: a page holds 16 ranks of one adapter for all
-      layers; A is transposed, so that both halves are read along their rows;
+      layers; A is transposed, so that both halves are read along their rows. Of integers, which only the CPU's kernels
+      read, ``b[p]`` is ``[pages, L, N / 16, 16, 16]`` if N is a multiple of 16: what is multiplied at once lies
+      together. ``rows_of_b`` reads either;
     - ``page_table[p]`` int32 ``[slots, max_rank / 16]``: the pages of a slot, -1 where it has none;
     - ``ranks[p]`` int32 ``[slots, L]`` (0: the slot has no delta there) and ``scaling[p]`` fp32 ``[slots, L]``.
 
@@ -192,11 +198,11 @@ class LoraPool:
         columns = [0]
         for p in projections:
             columns.append(columns[-1] + shapes.out_features[p])
-        n, row = columns[-1], self.max_pages * layers * RANK_PAGE
-        vectors = (self.max_slots, layers, n) if self.vectors else (0,)
+        width, row = columns[-1], self.max_pages * layers * RANK_PAGE
+        vectors = (self.max_slots, layers, width) if self.vectors else (0,)
         store = SiteStore(
             a=_zeros((count, self.max_pages, layers, k, RANK_PAGE), self.page_dtype, device),
-            b=_zeros((row * n,), self.page_dtype, device),
+            b=_zeros((row * width,), self.page_dtype, device),
             page_table=torch.full((count, self.max_slots, self.pages_per_slot), -1, dtype=torch.int32, device=device),
             ranks=torch.zeros((count, self.max_slots, layers), dtype=torch.int32, device=device),
             scaling=torch.zeros((count, self.max_slots, layers), dtype=torch.float32, device=device),
@@ -208,8 +214,10 @@ class LoraPool:
         for j, p in enumerate(projections):
             self.a[p], self.page_table[p], self.ranks[p] = store.a[j], store.page_table[j], store.ranks[j]
             self.scaling[p] = store.scaling[j]
-            part = store.b[row * columns[j] : row * columns[j + 1]]
-            self.b[p] = part.view(self.max_pages, layers, RANK_PAGE, shapes.out_features[p])
+            part, n = store.b[row * columns[j] : row * columns[j + 1]], shapes.out_features[p]
+            tiled = self.page_dtype == torch.int16 and n % RANK_PAGE == 0
+            shape = (n // RANK_PAGE, RANK_PAGE, RANK_PAGE) if tiled else (RANK_PAGE, n)
+            self.b[p] = part.view(self.max_pages, layers, *shape)
             if self.page_dtype == torch.int16:
                 self.page_scales[p] = torch.zeros(self.max_pages, layers, RANK_PAGE, device=device)
 

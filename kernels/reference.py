@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from manylora.kernels.lora_pool import LoraPool
+from manylora.kernels.lora_pool import LoraPool, rows_of_b
 from manylora.kernels.lora_weights import LoraPair, LoraVectors, LoraWeights, TableRows
 from manylora.kernels.sites import RANK_PAGE, SITES, LoraShapes
 
@@ -21,7 +21,7 @@ def pool_matrices(
     pages = pool.page_table[projection][slot, : -(-rank // RANK_PAGE)].long()
     k, n = pool.shapes.in_features[projection], pool.shapes.out_features[projection]
     a = pool.a[projection][pages, layer].permute(1, 0, 2).reshape(k, -1)[:, :rank]
-    b = pool.b[projection][pages, layer].reshape(-1, n)[:rank]
+    b = rows_of_b(pool.b[projection][pages, layer], n)[:rank]
     if projection in pool.page_scales:
         # Exact in fp64; in fp32 it rounds once more than the kernels do.
         a = a.double() * pool.page_scales[projection][pages, layer].reshape(-1)[:rank]

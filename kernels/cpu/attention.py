@@ -13,8 +13,6 @@ chunk a prompt was cut into nor on who shares the batch.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from numba import carray, njit
@@ -38,6 +36,7 @@ from manylora.kernels.cpu.tiles import (
     share,
 )
 from manylora.kernels.cpu.vectors import scale_8, softcap_8, softmax_16
+from manylora.kernels.host_memory import untouched_zeros
 
 PAGE: int = 16
 QUERY_BLOCK: int = 8
@@ -212,16 +211,9 @@ def new_pages(n_pages: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype) 
     scales."""
     if dtype == torch.int16:
         shape = (n_pages, n_kv_heads, page_width(head_dim))
-        return _zeros(shape, dtype), _zeros(shape, dtype)
+        return untouched_zeros(shape, dtype), untouched_zeros(shape, dtype)
     shapes = (n_pages, n_kv_heads, head_dim, PAGE), (n_pages, n_kv_heads, PAGE, head_dim)
-    return _zeros(shapes[0], dtype), _zeros(shapes[1], dtype)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Beginning with a cache line. numpy's zeros are committed by the system page by page, as they are first used."""
-    memory = np.zeros(math.prod(shape) * dtype.itemsize + 64, np.uint8)
-    first = -memory.ctypes.data % 64
-    return torch.from_numpy(memory[first : first + memory.size - 64]).view(dtype).view(shape)
+    return untouched_zeros(shapes[0], dtype), untouched_zeros(shapes[1], dtype)
 
 
 def paged_attention(

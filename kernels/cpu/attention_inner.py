@@ -58,7 +58,7 @@ def _scores(several: bool, columns: Columns, tile_bytes: int) -> Any:
             rows, x, x_offsets, panels, depth, c, c_offsets = args
             behind = b.mul(depth, i64(tile_bytes))
             for count, tiles in branches(b, rows, shapes):
-                state = Rows(b, count, tiles, x, x_offsets, c, c_offsets)
+                state = Rows.at(b, count, tiles, x, x_offsets, c, c_offsets)
                 state.start(i64(0))
                 own, later = ([_entry(b, panels, i64(t + far)) for t in range(tiles)] for far in (0, AHEAD))
                 with cgutils.for_range(b, depth, intp=I64) as loop:
@@ -90,7 +90,7 @@ def _outputs(several: bool, columns: Columns, tile_bytes: int) -> Any:
             rows, x, x_offsets, panels, pages, last, first, stride, c, c_offsets = args
             final = b.sub(pages, i64(1))
             for count, tiles in branches(b, rows, shapes):
-                state = Rows(b, count, tiles, x, x_offsets, c, c_offsets)
+                state = Rows.at(b, count, tiles, x, x_offsets, c, c_offsets)
                 state.start(i64(0))
                 with cgutils.for_range(b, pages, intp=I64) as page:
                     own = b.add(_entry(b, panels, page.index), first)

@@ -95,17 +95,28 @@ def store_tile(b: Builder, vectors: Sequence[Value], address: Value) -> None:
         store(b, vector, offset(b, address, 4 * TARGET.lanes * v), 4)
 
 
-class Rows:
-    """The accumulators of a micro-kernel: ``rows`` x ``tiles`` x ``VECTORS``, and the rows' addresses."""
+def addresses(b: Builder, array: Value, count: int) -> list[Value]:
+    """The first ``count`` int64 values at ``array``."""
+    return [load(b, offset(b, array, 8 * i), I64, 8) for i in range(count)]
 
-    def __init__(
-        self, b: Builder, rows: int, tiles: int, x: Value, x_offsets: Value, c: Value, c_offsets: Value
-    ) -> None:
+
+class Rows:
+    """The accumulators of a micro-kernel, rows x ``tiles`` x ``VECTORS``, and the addresses of the rows of ``x`` and
+    ``c``."""
+
+    def __init__(self, b: Builder, tiles: int, x: Sequence[Value], c: Sequence[Value]) -> None:
         self._b = b
         self._fma = fused_multiply_add(b, VF)
-        self._x = [b.add(x, load(b, offset(b, x_offsets, 8 * r), I64, 8)) for r in range(rows)]
-        self._c = [b.add(c, load(b, offset(b, c_offsets, 8 * r), I64, 8)) for r in range(rows)]
-        self._acc = [[cgutils.alloca_once(b, VF) for _ in range(VECTORS * tiles)] for _ in range(rows)]
+        self._x, self._c = x, c
+        self._acc = [[cgutils.alloca_once(b, VF) for _ in range(VECTORS * tiles)] for _ in c]
+
+    @classmethod
+    def at(
+        cls, b: Builder, rows: int, tiles: int, x: Value, x_offsets: Value, c: Value, c_offsets: Value
+    ) -> Rows:
+        """Of ``rows`` rows at the addresses ``x`` and ``c`` plus their offsets."""
+        own_x, own_c = addresses(b, x_offsets, rows), addresses(b, c_offsets, rows)
+        return cls(b, tiles, [b.add(x, one) for one in own_x], [b.add(c, one) for one in own_c])
 
     def _each(self) -> Iterator[tuple[Value, Value]]:
         for row, accumulators in zip(self._c, self._acc, strict=True):
@@ -173,8 +184,8 @@ def branches(b: Builder, rows: Value, shapes: dict[int, int]) -> Iterator[tuple[
 def _gemm(several: bool, columns: Callable[[Builder, Value], list[Value]], tile_bytes: int) -> Callable[..., Any]:
     """``c[r] (+)= x[r, 0:depth] @ panel[0:depth]`` for each of ``rows`` rows and the columns of one tile, or of as many
     as ``TARGET.gemm_tiles`` says. ``x_offsets`` and ``c_offsets`` are addresses of int64 arrays ``[rows]``. The panel
-    is what ``columns`` makes fp32 of, ``tile_bytes`` a tile and row. ``ahead``: how far behind it the panel lies which
-    is wanted next (0: none)."""
+    is what ``columns`` makes fp32 of, ``tile_bytes`` from a tile to the next. ``ahead``: how far behind it the panel
+    lies which is wanted next (0: none)."""
     shapes = shapes_of(TARGET.gemm_tiles, several)
 
     @intrinsic
@@ -182,12 +193,12 @@ def _gemm(several: bool, columns: Callable[[Builder, Value], list[Value]], tile_
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             rows, x, x_offsets, panel, panel_stride, depth, c, c_offsets, accumulate, ahead = args
             for count, tiles in branches(b, rows, shapes):
-                state = Rows(b, count, tiles, x, x_offsets, c, c_offsets)
+                state = Rows.at(b, count, tiles, x, x_offsets, c, c_offsets)
                 state.start(accumulate)
                 with cgutils.for_range(b, depth, intp=I64) as loop:
                     row = b.add(panel, b.mul(loop.index, panel_stride))
                     places = [offset(b, row, tile_bytes * t) for t in range(tiles)]
-                    for place in places[:: 64 // tile_bytes]:
+                    for place in places[:: max(1, 64 // tile_bytes)]:
                         prefetch(b, b.add(place, ahead))
                     state.multiply(loop.index, [vector for place in places for vector in columns(b, place)])
                 state.finish()
@@ -200,7 +211,45 @@ def _gemm(several: bool, columns: Callable[[Builder, Value], list[Value]], tile_
 
 gemm_tile, gemm_tiles = _gemm(False, load_tile, 64), _gemm(True, load_tile, 64)
 half_gemm_tile, half_gemm_tiles = _gemm(False, _half_tile, 32), _gemm(True, _half_tile, 32)
-integer_gemm_tile, integer_gemm_tiles = _gemm(False, integer_tile, 32), _gemm(True, integer_tile, 32)
+INTEGER_TILE: Final = 16 * 32
+"""Bytes of a tile of 16 positions of int16, which lie together."""
+integer_gemm_tile, integer_gemm_tiles = _gemm(False, integer_tile, INTEGER_TILE), _gemm(True, integer_tile, INTEGER_TILE)
+
+APART: Final = 4
+"""Products that ``*_gemm_apart`` computes at once: enough chains of FMAs for what memory brings."""
+
+
+def _gemm_apart(columns: Callable[[Builder, Value], list[Value]]) -> Callable[..., Any]:
+    """``c[i] = x[i][0:depth] @ panel[i][0:depth]`` of one row and one tile each, for up to ``APART`` panels at once: a
+    row alone is one chain of FMAs, which waits for itself. All but ``count``, ``panel_stride`` and ``depth`` are
+    addresses of int64 arrays ``[count]``: of rows, panels, outputs, and how far behind each panel the next one lies."""
+
+    @intrinsic
+    def gemm(typingctx, count, x, panels, panel_stride, depth, c, aheads):
+        def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+            count, x, panels, panel_stride, depth, c, aheads = args
+            for n, _ in branches(b, count, dict.fromkeys(range(1, APART + 1), 1)):
+                each = zip(*(addresses(b, array, n) for array in (x, panels, c, aheads)), strict=True)
+                products = [(Rows(b, 1, [own_x], [own_c]), panel, ahead) for own_x, panel, own_c, ahead in each]
+                for state, _, _ in products:
+                    state.start(i64(0))
+                with cgutils.for_range(b, depth, intp=I64) as loop:
+                    at = b.mul(loop.index, panel_stride)
+                    for state, panel, ahead in products:
+                        place = b.add(panel, at)
+                        prefetch(b, b.add(place, ahead))
+                        state.multiply(loop.index, columns(b, place))
+                for state, _, _ in products:
+                    state.finish()
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), codegen
+
+    return gemm  # type: ignore[no-any-return]
+
+
+gemm_apart, half_gemm_apart = _gemm_apart(load_tile), _gemm_apart(_half_tile)
+integer_gemm_apart = _gemm_apart(integer_tile)
 
 
 def shuffle(b: Builder, left: Value, right: Value, mask: list[int]) -> Value:
@@ -224,7 +273,7 @@ def _fused_bf16(several: bool) -> Callable[..., Any]:
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             rows, x, x_offsets, packed, tile_bytes, depth, c, c_offsets, accumulate = args
             for count, tiles in branches(b, rows, shapes):
-                state = Rows(b, count, tiles, x, x_offsets, c, c_offsets)
+                state = Rows.at(b, count, tiles, x, x_offsets, c, c_offsets)
                 state.start(accumulate)
                 weights = [b.add(packed, b.mul(tile_bytes, i64(t))) for t in range(tiles)]
                 with cgutils.for_range(b, depth, intp=I64) as loop:

@@ -1,8 +1,8 @@
 """Batched LoRA on the CPU: ``y[row] += scale * (x[row] A_slot) B_slot`` over segments of rows with the same slot.
 
-Two kernels with the same arguments: the shrink fills ``h`` (shared out by segment, projection and page), the expand
-adds to ``y`` (shared out by columns, or by segments if no row is in two: no two threads write one element). The order
-of every sum is fixed: by page, then by segment.
+Two kernels with the same arguments: the shrink fills ``h`` (shared out by segment, projection, page and rows), the
+expand adds to ``y``. That is shared out by `regions`, as the product is that y holds, so that it can follow the product
+part by part, while y is in the cache. The order of every sum is fixed: by page, then by segment.
 """
 
 from __future__ import annotations
@@ -12,10 +12,19 @@ import torch
 from numba import carray, njit
 
 from manylora.kernels.cpu.compiling import kernel
-from manylora.kernels.cpu.emit import float32_at, int32_at
+from manylora.kernels.cpu.emit import (
+    APART,
+    INTEGER_TILE,
+    float32_at,
+    gemm_apart,
+    half_gemm_apart,
+    int32_at,
+    integer_gemm_apart,
+)
 from manylora.kernels.cpu.lora_tables import table_product
 from manylora.kernels.cpu.lora_vectors import add_vectors
-from manylora.kernels.cpu.threads import flush, launch
+from manylora.kernels.cpu.regions import cut, next_region
+from manylora.kernels.cpu.threads import Arguments, flush, launch, launch_again
 from manylora.kernels.cpu.tiles import (
     address_of,
     gemm_panel,
@@ -34,149 +43,204 @@ from manylora.kernels.lora_step import StepAdapters, VectorRows
 from manylora.kernels.lora_tables import DeviceTable
 from manylora.kernels.sites import RANK_PAGE, SITES
 
-_HEADER = 15
+_HEADER = 17
 _FIELDS = 13
 """Arguments before the projections', and for each projection."""
 _FP32, _BF16, _INT16 = 0, 1, 2
 _KINDS = {torch.float32: _FP32, torch.bfloat16: _BF16, torch.int16: _INT16}
 """What pages hold."""
+_ALONE = 3
+"""Rows of a segment at most that are multiplied each by itself, ``APART`` at a time, whoever's they are."""
+_CHUNK = 32
+"""Rows of a segment that are multiplied by one part at most."""
+_FETCHED = 2048
+"""How many bytes ahead of what the shrink reads it asks for: a page is read from its beginning to its end."""
+_MOST_ROWS = 8
+"""Rows of a region where the expand follows nothing."""
+
+# Arguments: x, x_stride, y, y_stride, depth, n_pairs, rows, scales, n_segments, slots, offsets, h, h_width,
+# n_projections, kind, n_rows, most_rows, then each projection's fields. h is [pairs, projections, h_width]; h_width is
+# 16 times the most pages that a slot can have; kind is what a page's elements are: _FP32, _BF16 or _INT16; n_rows are
+# those of y, most_rows what `regions` cuts them by. Which pages a part will read is listed first: a step reads some
+# megabytes from places far apart, and each is fetched while one before it is used.
+
+_PAIR, _COUNT, _PROJECTION, _PLACE, _PAGE, _SLOT = range(6)
+"""An item of the shrink: ``_COUNT`` pairs from ``_PAIR`` on, times the slot's page in ``_PLACE``, which is ``_PAGE``."""
 
 
 @njit(nogil=True)
-def _row_offsets(rows, n_pairs, stride):
-    offsets = np.empty(n_pairs, np.int64)
-    for i in range(n_pairs):
-        offsets[i] = int32_at(rows, i) * stride
-    return offsets
+def _list_items(a, part, parts, items):
+    """How many items are this part's, and as many of them as there are columns of ``items`` int64 ``[6, most]``. Those
+    of one row are dealt out ``APART`` at a time."""
+    n_segments, slots, offsets, n_projections = a[8], a[9], a[10], a[13]
+    own = unit = within = 0
+    for s in range(n_segments):
+        slot, first, last = int32_at(slots, s), int32_at(offsets, s), int32_at(offsets, s + 1)
+        step = 1 if last - first <= _ALONE else _CHUNK
+        for j in range(n_projections):
+            p = _HEADER + _FIELDS * j
+            for place in range((int32_at(a[p + 4], slot * a[p + 8]) + 15) // 16):
+                for pair in range(first, last, step):
+                    if step == 1 and within < APART:
+                        within += 1
+                    else:
+                        unit, within = unit + 1, (1 if step == 1 else APART)
+                    if unit % parts != part:
+                        continue
+                    if own < items.shape[1]:
+                        items[_PAIR, own], items[_COUNT, own] = pair, min(step, last - pair)
+                        items[_PROJECTION, own], items[_PLACE, own], items[_SLOT, own] = j, place, slot
+                        items[_PAGE, own] = int32_at(a[p + 6], slot * a[p + 7] + place)
+                    own += 1
+    return own
 
 
-# Arguments: x, x_stride, y, y_stride, depth, n_pairs, rows, scales, n_segments, slots, offsets, h, h_width,
-# n_projections, kind, then each projection's fields. h is [pairs, projections, h_width]; h_width is 16 times the most
-# pages that a slot can have; kind is what a page's elements are: _FP32, _BF16 or _INT16. Which pages a part will read
-# is listed first: a step reads some megabytes from places far apart, and each is fetched while the one before is used.
+@njit(nogil=True, inline="always")
+def _multiply_rows(kind, count, x, xs, panel, depth, target, hs, ahead):
+    if kind == _BF16:
+        half_gemm_rows(count, x, xs, panel, 32, depth, target, hs, 0, ahead)
+    elif kind == _INT16:
+        integer_gemm_rows(count, x, xs, panel, 32, depth, target, hs, 0, ahead)
+    else:
+        gemm_rows(count, x, xs, panel, 64, depth, target, hs, 0, ahead)
+
+
+@njit(nogil=True, inline="always")
+def _multiply_apart(kind, count, xs, panels, depth, targets, aheads):
+    if kind == _BF16:
+        half_gemm_apart(count, xs, panels, 32, depth, targets, aheads)
+    elif kind == _INT16:
+        integer_gemm_apart(count, xs, panels, 32, depth, targets, aheads)
+    else:
+        gemm_apart(count, xs, panels, 64, depth, targets, aheads)
+
+
 @kernel
 def _shrink_kernel(arguments, part, parts):
     a = carray(arguments, _HEADER + 3 * _FIELDS)
-    x, x_stride, depth, n_pairs, rows, scales = a[0], a[1], a[4], a[5], a[6], a[7]
-    n_segments, slots, offsets, h, h_width, n_projections, kind = a[8], a[9], a[10], a[11], a[12], a[13], a[14]
+    x, x_stride, depth, rows, scales = a[0], a[1], a[4], a[6], a[7]
+    h, h_width, n_projections, kind = a[11], a[12], a[13], a[14]
     h_stride = n_projections * h_width * 4
-    x_offsets, h_offsets = _row_offsets(rows, n_pairs, x_stride), np.arange(n_pairs) * h_stride
-    xo, ho = address_of(x_offsets), address_of(h_offsets)
-
-    panels = np.empty(n_segments * n_projections * (h_width // 16), np.int64)
-    own = item = 0
-    for s in range(n_segments):
-        slot = int32_at(slots, s)
-        for j in range(n_projections):
-            p = _HEADER + _FIELDS * j
-            for page in range((int32_at(a[p + 4], slot * a[p + 8]) + 15) // 16):
-                if item % parts == part:
-                    panels[own] = a[p] + int32_at(a[p + 6], slot * a[p + 7] + page) * a[p + 1]
-                    own += 1
-                item += 1
-
-    at = item = 0
-    for s in range(n_segments):
-        slot, first, last = int32_at(slots, s), int32_at(offsets, s), int32_at(offsets, s + 1)
-        count = last - first
-        for j in range(n_projections):
-            p = _HEADER + _FIELDS * j
-            rank = int32_at(a[p + 4], slot * a[p + 8])
-            factor = float32_at(a[p + 5], slot * a[p + 8])
-            for page in range((rank + 15) // 16):
-                if item % parts == part:
-                    panel = panels[at]
-                    ahead = panels[at + 1] - panel if at + 1 < own else 0
-                    at += 1
-                    target, xs, hs = h + 4 * (j * h_width + 16 * page), xo + 8 * first, ho + 8 * first
-                    if kind == _BF16:
-                        half_gemm_rows(count, x, xs, panel, 32, depth, target, hs, 0, ahead)
-                    elif kind == _INT16:
-                        integer_gemm_rows(count, x, xs, panel, 32, depth, target, hs, 0, ahead)
-                    else:
-                        gemm_rows(count, x, xs, panel, 64, depth, target, hs, 0, ahead)
-                    for i in range(first, last):
-                        scale_16(target + i * h_stride, factor * float32_at(scales, i))
-                        if kind == _INT16:
-                            index = int32_at(a[p + 6], slot * a[p + 7] + page)
-                            multiply_16(target + i * h_stride, a[p + 11] + index * a[p + 12])
-                item += 1
+    items = np.empty((6, 64), np.int64)
+    own = _list_items(a, part, parts, items)
+    if own > items.shape[1]:
+        items = np.empty((6, own), np.int64)
+        _list_items(a, part, parts, items)
+    panels, sources = np.empty(own, np.int64), np.empty(own, np.int64)
+    targets, aheads = np.empty(own, np.int64), np.full(own, _FETCHED)
+    for i in range(own):
+        p = _HEADER + _FIELDS * items[_PROJECTION, i]
+        panels[i] = a[p] + items[_PAGE, i] * a[p + 1]
+        sources[i] = x + int32_at(rows, items[_PAIR, i]) * x_stride
+        place = items[_PROJECTION, i] * h_width + 16 * items[_PLACE, i]
+        targets[i] = h + items[_PAIR, i] * h_stride + 4 * place
+    x_offsets, h_offsets = np.empty(_CHUNK, np.int64), np.arange(_CHUNK) * h_stride
+    i = 0
+    while i < own:
+        pair, count, run = items[_PAIR, i], items[_COUNT, i], 1
+        if count == 1:
+            while run < APART and i + run < own and items[_COUNT, i + run] == 1:
+                run += 1
+            at = 8 * i
+            _multiply_apart(
+                kind, run, address_of(sources) + at, address_of(panels) + at, depth, address_of(targets) + at,
+                address_of(aheads) + at,
+            )  # fmt: skip
+        else:
+            for r in range(count):
+                x_offsets[r] = int32_at(rows, pair + r) * x_stride
+            _multiply_rows(
+                kind, count, x, address_of(x_offsets), panels[i], depth, targets[i], address_of(h_offsets),
+                _FETCHED,
+            )  # fmt: skip
+        for k in range(i, i + run):
+            p = _HEADER + _FIELDS * items[_PROJECTION, k]
+            factor = float32_at(a[p + 5], items[_SLOT, k] * a[p + 8])
+            for r in range(items[_COUNT, k]):
+                target = targets[k] + r * h_stride
+                scale_16(target, factor * float32_at(scales, items[_PAIR, k] + r))
+                if kind == _INT16:
+                    multiply_16(target, a[p + 11] + items[_PAGE, k] * a[p + 12])
+        i += run
+    keep_alive(panels)
+    keep_alive(sources)
+    keep_alive(targets)
+    keep_alive(aheads)
     keep_alive(x_offsets)
     keep_alive(h_offsets)
 
 
 @njit(nogil=True, inline="always")
-def _add_page(kind, count, tiles, source, so, panel, stride, width, target, to, ahead):
+def _add_page(kind, count, tiles, source, so, page, columns, tile, width, target, to, ahead):
+    """Add a page's tiles from ``tile`` on; ``columns`` is what the page is wide."""
     if kind == _BF16:
-        half_gemm_panel(count, tiles, source, so, panel, stride, width, target, to, 1, ahead)
+        half_gemm_panel(count, tiles, source, so, page + 32 * tile, 2 * columns, width, target, to, 1, ahead)
     elif kind == _INT16:
-        integer_gemm_panel(count, tiles, source, so, panel, stride, width, target, to, 1, ahead)
+        integer_gemm_panel(count, tiles, source, so, page + INTEGER_TILE * tile, 32, width, target, to, 1, ahead)
     else:
-        gemm_panel(count, tiles, source, so, panel, stride, width, target, to, 1, ahead)
+        gemm_panel(count, tiles, source, so, page + 64 * tile, 4 * columns, width, target, to, 1, ahead)
 
 
 @njit(nogil=True)
-def _largest(offsets, n_segments):
-    """The most rows that a segment has."""
-    most = 0
+def _pairs_within(rows, offsets, n_segments, first_row, last_row, pairs):
+    """Of each segment the first of its pairs of these rows, and the one behind the last, as ``pairs`` ``[S, 2]``."""
     for s in range(n_segments):
-        most = max(most, int32_at(offsets, s + 1) - int32_at(offsets, s))
-    return most
+        first, last = int32_at(offsets, s), int32_at(offsets, s + 1)
+        while first < last and int32_at(rows, first) < first_row:
+            first += 1
+        while last > first and int32_at(rows, last - 1) >= last_row:
+            last -= 1
+        pairs[s, 0], pairs[s, 1] = first, last
 
 
-@njit(nogil=True)
-def _no_row_twice(rows, n_pairs):
-    """Whether no row has several adapters."""
-    last = 0
-    for i in range(n_pairs):
-        last = max(last, int32_at(rows, i))
-    seen = np.zeros(last + 1, np.bool_)
-    for i in range(n_pairs):
-        row = int32_at(rows, i)
-        if seen[row]:
-            return False
-        seen[row] = True
-    return True
-
-
-# Of many adapters, each with few rows, a part takes some as a whole: memory brings whole pages faster than some columns
-# of each (32 adapters: 0.73 of the time). Else, and where a row has several, it takes some columns of all.
 @kernel
 def _expand_kernel(arguments, part, parts):
     a = carray(arguments, _HEADER + 3 * _FIELDS)
     y, y_stride, n_pairs, rows = a[2], a[3], a[5], a[6]
     n_segments, slots, offsets, h, h_width, n_projections, kind = a[8], a[9], a[10], a[11], a[12], a[13], a[14]
+    n_rows = a[15]
     h_stride = n_projections * h_width * 4
-    size = 4 if kind == _FP32 else 2
-    y_offsets, h_offsets = _row_offsets(rows, n_pairs, y_stride), np.arange(n_pairs) * h_stride
+    y_offsets, h_offsets = np.empty(n_pairs, np.int64), np.arange(n_pairs) * h_stride
+    for i in range(n_pairs):
+        y_offsets[i] = int32_at(rows, i) * y_stride
     yo, ho = address_of(y_offsets), address_of(h_offsets)
-    panels = np.empty(n_segments * (h_width // 16), np.int64)
-    whole = n_segments >= 2 * parts and _largest(offsets, n_segments) <= 4 and _no_row_twice(rows, n_pairs)
-    first_segment, last_segment = share(n_segments, part, parts, 1) if whole else (0, n_segments)
-    for j in range(n_projections):
-        p = _HEADER + _FIELDS * j
-        tiles = a[p + 9] // 16
-        first_tile, last_tile = (0, tiles) if whole else share(tiles, part, parts, 4)
-        columns, before = y + 4 * (a[p + 10] + 16 * first_tile), 16 * size * first_tile
-        found = 0
-        for s in range(first_segment, last_segment):
-            slot = int32_at(slots, s)
-            for page in range((int32_at(a[p + 4], slot * a[p + 8]) + 15) // 16):
-                panels[found] = a[p + 2] + int32_at(a[p + 6], slot * a[p + 7] + page) * a[p + 3] + before
-                found += 1
-        at = 0
-        for s in range(first_segment, last_segment):
-            slot, first, last = int32_at(slots, s), int32_at(offsets, s), int32_at(offsets, s + 1)
-            rank = int32_at(a[p + 4], slot * a[p + 8])
-            for page in range((rank + 15) // 16):
-                panel = panels[at]
-                ahead = panels[at + 1] - panel if at + 1 < found else 0
-                at += 1
-                source = h + 4 * (j * h_width + 16 * page)
-                _add_page(
-                    kind, last - first, last_tile - first_tile, source, ho + 8 * first, panel, size * a[p + 9],
-                    min(16, rank - 16 * page), columns, yo + 8 * first, ahead,
-                )  # fmt: skip
+    pages = np.empty(n_segments * (h_width // 16) + 1, np.int64)
+    pairs = np.empty((n_segments, 2), np.int64)
+    end = _HEADER + _FIELDS * (n_projections - 1)
+    groups, shares = cut(n_rows, a[16], parts)
+    item, last_item = share(groups * shares, part, parts, 1)
+    while item < last_item:
+        group, last_group, tile, last_tile, item = next_region(
+            item, last_item, groups, shares, (a[end + 10] + a[end + 9]) // 16
+        )
+        _pairs_within(rows, offsets, n_segments, n_rows * group // groups, n_rows * last_group // groups, pairs)
+        for j in range(n_projections):
+            p = _HEADER + _FIELDS * j
+            begin = a[p + 10] // 16
+            first, last = max(tile, begin), min(last_tile, begin + a[p + 9] // 16)
+            if first >= last:
+                continue
+            found = 0
+            for s in range(n_segments):
+                slot = int32_at(slots, s)
+                if pairs[s, 0] < pairs[s, 1]:
+                    for page in range((int32_at(a[p + 4], slot * a[p + 8]) + 15) // 16):
+                        pages[found] = a[p + 2] + int32_at(a[p + 6], slot * a[p + 7] + page) * a[p + 3]
+                        found += 1
+            pages[found] = pages[max(found - 1, 0)]
+            at = 0
+            for s in range(n_segments):
+                pair, count = pairs[s, 0], pairs[s, 1] - pairs[s, 0]
+                if count == 0:
+                    continue
+                rank = int32_at(a[p + 4], int32_at(slots, s) * a[p + 8])
+                for page in range((rank + 15) // 16):
+                    _add_page(
+                        kind, count, last - first, h + 4 * (j * h_width + 16 * page), ho + 8 * pair, pages[at],
+                        a[p + 9], first - begin, min(16, rank - 16 * page), y + 64 * first, yo + 8 * pair,
+                        pages[at + 1] - pages[at],
+                    )  # fmt: skip
+                    at += 1
     keep_alive(y_offsets)
     keep_alive(h_offsets)
 
@@ -210,7 +274,7 @@ class CpuLora:
                 table.data_ptr(),
                 table.stride(0),
                 ranks.stride(0),
-                b.shape[3],
+                pool.shapes.out_features[projection],
                 offset,
                 *self._scales(projection, layer),
             ]
@@ -226,17 +290,37 @@ class CpuLora:
 
     def add_(self, y: torch.Tensor, x: torch.Tensor, adapters: StepAdapters, site: str, layer: int) -> None:
         """Add the pairs of a site to ``y`` fp32 in place; see ``kernels.lora.Kernel``."""
-        segments = adapters.segments
-        n_pairs, projections = segments.rows.numel(), len(SITES[site])
-        if self._h.numel() < n_pairs * 3 * self._h_width:
+        self.expand_(self.shrink(y, x, adapters, site, layer))
+
+    def shrink(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        adapters: StepAdapters,
+        site: str,
+        layer: int,
+        *,
+        most_rows: int = _MOST_ROWS,
+        follows: bool = False,
+    ) -> Arguments:
+        """The first half of ``add_``, which needs x alone; ``expand_`` must be given what it returns before another
+        half is begun. ``most_rows``: what y is cut by in `regions`; ``follows``: see ``threads.launch``."""
+        segments, projections = adapters.segments, len(SITES[site])
+        n_pairs = segments.rows.numel()
+        if self._h.numel() < n_pairs * projections * self._h_width:
             self._h = torch.empty(n_pairs * 3 * self._h_width, dtype=torch.float32)
-        launch(
+        return launch(
             _shrink_kernel, x.data_ptr(), x.stride(0) * 4, y.data_ptr(), y.stride(0) * 4, x.shape[1], n_pairs,
             segments.rows.data_ptr(), segments.scales.data_ptr(), len(segments.slot_list), segments.slots.data_ptr(),
-            segments.offsets.data_ptr(),
-            self._h.data_ptr(), self._h_width, projections, _KINDS[self._pool.page_dtype], *self._fields[site, layer],
-            then=_expand_kernel, keep=(x, y, segments.rows, segments.scales, segments.slots, segments.offsets, self._h),
+            segments.offsets.data_ptr(), self._h.data_ptr(), self._h_width, projections,
+            _KINDS[self._pool.page_dtype], y.shape[0], most_rows, *self._fields[site, layer],
+            keep=(x, y, segments.rows, segments.scales, segments.slots, segments.offsets, self._h), follows=follows,
         )  # fmt: skip
+
+    def expand_(self, begun: Arguments, *, follows: bool = False) -> None:
+        """The second half: adds to ``y``. ``follows``: the kernel that is queued last makes y, shared out by the same
+        regions."""
+        launch_again(_expand_kernel, begun, follows=follows)
 
     def add_vectors_(self, y: torch.Tensor, base: torch.Tensor, vectors: VectorRows, site: str, layer: int) -> None:
         add_vectors(y, base, vectors, self._pool.sites[site], layer)

@@ -17,7 +17,7 @@ from manylora.kernels.lora_weights import LoraPair
 from manylora.kernels.sites import RANK_PAGE
 
 _SIGNATURES = [
-    f"void({values}[:, ::1], {values}[:, ::1], int64, int64, int16[:, ::1], int16[:, ::1], float32[::1])"
+    f"void({values}[:, ::1], {values}[:, ::1], int64, int64, int16[:, ::1], int16[:, :, ::1], float32[::1])"
     for values in ("float32", "uint16")
 ]
 
@@ -54,7 +54,8 @@ def _levels(values, levels):
 @njit(_SIGNATURES, nogil=True, cache=True)
 def _fill(a, b, first, width, to_a, to_b, scales):
     depth, outputs = a.shape[1], b.shape[0]
-    values, levels = np.empty((RANK_PAGE, max(depth, outputs))), np.empty((RANK_PAGE, depth), np.int16)
+    longest = max(depth, outputs)
+    values, levels = np.empty((RANK_PAGE, longest)), np.empty((RANK_PAGE, longest), np.int16)
     steps = np.empty(RANK_PAGE)
     levels[width:] = 0
     for r in range(width):
@@ -68,18 +69,22 @@ def _fill(a, b, first, width, to_a, to_b, scales):
         for r in range(width):
             values[r, n] = _wide(b[n, first + r])
     for r in range(width):
-        scales[r] = np.float32(steps[r] * _levels(values[r, :outputs], to_b[r]))
-    to_b[width:] = 0
+        scales[r] = np.float32(steps[r] * _levels(values[r, :outputs], levels[r]))
+    for tile in range(outputs // RANK_PAGE):
+        for r in range(RANK_PAGE):
+            for i in range(RANK_PAGE):
+                to_b[tile, r, i] = levels[r, RANK_PAGE * tile + i]
     scales[width:] = 0
 
 
 def fill_integer_page(pair: LoraPair, first: int, to_a: torch.Tensor, to_b: torch.Tensor, scales: torch.Tensor) -> bool:
-    """Ranks ``first .. first + 15`` of a pair into int16 ``to_a`` ``[K, 16]`` and ``to_b`` ``[16, N]``, and fp32
-    ``scales`` ``[16]``; zeros beyond. False, and nothing done, if the pair is held in a way that this does not read."""
+    """Ranks ``first .. first + 15`` of a pair into int16 ``to_a`` ``[K, 16]`` and ``to_b`` ``[N / 16, 16, 16]``, and
+    fp32 ``scales`` ``[16]``; zeros beyond. False, and nothing done, if the pair or the page is held in a way that this
+    does not read or write."""
     a, b = pair.a, pair.b
     if a.dtype != b.dtype or a.dtype not in (torch.float32, torch.bfloat16):
         return False
-    if not (a.is_contiguous() and b.is_contiguous()):
+    if not (a.is_contiguous() and b.is_contiguous() and to_b.dim() == 3):
         return False
     if a.dtype == torch.bfloat16:
         a, b = a.view(torch.int16), b.view(torch.int16)

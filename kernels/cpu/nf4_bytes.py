@@ -52,10 +52,9 @@ from manylora.kernels.cpu.emit import (
     store_tile,
 )
 from manylora.kernels.cpu.nf4_inner import BYTES, SPAN, WORDS, look_up, nibbles, products_of_words, scaled_span
-from manylora.kernels.cpu.nf4_linear import quantised, shared_out
+from manylora.kernels.cpu.nf4_linear import Between, integer_product, quantised, shared_out
 from manylora.kernels.cpu.nf4_packing import GROUP
 from manylora.kernels.cpu.target import HAS_BYTE_PRODUCTS, TARGET
-from manylora.kernels.cpu.threads import launch
 from manylora.kernels.nf4_code import NF4_CODE
 
 CODE_UNIT: Final = 123
@@ -202,8 +201,8 @@ _quantised, _product = quantised(_quantise, 1), shared_out(_multiply, MOST_ROWS,
 
 @kernel
 def _quantise_bytes_kernel(arguments, part, parts):
-    a = carray(arguments, 13)
-    _quantised(part, parts, a[0], a[1], a[2], a[3], a[4], a[5])
+    a = carray(arguments, 14)
+    _quantised(part, parts, a[0], a[1], a[2], a[3], a[4], a[5], a[13])
 
 
 @kernel
@@ -228,12 +227,11 @@ def nf4_bytes_linear(
     work: torch.Tensor,
     *,
     accumulate: bool = False,
+    between: Between | None = None,
 ) -> None:
     """``out (+)= x @ W.T``, as ``nf4_linear.nf4_linear``, of a weight packed ``FOR_BYTES``. ``work``: ``[M,
     work_width(K)]`` fp32 for x as integers, a row's K levels, then its scales, then its biases."""
-    m, k = x.shape
-    launch(
-        _quantise_bytes_kernel, x.data_ptr(), x.stride(0) * 4, m, k, work.data_ptr(), work.stride(0) * 4,
-        packed.data_ptr(), absmax.data_ptr(), packed.shape[0], out.data_ptr(), out.stride(0) * 4, blocksize,
-        int(accumulate), then=_nf4_bytes_kernel, keep=(x, out, work),
+    integer_product(
+        _quantise_bytes_kernel, _nf4_bytes_kernel, x, packed, absmax, blocksize, out, work, accumulate=accumulate,
+        between=between,
     )  # fmt: skip

@@ -23,10 +23,11 @@ from manylora.kernels.cpu import (
     nf4_packing,
 )
 from manylora.kernels.cpu.emit import TILE
+from manylora.kernels.cpu.lora import CpuLora
 from manylora.kernels.cpu.nf4_inner import SPAN
 from manylora.kernels.cpu.replay import Recordings
 from manylora.kernels.cpu.scratch import Scratch
-from manylora.kernels.cpu.threads import flush, queued
+from manylora.kernels.cpu.threads import Arguments, flush, queued
 from manylora.kernels.lora import SiteAdapters
 from manylora.kernels.nf4_code import NF4_CODE
 from manylora.kernels.nf4_tensor import Nf4Tensor
@@ -230,6 +231,9 @@ class NumbaOps:
         if weight.bias is not None:
             elementwise.put_bias(weight.bias, out, add=add_to is not None)
         accumulate = add_to is not None or weight.bias is not None
+        if adapters is not None and self._takes_halves(weight, adapters):
+            self._multiply_with_pairs(x, weight, out, adapters, accumulate=accumulate)
+            return out
         vectors = None if adapters is None else adapters.vector_rows()
         held = None
         if vectors is not None and accumulate:
@@ -246,8 +250,40 @@ class NumbaOps:
             adapters.add_(out, x, base)
         return out
 
-    def _multiply(self, x: torch.Tensor, weight: AnyLinear, out: torch.Tensor, *, accumulate: bool) -> None:
-        """``out (+)= x @ W.T``."""
+    def _takes_halves(self, weight: AnyLinear, adapters: SiteAdapters) -> bool:
+        if self.arithmetic == "fp32" or not isinstance(weight, PackedLinear):
+            return False
+        return isinstance(adapters.lora.kernel, CpuLora) and adapters.vector_rows() is None
+
+    def _multiply_with_pairs(
+        self, x: torch.Tensor, weight: AnyLinear, out: torch.Tensor, adapters: SiteAdapters, *, accumulate: bool
+    ) -> None:
+        """``out (+)= x @ W.T`` plus the adapters' pairs, whose two halves run beside the product's: each part of the
+        output is added to as soon as it is made, and what only reads x waits for nothing else."""
+        adapters.lora.check(out, x, adapters.site)
+        lora, step = adapters.lora.kernel, adapters.routed(x.shape[0])
+        assert isinstance(lora, CpuLora)
+        most_rows = nf4_bytes.MOST_ROWS if self.arithmetic == "int8" else nf4_linear.most_rows(x.shape[0])
+        begun: list[Arguments] = []
+
+        def shrink(follows: bool) -> None:
+            begun.append(
+                lora.shrink(out, x, step, adapters.site, adapters.layer, most_rows=most_rows, follows=follows)
+            )
+
+        self._multiply(x, weight, out, accumulate=accumulate, between=shrink)
+        lora.expand_(begun[0], follows=True)
+
+    def _multiply(
+        self,
+        x: torch.Tensor,
+        weight: AnyLinear,
+        out: torch.Tensor,
+        *,
+        accumulate: bool,
+        between: nf4_linear.Between | None = None,
+    ) -> None:
+        """``out (+)= x @ W.T``; ``between``: see ``nf4_linear.integer_product``, for weights that it multiplies."""
         if isinstance(weight, StackedLinear):
             at = 0
             for part in weight.parts:
@@ -268,7 +304,9 @@ class NumbaOps:
             )
             with self._scratch.scope():
                 work = self._scratch.empty(x.shape[0], width(x.shape[1]))
-                product(x, weight.packed, weight.absmax, weight.blocksize, out, work, accumulate=accumulate)
+                product(
+                    x, weight.packed, weight.absmax, weight.blocksize, out, work, accumulate=accumulate, between=between
+                )  # fmt: skip
 
     def prepare_embedding(self, weight: torch.Tensor, *, head: bool) -> PackedTable:
         if head:

@@ -14,7 +14,7 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 import torch
@@ -55,6 +55,8 @@ _libgomp = _find_libgomp()
 _SHARES = 3
 """Parts of a kernel for each thread. Who is done early takes another, so that a thread that was kept off its processor
 (by the HTTP server's own thread, say) holds up the others by a part of a kernel at most."""
+_FOLLOWS = -1
+"""Instead of a kernel's next part."""
 _SPINS = 1000
 """Rounds of waiting, some 20 microseconds, before a thread offers its processor to whoever else wants it."""
 
@@ -91,7 +93,8 @@ def _call_kernel(typingctx, kernel, arguments, part, parts):
 
 
 # A program is int64: the number of kernels, the parts that each is cut into, then for each kernel its address, the
-# address of its arguments, the number of its next part, and how many parts are done.
+# address of its arguments, the number of its next part (_FOLLOWS: it has none, its parts are run with those of the
+# kernel before it), and how many parts are done.
 @program
 def _run_alone(program):
     for i in range(program[0]):
@@ -111,18 +114,24 @@ if _libgomp is not None:
         once, whatever GOMP_SPINCOUNT says, and each of some four hundred kernels a step then costs a wake-up.
         """
         kernels, parts = program[0], program[1]
-        for i in range(kernels):
-            part = fetch_add_one(program, 4 + 4 * i)
+        first = 0
+        while first < kernels:
+            after = first + 1
+            while after < kernels and program[4 + 4 * after] == _FOLLOWS:
+                after += 1
+            part = fetch_add_one(program, 4 + 4 * first)
             while part < parts:
-                _call_kernel(program[2 + 4 * i], program[3 + 4 * i], part, parts)
-                fetch_add_one(program, 5 + 4 * i)
-                part = fetch_add_one(program, 4 + 4 * i)
+                for i in range(first, after):
+                    _call_kernel(program[2 + 4 * i], program[3 + 4 * i], part, parts)
+                fetch_add_one(program, 5 + 4 * first)
+                part = fetch_add_one(program, 4 + 4 * first)
             spins = 0
-            while i + 1 < kernels and load_counter(program, 5 + 4 * i) < parts:
+            while after < kernels and load_counter(program, 5 + 4 * first) < parts:
                 pause()
                 spins += 1
                 if spins > _SPINS:
                     _sched_yield()
+            first = after
 
     _gomp_parallel = _libgomp.GOMP_parallel
     _gomp_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
@@ -131,13 +140,42 @@ else:
     logger.warning("torch's libgomp was not found: CPU kernels run on one thread")
 
 
+Arguments = ctypes.Array[ctypes.c_int64]
+
+
+class Units(NamedTuple):
+    """An output ``[rows, width]`` at ``address`` that is shared out by unit: part p of a kernel writes units p, p +
+    parts, p + 2 parts, and so on. A row is ``per_row`` units of equal width; they are numbered row by row."""
+
+    address: int
+    rows: int
+    width: int
+    per_row: int
+
+    @classmethod
+    def of(cls, out: torch.Tensor, per_row: int) -> Units:
+        return cls(out.data_ptr(), *out.shape, per_row)
+
+
+def units_of_row(rows: int, width: int) -> int:
+    """Into how many units a row is cut where it may be cut anywhere: one if there are rows for all parts, else as many
+    as are of some cache lines each."""
+    if rows < 16:
+        for unit in (128, 96, 64):
+            if width % unit == 0:
+                return width // unit
+    return 1
+
+
 class _Queue(threading.local):
-    """What this thread has queued: kernels with their arguments, and what must stay alive until they have run."""
+    """What this thread has queued: kernels with their arguments, what must stay alive until they have run, and how the
+    last of them shares out what it writes, if it says so."""
 
     def __init__(self) -> None:
         self.depth = 0
         self.kernels: list[int] = []
         self.alive: list[object] = []
+        self.left: Units | None = None
         self.recordings: list[Recording] | None = None
 
 
@@ -165,7 +203,9 @@ def launch(
     then: Compiled | None = None,
     keep: Sequence[torch.Tensor] = (),
     parallel: bool = True,
-) -> None:
+    follows: bool = False,
+    leaves: Units | None = None,
+) -> Arguments:
     """Run a kernel, split over torch's threads; returns when all parts are done.
 
     ``arguments`` are ints (values or addresses). ``then`` is a second kernel for the same arguments, run after the
@@ -174,15 +214,43 @@ def launch(
 
     Within ``queued()`` the kernel runs later, at the latest when that ends; ``keep`` are the tensors behind the
     addresses, which are kept until then.
+
+    ``follows``: each part of the kernel is run right after that part of the kernel queued before it, by the same thread
+    and without waiting for other parts: of what that kernel writes it may read its own part's alone, and it must write
+    nothing that another part of that kernel reads. ``leaves``: how the (last) kernel shares out its output, for one
+    that follows it: see ``units_left``. Returns the arguments, for ``launch_again``.
     """
     packed = (ctypes.c_int64 * len(arguments))(*arguments)
-    address = ctypes.addressof(packed)
-    _queue.kernels += (kernel.address, address, 0, 0)
+    _put(kernel, packed, keep, follows, leaves)
     if then is not None:
-        _queue.kernels += (then.address, address, 0, 0)
-    _queue.alive += (packed, *keep)
+        _put(then, packed, (), False, leaves)
     if _queue.depth == 0:
         flush(parallel=parallel)
+    return packed
+
+
+def launch_again(
+    kernel: Compiled, arguments: Arguments, *, keep: Sequence[torch.Tensor] = (), follows: bool = False
+) -> None:
+    """``launch`` with arguments that another kernel had: laying them out is most of what queueing costs."""
+    _put(kernel, arguments, keep, follows, None)
+    if _queue.depth == 0:
+        flush()
+
+
+def _put(
+    kernel: Compiled, arguments: Arguments, keep: Sequence[torch.Tensor], follows: bool, leaves: Units | None
+) -> None:
+    first = _FOLLOWS if follows and _queue.kernels else 0
+    _queue.kernels += (kernel.address, ctypes.addressof(arguments), first, 0)
+    _queue.alive += (arguments, *keep)
+    _queue.left = leaves
+
+
+def units_left(x: torch.Tensor) -> int:
+    """How many units a row of ``x`` is, if the kernel that is queued last writes it by unit; else 0."""
+    left = _queue.left
+    return left.per_row if left is not None and left[:3] == (x.data_ptr(), *x.shape) else 0
 
 
 def flush(*, parallel: bool = True) -> None:
@@ -190,7 +258,7 @@ def flush(*, parallel: bool = True) -> None:
     kernels, alive = _queue.kernels, _queue.alive
     if not kernels:
         return
-    _queue.kernels, _queue.alive = [], []
+    _queue.kernels, _queue.alive, _queue.left = [], [], None
     _run((ctypes.c_int64 * (2 + len(kernels)))(len(kernels) // 4, 0, *kernels), parallel=parallel)
     if _queue.recordings is not None:
         _queue.recordings.append(Recording(kernels, alive))
@@ -227,7 +295,7 @@ def queued() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _queue.kernels, _queue.alive = [], []
+        _queue.kernels, _queue.alive, _queue.left = [], [], None
         raise
     finally:
         _queue.depth -= 1

@@ -10,6 +10,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from manylora.kernels.cpu.emit import (
+    INTEGER_TILE,
     gemm_tile,
     gemm_tiles,
     half_gemm_tile,
@@ -25,7 +26,7 @@ _TILES_AT_ONCE = TARGET.gemm_tiles
 
 
 def _loops(tile: Any, tiles_at_once: Any, tile_bytes: int) -> tuple[Any, Any]:
-    """``gemm_rows`` and ``gemm_panel`` over two micro-kernels, whose panels have ``tile_bytes`` a tile and row."""
+    """``gemm_rows`` and ``gemm_panel`` over two micro-kernels, whose panels have ``tile_bytes`` from a tile to the next."""
 
     @njit(nogil=True, inline="never")
     def rows_of_a_tile(rows, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate, ahead):
@@ -71,8 +72,8 @@ Addresses and byte offsets are int64; ``x_offsets`` and ``c_offsets`` are addres
 panel ``ahead`` bytes further on, which is wanted next, is fetched into the cache meanwhile; 0: none."""
 half_gemm_rows, half_gemm_panel = _loops(half_gemm_tile, half_gemm_tiles, 32)
 """The same for panels of bf16."""
-integer_gemm_rows, integer_gemm_panel = _loops(integer_gemm_tile, integer_gemm_tiles, 32)
-"""The same for panels of int16, each of which stands for its own value."""
+integer_gemm_rows, integer_gemm_panel = _loops(integer_gemm_tile, integer_gemm_tiles, INTEGER_TILE)
+"""The same for panels of int16, each of which stands for its own value; a panel's tiles lie one behind the other."""
 
 
 @njit(nogil=True)

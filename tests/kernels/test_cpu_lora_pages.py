@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from manylora.kernels.cpu import available
-from manylora.kernels.lora_pool import LoraPool, as_integers
+from manylora.kernels.lora_pool import LoraPool, as_integers, rows_of_b
 from manylora.kernels.lora_weights import LoraPair, LoraWeights
 from manylora.kernels.sites import RANK_PAGE
 from tests.kernels.shapes import SHAPES
@@ -56,14 +56,15 @@ def test_the_formula_to_the_bit(kind: str, dtype: torch.dtype) -> None:
             values.fill_(77)  # what another adapter left there
         pool.write(0, weights)
         for i, page in enumerate(pool.pages_of(0)["q"]):
-            found = pool.a["q"][page, 1], pool.b["q"][page, 1], pool.page_scales["q"][page, 1]
+            b = rows_of_b(pool.b["q"][page : page + 1, 1], 64)
+            found = pool.a["q"][page, 1], b, pool.page_scales["q"][page, 1]
             for mine, expected in zip(found, page_of(pair, i * RANK_PAGE), strict=True):
                 assert torch.equal(mine, expected), (rank, i)
             assert not pool.a["q"][page, 0].any(), "a layer without a pair"
 
 
 def test_what_is_read() -> None:
-    a, b = torch.zeros(96, RANK_PAGE, dtype=torch.int16), torch.zeros(RANK_PAGE, 64, dtype=torch.int16)
+    a, b = torch.zeros(96, RANK_PAGE, dtype=torch.int16), torch.zeros(4, RANK_PAGE, RANK_PAGE, dtype=torch.int16)
     for dtype in DTYPES:
         pair = pair_of(8, dtype, "normal")
         assert fill_integer_page(pair, 0, a, b, torch.zeros(16)) == (dtype in (torch.float32, torch.bfloat16))
@@ -71,3 +72,4 @@ def test_what_is_read() -> None:
     mixed = LoraPair(fp32.a, fp32.b.bfloat16(), 1.0)
     strided = LoraPair(fp32.a, fp32.b.T.contiguous().T, 1.0)
     assert not any(fill_integer_page(pair, 0, a, b, torch.zeros(16)) for pair in (mixed, strided))
+    assert not fill_integer_page(fp32, 0, a, b.view(RANK_PAGE, 64), torch.zeros(16)), "a page that is no tiles"
