@@ -8,7 +8,7 @@ import torch
 from numba import carray, njit
 
 from manylora.kernels.cpu.compiling import kernel
-from manylora.kernels.cpu.threads import Units, launch, units_of_row
+from manylora.kernels.cpu.threads import launch
 from manylora.kernels.cpu.tiles import float32_from_bits, float32_view, share
 from manylora.kernels.cpu.vectors import gelu_8, gelu_mul_8, layer_norm_8, rms_norm_8, silu_mul_8, softcap_8
 
@@ -21,7 +21,8 @@ def _rms_norm_kernel(arguments, part, parts):
     a = carray(arguments, 9)
     x, x_stride, weight, out, out_stride, rows, heads, width = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
     epsilon = float32_from_bits(a[8])
-    for row in range(part, rows, parts):
+    first, last = share(rows, part, parts, 1)
+    for row in range(first, last):
         for head in range(heads):
             column = 4 * head * width
             rms_norm_8(x + row * x_stride + column, weight, out + row * out_stride + column, width // 8, epsilon)
@@ -41,31 +42,31 @@ def _bias_kernel(arguments, part, parts):
 
 @kernel
 def _silu_mul_kernel(arguments, part, parts):
-    a = carray(arguments, 7)
-    x, x_stride, out, out_stride, rows, width, per_row = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
-    for unit in range(part, rows * per_row, parts):
-        row, before = unit // per_row, 4 * (width // per_row) * (unit % per_row)
-        gate = x + row * x_stride + before
-        silu_mul_8(gate, gate + 4 * width, out + row * out_stride + before, width // per_row // 8)
+    a = carray(arguments, 6)
+    x, x_stride, out, out_stride, rows, width = a[0], a[1], a[2], a[3], a[4], a[5]
+    first, last = share(width // 8, part, parts, 1)
+    for row in range(rows):
+        gate = x + row * x_stride + 32 * first
+        silu_mul_8(gate, gate + 4 * width, out + row * out_stride + 32 * first, last - first)
 
 
 @kernel
 def _gelu_mul_kernel(arguments, part, parts):
-    a = carray(arguments, 7)
-    x, x_stride, out, out_stride, rows, width, per_row = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
-    for unit in range(part, rows * per_row, parts):
-        row, before = unit // per_row, 4 * (width // per_row) * (unit % per_row)
-        gate = x + row * x_stride + before
-        gelu_mul_8(gate, gate + 4 * width, out + row * out_stride + before, width // per_row // 8)
+    a = carray(arguments, 6)
+    x, x_stride, out, out_stride, rows, width = a[0], a[1], a[2], a[3], a[4], a[5]
+    first, last = share(width // 8, part, parts, 1)
+    for row in range(rows):
+        gate = x + row * x_stride + 32 * first
+        gelu_mul_8(gate, gate + 4 * width, out + row * out_stride + 32 * first, last - first)
 
 
 @kernel
 def _gelu_kernel(arguments, part, parts):
-    a = carray(arguments, 7)
-    x, x_stride, out, out_stride, rows, width, per_row = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
-    for unit in range(part, rows * per_row, parts):
-        row, before = unit // per_row, 4 * (width // per_row) * (unit % per_row)
-        gelu_8(x + row * x_stride + before, out + row * out_stride + before, width // per_row // 8)
+    a = carray(arguments, 6)
+    x, x_stride, out, out_stride, rows, width = a[0], a[1], a[2], a[3], a[4], a[5]
+    first, last = share(width // 8, part, parts, 1)
+    for row in range(rows):
+        gelu_8(x + row * x_stride + 32 * first, out + row * out_stride + 32 * first, last - first)
 
 
 @kernel
@@ -73,7 +74,8 @@ def _layer_norm_kernel(arguments, part, parts):
     a = carray(arguments, 9)
     x, x_stride, weight, bias, out, out_stride, rows, width = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
     epsilon = float32_from_bits(a[8])
-    for row in range(part, rows, parts):
+    first, last = share(rows, part, parts, 1)
+    for row in range(first, last):
         layer_norm_8(x + row * x_stride, weight, bias, out + row * out_stride, width // 8, epsilon)
 
 
@@ -118,37 +120,33 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon_bits: int, out: torc
     launch(
         _rms_norm_kernel, x.data_ptr(), x.stride(0) * 4, weight.data_ptr(), out.data_ptr(), out.stride(0) * 4, rows,
         x.shape[1] // width, width, epsilon_bits, keep=(x, out), parallel=x.numel() > _SERIAL,
-        leaves=Units.of(out, 1),
     )  # fmt: skip
 
 
 def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     """``out = silu(gate) * up`` for ``gate_up`` ``[rows, 2 * width]`` (gate first), out ``[rows, width]``, fp32."""
     rows, width = out.shape
-    per_row = units_of_row(rows, width)
     launch(
         _silu_mul_kernel, gate_up.data_ptr(), gate_up.stride(0) * 4, out.data_ptr(), out.stride(0) * 4, rows, width,
-        per_row, keep=(gate_up, out), parallel=rows * width > _SERIAL // 4, leaves=Units.of(out, per_row),
+        keep=(gate_up, out), parallel=rows * width > _SERIAL // 4,
     )  # fmt: skip
 
 
 def gelu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     """``out = gelu(gate) * up``, GELU in its tanh form; shapes as ``silu_mul``."""
     rows, width = out.shape
-    per_row = units_of_row(rows, width)
     launch(
         _gelu_mul_kernel, gate_up.data_ptr(), gate_up.stride(0) * 4, out.data_ptr(), out.stride(0) * 4, rows, width,
-        per_row, keep=(gate_up, out), parallel=rows * width > _SERIAL // 4, leaves=Units.of(out, per_row),
+        keep=(gate_up, out), parallel=rows * width > _SERIAL // 4,
     )  # fmt: skip
 
 
 def gelu(x: torch.Tensor, out: torch.Tensor) -> None:
     """``out = gelu(x)`` of ``[rows, width]``, fp32, in its tanh form; width % 8 == 0."""
     rows, width = out.shape
-    per_row = units_of_row(rows, width)
     launch(
-        _gelu_kernel, x.data_ptr(), x.stride(0) * 4, out.data_ptr(), out.stride(0) * 4, rows, width, per_row,
-        keep=(x, out), parallel=rows * width > _SERIAL // 4, leaves=Units.of(out, per_row),
+        _gelu_kernel, x.data_ptr(), x.stride(0) * 4, out.data_ptr(), out.stride(0) * 4, rows, width, keep=(x, out),
+        parallel=rows * width > _SERIAL // 4,
     )  # fmt: skip
 
 
@@ -159,7 +157,6 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilo
     launch(
         _layer_norm_kernel, x.data_ptr(), x.stride(0) * 4, weight.data_ptr(), bias.data_ptr(), out.data_ptr(),
         out.stride(0) * 4, rows, width, epsilon_bits, keep=(x, out), parallel=x.numel() > _SERIAL,
-        leaves=Units.of(out, 1),
     )  # fmt: skip
 
 

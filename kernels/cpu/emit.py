@@ -154,11 +154,13 @@ class Rows:
             store(self._b, self._b.load(accumulator), place, 4)
 
 
-def prefetch(b: Builder, address: Value) -> None:
-    """Ask for the cache line at ``address``, which may lie anywhere: nothing is read, nothing faults."""
+def prefetch(b: Builder, address: Value, *, write: bool = False) -> None:
+    """Ask for the cache line at ``address``, which may lie anywhere: nothing is read, nothing faults. ``write``: as one
+    that is soon to be written, and so into the first cache."""
     kinds = (ir.PointerType(I8), I32, I32, I32)
     ask = function(b, "llvm.prefetch.p0", ir.VoidType(), *kinds)
-    b.call(ask, [b.inttoptr(address, kinds[0]), *(ir.Constant(I32, value) for value in (0, 2, 1))])
+    how = (1, 3, 1) if write else (0, 2, 1)
+    b.call(ask, [b.inttoptr(address, kinds[0]), *(ir.Constant(I32, value) for value in how)])
 
 
 def shapes_of(tiles_at_once: Sequence[int], several: bool) -> dict[int, int]:

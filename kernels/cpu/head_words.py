@@ -33,7 +33,7 @@ from manylora.kernels.cpu.emit import (
     shuffle,
 )
 from manylora.kernels.cpu.nf4_inner import CODE_UNIT, WORDS, multiply_words
-from manylora.kernels.cpu.nf4_linear import groups_and_tiles, quantise_kernel, units_of
+from manylora.kernels.cpu.nf4_linear import groups_and_tiles, quantise_kernel
 from manylora.kernels.cpu.target import TARGET
 from manylora.kernels.cpu.threads import launch
 from manylora.kernels.cpu.tiles import share
@@ -104,9 +104,8 @@ def head_linear(
     """``out = x @ W.T``, x ``[M, K]`` fp32, K a multiple of ``SPAN``, W packed by `pack_bf16` and its `head_maxima`;
     ``out`` ``[M, 16 * tiles]`` fp32. ``work``: as ``nf4_linear.nf4_linear``'s."""
     m, k = x.shape
-    per_row, may_follow = units_of(x)
     launch(
         quantise_kernel, x.data_ptr(), x.stride(0) * 4, m, k, work.data_ptr(), work.stride(0) * 4, tiles.data_ptr(),
-        maxima.data_ptr(), tiles.shape[0], out.data_ptr(), out.stride(0) * 4, 0, 0, per_row,
-        then=_head_kernel, keep=(x, tiles, maxima, out, work), follows=may_follow,
+        maxima.data_ptr(), tiles.shape[0], out.data_ptr(), out.stride(0) * 4, 0, 0, then=_head_kernel,
+        keep=(x, tiles, maxima, out, work),
     )  # fmt: skip

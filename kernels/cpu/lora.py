@@ -23,7 +23,7 @@ from manylora.kernels.cpu.emit import (
 )
 from manylora.kernels.cpu.lora_tables import table_product
 from manylora.kernels.cpu.lora_vectors import add_vectors
-from manylora.kernels.cpu.regions import cut, next_region
+from manylora.kernels.cpu.regions import items_of, next_region
 from manylora.kernels.cpu.threads import Arguments, flush, launch, launch_again
 from manylora.kernels.cpu.tiles import (
     address_of,
@@ -55,13 +55,11 @@ _CHUNK = 32
 """Rows of a segment that are multiplied by one part at most."""
 _FETCHED = 2048
 """How many bytes ahead of what the shrink reads it asks for: a page is read from its beginning to its end."""
-_MOST_ROWS = 8
-"""Rows of a region where the expand follows nothing."""
 
 # Arguments: x, x_stride, y, y_stride, depth, n_pairs, rows, scales, n_segments, slots, offsets, h, h_width,
-# n_projections, kind, n_rows, most_rows, then each projection's fields. h is [pairs, projections, h_width]; h_width is
+# n_projections, kind, n_rows, groups, then each projection's fields. h is [pairs, projections, h_width]; h_width is
 # 16 times the most pages that a slot can have; kind is what a page's elements are: _FP32, _BF16 or _INT16; n_rows are
-# those of y, most_rows what `regions` cuts them by. Which pages a part will read is listed first: a step reads some
+# those of y, groups what they are cut into, see `regions`. Which pages a part will read is listed first: a step reads some
 # megabytes from places far apart, and each is fetched while one before it is used.
 
 _PAIR, _COUNT, _PROJECTION, _PLACE, _PAGE, _SLOT = range(6)
@@ -198,7 +196,7 @@ def _expand_kernel(arguments, part, parts):
     a = carray(arguments, _HEADER + 3 * _FIELDS)
     y, y_stride, n_pairs, rows = a[2], a[3], a[5], a[6]
     n_segments, slots, offsets, h, h_width, n_projections, kind = a[8], a[9], a[10], a[11], a[12], a[13], a[14]
-    n_rows = a[15]
+    depth, n_rows, groups = a[4], a[15], a[16]
     h_stride = n_projections * h_width * 4
     y_offsets, h_offsets = np.empty(n_pairs, np.int64), np.arange(n_pairs) * h_stride
     for i in range(n_pairs):
@@ -207,12 +205,10 @@ def _expand_kernel(arguments, part, parts):
     pages = np.empty(n_segments * (h_width // 16) + 1, np.int64)
     pairs = np.empty((n_segments, 2), np.int64)
     end = _HEADER + _FIELDS * (n_projections - 1)
-    groups, shares = cut(n_rows, a[16], parts)
-    item, last_item = share(groups * shares, part, parts, 1)
+    tiles = (a[end + 10] + a[end + 9]) // 16
+    item, last_item = share(items_of(groups, depth, tiles), part, parts, 1)
     while item < last_item:
-        group, last_group, tile, last_tile, item = next_region(
-            item, last_item, groups, shares, (a[end + 10] + a[end + 9]) // 16
-        )
+        group, last_group, tile, last_tile, item = next_region(item, last_item, groups, depth, tiles)
         _pairs_within(rows, offsets, n_segments, n_rows * group // groups, n_rows * last_group // groups, pairs)
         for j in range(n_projections):
             p = _HEADER + _FIELDS * j
@@ -300,11 +296,10 @@ class CpuLora:
         site: str,
         layer: int,
         *,
-        most_rows: int = _MOST_ROWS,
-        follows: bool = False,
+        groups: int = 1,
     ) -> Arguments:
         """The first half of ``add_``, which needs x alone; ``expand_`` must be given what it returns before another
-        half is begun. ``most_rows``: what y is cut by in `regions`; ``follows``: see ``threads.launch``."""
+        half is begun. ``groups``: what the rows of y are cut into, see `regions`."""
         segments, projections = adapters.segments, len(SITES[site])
         n_pairs = segments.rows.numel()
         if self._h.numel() < n_pairs * projections * self._h_width:
@@ -313,8 +308,8 @@ class CpuLora:
             _shrink_kernel, x.data_ptr(), x.stride(0) * 4, y.data_ptr(), y.stride(0) * 4, x.shape[1], n_pairs,
             segments.rows.data_ptr(), segments.scales.data_ptr(), len(segments.slot_list), segments.slots.data_ptr(),
             segments.offsets.data_ptr(), self._h.data_ptr(), self._h_width, projections,
-            _KINDS[self._pool.page_dtype], y.shape[0], most_rows, *self._fields[site, layer],
-            keep=(x, y, segments.rows, segments.scales, segments.slots, segments.offsets, self._h), follows=follows,
+            _KINDS[self._pool.page_dtype], y.shape[0], groups, *self._fields[site, layer],
+            keep=(x, y, segments.rows, segments.scales, segments.slots, segments.offsets, self._h),
         )  # fmt: skip
 
     def expand_(self, begun: Arguments, *, follows: bool = False) -> None:

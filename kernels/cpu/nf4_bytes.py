@@ -9,6 +9,11 @@ in each lane: twice as many as of 16 bits. It wants unsigned bytes on one side: 
 from which ``bias``, 128 times the sum of the span's levels, is taken away. Without that instruction the same sums take
 longer.
 
+**Rows of x lie side by side**, those of a group that are multiplied at once, as the micro-kernel reads them: for each
+span two words of each row after each other, 4 times, then each row's scale and bias. So one register and constants
+address them all, and neighbours lie in the same cache line. Many rows are multiplied with two tiles at once, as reading
+a word for each product takes as long as the products.
+
 **What rounding costs.** A code is off by at most 3.6e-3 of its block's absmax, a value of x by at most 3.9e-3 of its
 span's largest: what llama.cpp does to x (its Q8_0 has the same spans), and three times what bf16 does to both (in
 logits too: ``bench/accuracy.py``). Sums are exact, and spans are added in order: as with 16 bits, a row's
@@ -22,7 +27,7 @@ from typing import Any, Final
 
 import torch
 from llvmlite import ir
-from numba import carray
+from numba import carray, njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
@@ -52,9 +57,11 @@ from manylora.kernels.cpu.emit import (
     store_tile,
 )
 from manylora.kernels.cpu.nf4_inner import BYTES, SPAN, WORDS, look_up, nibbles, products_of_words, scaled_span
-from manylora.kernels.cpu.nf4_linear import Between, integer_product, quantised, shared_out
 from manylora.kernels.cpu.nf4_packing import GROUP
+from manylora.kernels.cpu.regions import chunk_tiles, items_of, next_region
 from manylora.kernels.cpu.target import HAS_BYTE_PRODUCTS, TARGET
+from manylora.kernels.cpu.threads import launch
+from manylora.kernels.cpu.tiles import share
 from manylora.kernels.nf4_code import NF4_CODE
 
 CODE_UNIT: Final = 123
@@ -65,8 +72,14 @@ _OFFSET: Final = 128
 """What is added to codes for them to be positive."""
 _LOAD: Final = 8 * GROUP
 """Bytes of ``GROUP`` positions of a tile."""
+_SPAN_BYTES: Final = SPAN + 8
+"""Of a row and span: its levels, its scale and its bias."""
 MOST_ROWS: Final = TARGET.nf4_byte_rows
-"""Rows at most that are multiplied with codes as they are looked up."""
+"""Rows at most that are multiplied with a tile at once."""
+PAIR_ROWS: Final = TARGET.nf4_byte_pair_rows
+"""Rows at most that are multiplied with two tiles at once; 0: none are."""
+MANY_ROWS: Final = 2 * MOST_ROWS + 1
+"""Rows from which on two tiles are taken at once."""
 
 
 def _dot(b: Builder, total: Value, codes: Value, levels: Value) -> Value:
@@ -89,26 +102,28 @@ def _group(b: Builder, address: Value) -> list[list[Value]]:
     return [vectors] if VECTORS == 2 else [[vector] for vector in vectors]
 
 
-@intrinsic
-def _multiply(typingctx, rows, levels, scales, stride, packed, absmax, blocks, spans, c, c_stride, accumulate):
-    """``c[r] (+)= W x[r]``, as ``nf4_inner.fused_nf4``, for up to ``MOST_ROWS`` rows of ``_quantise``. The biases lie
-    behind the scales."""
+def _micro_kernel(shapes: range, tiles: int) -> Any:
+    @intrinsic
+    def multiply(typingctx, rows, levels, packed, absmax, blocks, spans, c, c_stride, accumulate):
+        """``c[r] (+)= W x[r]``, as ``nf4_inner.fused_nf4``, for a group of ``rows`` rows, one of ``shapes``, as
+        ``_quantise`` lays it out, and ``tiles`` tiles."""
 
-    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        rows, *rest = args
-        for count, _ in branches(b, rows, dict.fromkeys(range(1, MOST_ROWS + 1), 1)):
-            _emit_rows(b, count, *rest)
-        return context.get_dummy_value()
+        def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+            rows, *rest = args
+            for count, _ in branches(b, rows, dict.fromkeys(shapes, 1)):
+                _emit_rows(b, count, tiles, *rest)
+            return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 11), codegen
+        return types.void(*[types.int64] * 9), codegen
+
+    return multiply
 
 
 def _emit_rows(
     b: Builder,
     rows: int,
+    tiles: int,
     levels: Value,
-    scales: Value,
-    stride: Value,
     packed: Value,
     absmax: Value,
     blocks: Value,
@@ -117,53 +132,64 @@ def _emit_rows(
     c_stride: Value,
     accumulate: Value,
 ) -> None:
-    def places(address: Value, stride: Value) -> list[Value]:
-        return [b.add(address, b.mul(stride, i64(r))) for r in range(rows)]
-
     def vectors(kind: Any) -> list[list[Value]]:
-        return [[cgutils.alloca_once(b, kind) for _ in range(VECTORS)] for _ in range(rows)]
+        return [[cgutils.alloca_once(b, kind) for _ in range(VECTORS * tiles)] for _ in range(rows)]
+
+    def load_tiles(first: Value, stride: Value) -> list[Value]:
+        return [vector for t in range(tiles) for vector in load_tile(b, b.add(first, b.mul(stride, i64(t))))]
+
+    def word(address: Value, kind: Any, vector: Any) -> Value:
+        return splat(b, load(b, address, kind, 4), vector)
 
     fma = fused_multiply_add(b, VF)
     all_spans = b.mul(blocks, spans)
-    x, factors, out = places(levels, stride), places(scales, stride), places(c, c_stride)
-    biases = places(b.add(scales, b.mul(all_spans, i64(4))), stride)
+    out = [b.add(c, b.mul(c_stride, i64(r))) for r in range(rows)]
     totals, partial, sums = vectors(VF), vectors(VF), vectors(VI)
+    if tiles > 1:  # for many rows, whose results do not stay in the caches until they are added to
+        for place in out:
+            for t in range(tiles):
+                prefetch(b, offset(b, place, 64 * t), write=True)
     with b.if_else(b.icmp_signed("!=", accumulate, i64(0))) as (then, otherwise):
         with then:
             for row, place in zip(totals, out, strict=True):
-                for total, value in zip(row, load_tile(b, place), strict=True):
+                for total, value in zip(row, load_tiles(place, i64(64)), strict=True):
                     b.store(value, total)
         with otherwise:
             for row in totals:
                 for total in row:
                     b.store(constant(0.0, VF), total)
-    loads = SPAN // GROUP
-    ahead = b.mul(all_spans, i64(loads * _LOAD))  # the next tile's codes, as in nf4_inner
+    span_bytes = SPAN // GROUP * _LOAD
+    tile_bytes = b.mul(all_spans, i64(span_bytes))
     with cgutils.for_range(b, blocks, intp=I64) as block:
         for row in partial:
             for one in row:
                 b.store(constant(0.0, VF), one)
         with cgutils.for_range(b, spans, intp=I64) as within:
             span = b.add(b.mul(block.index, spans), within.index)
-            for row, bias in zip(sums, biases, strict=True):
-                start = splat(b, load(b, b.add(bias, b.mul(span, i64(4))), I32, 4), VI)
+            x = b.add(levels, b.mul(span, i64(_SPAN_BYTES * rows)))
+            factors = [offset(b, x, SPAN * rows + 8 * r) for r in range(rows)]
+            for row, factor in zip(sums, factors, strict=True):
+                start = word(offset(b, factor, 4), I32, VI)
                 for one in row:
                     b.store(start, one)
-            with cgutils.for_range(b, i64(loads), intp=I64) as loop:
-                at = b.add(b.mul(span, i64(loads)), loop.index)
-                codes = b.add(packed, b.mul(at, i64(_LOAD)))
-                prefetch(b, b.add(codes, ahead))
-                for i, four in enumerate(_group(b, codes)):
-                    for row, own in zip(x, sums, strict=True):
-                        place = offset(b, b.add(row, b.mul(at, i64(GROUP))), 4 * i)
-                        same = b.bitcast(splat(b, load(b, place, I32, 4), VI), BYTES)
+            first = b.add(packed, b.mul(span, i64(span_bytes)))
+            codes = [b.add(first, b.mul(tile_bytes, i64(t))) for t in range(tiles)]
+            for at in range(0, SPAN, GROUP):
+                fours: list[list[Value]] = [[] for _ in range(GROUP // 4)]
+                for place in (offset(b, one, at // GROUP * _LOAD) for one in codes):
+                    prefetch(b, b.add(place, b.mul(tile_bytes, i64(tiles))))  # of the tiles that come next
+                    for four, more in zip(fours, _group(b, place), strict=True):
+                        four += more
+                for i, four in enumerate(fours, at // 4):
+                    for r, own in enumerate(sums):
+                        same = word(offset(b, x, 8 * (i // 2 * rows + r) + 4 * (i % 2)), I32, VI)
                         for one, vector in zip(own, four, strict=True):
-                            b.store(_dot(b, b.load(one), vector, same), one)
+                            b.store(_dot(b, b.load(one), vector, b.bitcast(same, BYTES)), one)
             for factor, own, row in zip(factors, sums, partial, strict=True):
-                scale = splat(b, load(b, b.add(factor, b.mul(span, i64(4))), F32, 4), VF)
+                scale = word(factor, F32, VF)
                 for one, value in zip(own, row, strict=True):
                     b.store(b.call(fma, [b.sitofp(b.load(one), VF), scale, b.load(value)]), value)
-        largest = load_tile(b, b.add(absmax, b.mul(block.index, i64(64))))
+        largest = load_tiles(b.add(absmax, b.mul(block.index, i64(64))), b.mul(blocks, i64(64)))
         for row, values in zip(totals, partial, strict=True):
             for total, value, maximum in zip(row, values, largest, strict=True):
                 b.store(b.call(fma, [b.load(value), maximum, b.load(total)]), total)
@@ -171,38 +197,95 @@ def _emit_rows(
         store_tile(b, [b.load(total) for total in row], place)
 
 
+_multiply = _micro_kernel(range(1, MOST_ROWS + 1), 1)
+_multiply_pair = _micro_kernel(range(PAIR_ROWS - 1, PAIR_ROWS + 1), 2)  # no smaller groups from MANY_ROWS on
+
+
 @intrinsic
-def _quantise(typingctx, x, levels, scales, all_spans, spans):
-    """A row's ``SPAN * spans`` fp32 values at ``x`` as int8 ``levels``, an fp32 scale a span, and behind the row's
-    ``all_spans`` scales an int32 bias a span: ``x`` is about ``level * scale * CODE_UNIT``. A span with a value that is
-    not finite has a scale that is not."""
+def _quantise(typingctx, x, x_stride, rows, levels):
+    """A span of a group of ``rows`` rows, ``SPAN`` fp32 values each at ``x`` and ``x_stride`` bytes on, as int8 levels,
+    fp32 scales and int32 biases at ``levels``, in the order that the module describes: x is about ``level * scale *
+    CODE_UNIT``. A value that is not finite makes a scale that is not."""
 
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        x, levels, scales, all_spans, spans = args
-        biases = b.add(scales, b.mul(all_spans, i64(4)))
+        x, x_stride, rows, levels = args
         add_up = function(b, "llvm.vector.reduce.add.v8i32", I32, V8I)
-        narrow = ir.VectorType(I8, 8)
-        with cgutils.for_range(b, spans, intp=I64) as loop:
-            target, index = b.add(levels, b.mul(loop.index, i64(SPAN))), b.mul(loop.index, i64(4))
-            whole, scale = scaled_span(b, b.add(x, b.mul(loop.index, i64(4 * SPAN))), LEVELS, CODE_UNIT)
-            for i, vector in enumerate(whole):
-                store(b, b.trunc(vector, narrow), offset(b, target, 8 * i), 1)
+        with cgutils.for_range(b, rows, intp=I64) as loop:
+            whole, scale = scaled_span(b, b.add(x, b.mul(loop.index, x_stride)), LEVELS, CODE_UNIT)
+            place, step = b.add(levels, b.mul(loop.index, i64(8))), b.mul(rows, i64(8))
+            for vector in whole:
+                store(b, b.trunc(vector, ir.VectorType(I8, 8)), place, 4)
+                place = b.add(place, step)
             low, high = b.add(whole[0], whole[1]), b.add(whole[2], whole[3])
-            store(b, scale, b.add(scales, index), 4)
             total = b.call(add_up, [b.add(low, high)])
-            store(b, b.mul(total, ir.Constant(I32, -_OFFSET)), b.add(biases, index), 4)
+            store(b, scale, place, 4)
+            store(b, b.mul(total, ir.Constant(I32, -_OFFSET)), offset(b, place, 4), 4)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5), codegen
+    return types.void(*[types.int64] * 4), codegen
 
 
-_quantised, _product = quantised(_quantise, 1), shared_out(_multiply, MOST_ROWS, 1)
+@njit(nogil=True)
+def _groups(rows):
+    """The groups that rows are cut into, nearly equal: 13 rows are 6 + 7, as codes are looked up for each."""
+    most = PAIR_ROWS if PAIR_ROWS != 0 and rows >= MANY_ROWS else MOST_ROWS
+    return (rows + most - 1) // most
+
+
+@njit(nogil=True)
+def _quantised(part, parts, x, x_stride, rows, depth, levels, stride):
+    """A part of x as integers: spans of whole groups."""
+    groups, spans = _groups(rows), depth // SPAN
+    first, last = share(groups * spans, part, parts, 1)
+    for item in range(first, last):
+        group, span = item // spans, item % spans
+        row, end = rows * group // groups, rows * (group + 1) // groups
+        own = levels + row * stride + _SPAN_BYTES * (end - row) * span
+        _quantise(x + row * x_stride + 4 * SPAN * span, x_stride, end - row, own)
+
+
+@njit(nogil=True, inline="never")
+def _some_tiles(rows, levels, depth, packed, absmax, tiles, block, y, y_stride, accumulate, pairs):
+    """A group of rows and ``tiles`` tiles from the first at ``packed``, two at once if there are ``pairs``."""
+    blocks, spans = depth // block, block // SPAN
+    tile = 0
+    if PAIR_ROWS != 0:
+        while pairs and tile + 1 < tiles:
+            _multiply_pair(
+                rows, levels, packed + 8 * tile * depth, absmax + 64 * tile * blocks, blocks, spans, y + 64 * tile,
+                y_stride, accumulate,
+            )  # fmt: skip
+            tile += 2
+    while tile < tiles:
+        _multiply(
+            rows, levels, packed + 8 * tile * depth, absmax + 64 * tile * blocks, blocks, spans, y + 64 * tile,
+            y_stride, accumulate,
+        )  # fmt: skip
+        tile += 1
+
+
+@njit(nogil=True)
+def _product(part, parts, rows, levels, stride, depth, packed, absmax, n_tiles, y, y_stride, block, accumulate):
+    """A part of ``y (+)= W x``, in the order of `regions`."""
+    groups = _groups(rows)
+    at_once = n_tiles if groups == 1 else chunk_tiles(groups, depth)
+    item, last_item = share(items_of(groups, depth, n_tiles), part, parts, 1)
+    while item < last_item:
+        group, last_group, tile, last_tile, item = next_region(item, last_item, groups, depth, n_tiles)
+        for first in range(tile, last_tile, at_once):
+            for g in range(group, last_group):
+                row, end = rows * g // groups, rows * (g + 1) // groups
+                _some_tiles(
+                    end - row, levels + row * stride, depth, packed + 8 * first * depth,
+                    absmax + 64 * first * (depth // block), min(at_once, last_tile - first), block,
+                    y + row * y_stride + 64 * first, y_stride, accumulate, rows >= MANY_ROWS,
+                )  # fmt: skip
 
 
 @kernel
 def _quantise_bytes_kernel(arguments, part, parts):
-    a = carray(arguments, 14)
-    _quantised(part, parts, a[0], a[1], a[2], a[3], a[4], a[5], a[13])
+    a = carray(arguments, 13)
+    _quantised(part, parts, a[0], a[1], a[2], a[3], a[4], a[5])
 
 
 @kernel
@@ -213,9 +296,14 @@ def _nf4_bytes_kernel(arguments, part, parts):
     _product(part, parts, rows, levels, stride, depth, packed, absmax, n_tiles, y, y_stride, block, accumulate)
 
 
+def groups_of(rows: int) -> int:
+    """The groups that ``nf4_bytes_linear`` cuts rows into, see `regions`."""
+    return int(_groups(rows))
+
+
 def work_width(k: int) -> int:
     """Of ``nf4_bytes_linear``'s ``work`` for K inputs."""
-    return k // 4 + 2 * (k // SPAN)
+    return k // SPAN * _SPAN_BYTES // 4
 
 
 def nf4_bytes_linear(
@@ -227,11 +315,13 @@ def nf4_bytes_linear(
     work: torch.Tensor,
     *,
     accumulate: bool = False,
-    between: Between | None = None,
+    follows: bool = False,
 ) -> None:
     """``out (+)= x @ W.T``, as ``nf4_linear.nf4_linear``, of a weight packed ``FOR_BYTES``. ``work``: ``[M,
-    work_width(K)]`` fp32 for x as integers, a row's K levels, then its scales, then its biases."""
-    integer_product(
-        _quantise_bytes_kernel, _nf4_bytes_kernel, x, packed, absmax, blocksize, out, work, accumulate=accumulate,
-        between=between,
+    work_width(K)]`` contiguous fp32 for x as integers; what it holds is overwritten."""
+    m, k = x.shape
+    launch(
+        _quantise_bytes_kernel, x.data_ptr(), x.stride(0) * 4, m, k, work.data_ptr(), work.stride(0) * 4,
+        packed.data_ptr(), absmax.data_ptr(), packed.shape[0], out.data_ptr(), out.stride(0) * 4, blocksize,
+        int(accumulate), then=_nf4_bytes_kernel, keep=(x, out, work), follows=follows,
     )  # fmt: skip

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from numba import carray, njit
 
-from manylora.kernels.cpu.compiling import Compiled, kernel
+from manylora.kernels.cpu.compiling import kernel
 from manylora.kernels.cpu.nf4_inner import (
     FUSED_ROWS,
     PAIR_BYTES,
@@ -21,36 +20,33 @@ from manylora.kernels.cpu.nf4_inner import (
     quantise,
 )
 from manylora.kernels.cpu.nf4_packing import GROUP
-from manylora.kernels.cpu.regions import cut, next_region
-from manylora.kernels.cpu.threads import launch, launch_again, units_left, units_of_row
+from manylora.kernels.cpu.regions import CODE_BYTES, items_of, next_region
+from manylora.kernels.cpu.threads import launch
 from manylora.kernels.cpu.tiles import address_of, keep_alive, share
-
-Between = Callable[[bool], None]
 
 DEPTH = 512
 """Positions of a decoded panel: 512 x 16 int16 are 16 KiB, half of a 32 KiB L1."""
 ROW_BLOCK = 96
 """Rows of x per pass over the weights: their 96 x 512 int16 stay in L2 while the panels stream by."""
 
-CODE_BYTES = 128 << 10
-"""Of packed codes that are multiplied with all rows before the next are touched: they stay in L2."""
-
 
 def quantised(quantise_spans: Any, level_bytes: int) -> Any:
     """A part of x as integers, by ``quantise_spans(x, levels, scales, all_spans, spans)``: ``level_bytes`` of a level,
-    behind a row's levels the scales of ``all_spans``. Shared out by `threads.Units`, ``per_row`` to a row."""
+    behind a row's levels the scales of ``all_spans``."""
 
     @njit(nogil=True)
-    def some(part, parts, x, x_stride, rows, depth, levels, level_stride, per_row):
+    def some(part, parts, x, x_stride, rows, depth, levels, level_stride):
         spans = depth // SPAN
-        count = spans // per_row
-        for unit in range(part, rows * per_row, parts):
-            row, start = unit // per_row, count * (unit % per_row)
+        first, last = share(rows * spans, part, parts, 1)
+        while first < last:
+            row, start = first // spans, first % spans
+            count = min(spans - start, last - first)
             own = levels + row * level_stride
             scales = own + level_bytes * depth + 4 * start
             quantise_spans(
                 x + row * x_stride + 4 * SPAN * start, own + level_bytes * SPAN * start, scales, spans, count
             )  # fmt: skip
+            first += count
 
     return some
 
@@ -60,8 +56,8 @@ _quantised = quantised(quantise, 2)
 
 @kernel
 def quantise_kernel(arguments, part, parts):
-    a = carray(arguments, 14)
-    _quantised(part, parts, a[0], a[1], a[2], a[3], a[4], a[5], a[13])
+    a = carray(arguments, 13)
+    _quantised(part, parts, a[0], a[1], a[2], a[3], a[4], a[5])
 
 
 @njit(nogil=True, inline="never")
@@ -113,27 +109,7 @@ def groups_and_tiles(fused: Any, most_rows: int, level_bytes: int, weight_bytes:
     return some
 
 
-def shared_out(fused: Any, most_rows: int, level_bytes: int) -> Any:
-    """A part of ``y (+)= W x`` with W in NF4, the items that `regions` gives it; see `groups_and_tiles`."""
-    some = groups_and_tiles(fused, most_rows, level_bytes, 8)
-
-    @njit(nogil=True)
-    def multiply(
-        part, parts, rows, levels, stride, depth, packed, absmax, n_tiles, y, y_stride, block, accumulate
-    ):  # fmt: skip
-        groups, shares = cut(rows, most_rows, parts)
-        item, last_item = share(groups * shares, part, parts, 1)
-        while item < last_item:
-            group, last_group, tile, last_tile, item = next_region(item, last_item, groups, shares, n_tiles)
-            some(
-                rows, group, last_group, tile, last_tile, levels, stride, depth, packed, absmax, block, y, y_stride,
-                accumulate,
-            )  # fmt: skip
-
-    return multiply
-
-
-_as_decoded = shared_out(fused_nf4, FUSED_ROWS, 2)
+_some = groups_and_tiles(fused_nf4, FUSED_ROWS, 2, 8)
 
 
 @kernel
@@ -142,7 +118,14 @@ def _nf4_kernel(arguments, part, parts):
     rows, depth, levels, stride, packed, absmax, n_tiles = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
     y, y_stride, block, accumulate = a[9], a[10], a[11], a[12]
     if PANEL_ROWS == 0 or rows <= FUSED_ROWS:
-        _as_decoded(part, parts, rows, levels, stride, depth, packed, absmax, n_tiles, y, y_stride, block, accumulate)
+        groups = (rows + FUSED_ROWS - 1) // FUSED_ROWS
+        item, last_item = share(items_of(groups, depth, n_tiles), part, parts, 1)
+        while item < last_item:
+            group, last_group, tile, last_tile, item = next_region(item, last_item, groups, depth, n_tiles)
+            _some(
+                rows, group, last_group, tile, last_tile, levels, stride, depth, packed, absmax, block, y, y_stride,
+                accumulate,
+            )  # fmt: skip
         return
     first, last = share(n_tiles, part, parts, 1)
     panel_memory = np.empty(max(block, DEPTH) * PAIR_BYTES // 2, np.uint8)
@@ -158,50 +141,14 @@ def _nf4_kernel(arguments, part, parts):
     keep_alive(panel_memory)
 
 
-def most_rows(rows: int) -> int:
-    """What `regions` are cut by in a product of so many rows."""
-    return FUSED_ROWS if PANEL_ROWS == 0 or rows <= FUSED_ROWS else rows
-
-
-def units_of(x: torch.Tensor) -> tuple[int, bool]:
-    """Into how many units a row of x ``[M, K]`` is cut to be made integers, and whether that may follow the kernel
-    that is queued last."""
-    left = units_left(x)
-    if left and x.shape[1] % (left * SPAN) == 0:
-        return left, True
-    return units_of_row(*x.shape), False
+def groups_of(rows: int) -> int:
+    """The groups that ``nf4_linear`` cuts rows into, see `regions`."""
+    return -(-rows // FUSED_ROWS) if PANEL_ROWS == 0 or rows <= FUSED_ROWS else 1
 
 
 def work_width(k: int) -> int:
     """Of ``nf4_linear``'s ``work`` for K inputs."""
     return k // 2 + k // SPAN
-
-
-def integer_product(
-    quantise: Compiled,
-    multiply: Compiled,
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    blocksize: int,
-    out: torch.Tensor,
-    work: torch.Tensor,
-    *,
-    accumulate: bool,
-    between: Between | None = None,
-) -> None:
-    """Queue ``quantise`` and ``multiply`` with the same arguments. ``between`` is called after the first has been
-    queued, with whether a kernel that needs x alone may follow that: not if x itself is made by what that follows."""
-    m, k = x.shape
-    per_row, follows = units_of(x)
-    arguments = launch(
-        quantise, x.data_ptr(), x.stride(0) * 4, m, k, work.data_ptr(), work.stride(0) * 4, packed.data_ptr(),
-        absmax.data_ptr(), packed.shape[0], out.data_ptr(), out.stride(0) * 4, blocksize, int(accumulate), per_row,
-        keep=(x, packed, absmax, out, work), follows=follows,
-    )  # fmt: skip
-    if between is not None:
-        between(not follows)
-    launch_again(multiply, arguments)
 
 
 def nf4_linear(
@@ -213,11 +160,15 @@ def nf4_linear(
     work: torch.Tensor,
     *,
     accumulate: bool = False,
-    between: Between | None = None,
+    follows: bool = False,
 ) -> None:
     """``out (+)= x @ W.T``, x ``[M, K]`` fp32, ``out`` ``[M, N]`` fp32, both with contiguous rows; K a multiple of
     ``blocksize``, and that of ``SPAN``. ``work``: ``[M, work_width(K)]`` fp32 for x as integers, a row's K levels and
-    then its scales; what it holds is overwritten. ``between``: see ``integer_product``."""
-    integer_product(
-        quantise_kernel, _nf4_kernel, x, packed, absmax, blocksize, out, work, accumulate=accumulate, between=between
+    then its scales; what it holds is overwritten. ``follows``: the kernel that is queued last does not write x; see
+    ``threads.launch``."""
+    m, k = x.shape
+    launch(
+        quantise_kernel, x.data_ptr(), x.stride(0) * 4, m, k, work.data_ptr(), work.stride(0) * 4, packed.data_ptr(),
+        absmax.data_ptr(), packed.shape[0], out.data_ptr(), out.stride(0) * 4, blocksize, int(accumulate),
+        then=_nf4_kernel, keep=(x, out, work), follows=follows,
     )  # fmt: skip

@@ -27,7 +27,7 @@ from manylora.kernels.cpu.lora import CpuLora
 from manylora.kernels.cpu.nf4_inner import SPAN
 from manylora.kernels.cpu.replay import Recordings
 from manylora.kernels.cpu.scratch import Scratch
-from manylora.kernels.cpu.threads import Arguments, flush, queued
+from manylora.kernels.cpu.threads import flush, queued
 from manylora.kernels.lora import SiteAdapters
 from manylora.kernels.nf4_code import NF4_CODE
 from manylora.kernels.nf4_tensor import Nf4Tensor
@@ -259,20 +259,14 @@ class NumbaOps:
         self, x: torch.Tensor, weight: AnyLinear, out: torch.Tensor, adapters: SiteAdapters, *, accumulate: bool
     ) -> None:
         """``out (+)= x @ W.T`` plus the adapters' pairs, whose two halves run beside the product's: each part of the
-        output is added to as soon as it is made, and what only reads x waits for nothing else."""
+        output is added to as soon as it is made, and what only reads x runs at once."""
         adapters.lora.check(out, x, adapters.site)
         lora, step = adapters.lora.kernel, adapters.routed(x.shape[0])
         assert isinstance(lora, CpuLora)
-        most_rows = nf4_bytes.MOST_ROWS if self.arithmetic == "int8" else nf4_linear.most_rows(x.shape[0])
-        begun: list[Arguments] = []
-
-        def shrink(follows: bool) -> None:
-            begun.append(
-                lora.shrink(out, x, step, adapters.site, adapters.layer, most_rows=most_rows, follows=follows)
-            )
-
-        self._multiply(x, weight, out, accumulate=accumulate, between=shrink)
-        lora.expand_(begun[0], follows=True)
+        groups = (nf4_bytes if self.arithmetic == "int8" else nf4_linear).groups_of(x.shape[0])
+        begun = lora.shrink(out, x, step, adapters.site, adapters.layer, groups=groups)
+        self._multiply(x, weight, out, accumulate=accumulate, follows=True)
+        lora.expand_(begun, follows=True)
 
     def _multiply(
         self,
@@ -281,9 +275,9 @@ class NumbaOps:
         out: torch.Tensor,
         *,
         accumulate: bool,
-        between: nf4_linear.Between | None = None,
+        follows: bool = False,
     ) -> None:
-        """``out (+)= x @ W.T``; ``between``: see ``nf4_linear.integer_product``, for weights that it multiplies."""
+        """``out (+)= x @ W.T``; ``follows``: see ``nf4_linear.nf4_linear``, for weights that it multiplies."""
         if isinstance(weight, StackedLinear):
             at = 0
             for part in weight.parts:
@@ -305,7 +299,7 @@ class NumbaOps:
             with self._scratch.scope():
                 work = self._scratch.empty(x.shape[0], width(x.shape[1]))
                 product(
-                    x, weight.packed, weight.absmax, weight.blocksize, out, work, accumulate=accumulate, between=between
+                    x, weight.packed, weight.absmax, weight.blocksize, out, work, accumulate=accumulate, follows=follows
                 )  # fmt: skip
 
     def prepare_embedding(self, weight: torch.Tensor, *, head: bool) -> PackedTable:

@@ -19,7 +19,8 @@ class Target:
     ``*_tiles[rows]``: tiles that so many rows take at once, in the GEMM and in the micro-kernel that widens bf16
     weights as it multiplies; tiles that are left over are taken one by one, rows beyond the table in near-equal groups.
     ``panel_tiles``: tiles of a widened panel. ``nf4_fused_rows``: rows at most that codes of NF4 are multiplied with
-    as they are looked up as words, ``nf4_byte_rows`` as bytes, ``nf4_panel_rows`` once they are. ``nf4_group``:
+    as they are looked up as words, ``nf4_panel_rows`` once they are; ``nf4_byte_rows`` as bytes of a tile,
+    ``nf4_byte_pair_rows`` as bytes of two tiles. ``nf4_group``:
     positions whose codes come from one load. ``head_rows``: rows at most that bf16 weights are multiplied with
     as they become integers.
     """
@@ -31,6 +32,7 @@ class Target:
     nf4_fused_rows: int
     nf4_panel_rows: int
     nf4_byte_rows: int
+    nf4_byte_pair_rows: int
     head_rows: int
     nf4_group: int
 
@@ -45,6 +47,7 @@ _TARGETS: Final = {
         nf4_fused_rows=4,
         nf4_panel_rows=6,
         nf4_byte_rows=4,
+        nf4_byte_pair_rows=0,
         head_rows=4,
         nf4_group=4,
     ),
@@ -56,7 +59,8 @@ _TARGETS: Final = {
         panel_tiles=2,
         nf4_fused_rows=8,
         nf4_panel_rows=0,
-        nf4_byte_rows=10,
+        nf4_byte_rows=12,
+        nf4_byte_pair_rows=6,
         head_rows=8,
         nf4_group=8,
     ),

@@ -14,7 +14,7 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import llvmlite.binding as llvm
 import torch
@@ -143,39 +143,13 @@ else:
 Arguments = ctypes.Array[ctypes.c_int64]
 
 
-class Units(NamedTuple):
-    """An output ``[rows, width]`` at ``address`` that is shared out by unit: part p of a kernel writes units p, p +
-    parts, p + 2 parts, and so on. A row is ``per_row`` units of equal width; they are numbered row by row."""
-
-    address: int
-    rows: int
-    width: int
-    per_row: int
-
-    @classmethod
-    def of(cls, out: torch.Tensor, per_row: int) -> Units:
-        return cls(out.data_ptr(), *out.shape, per_row)
-
-
-def units_of_row(rows: int, width: int) -> int:
-    """Into how many units a row is cut where it may be cut anywhere: one if there are rows for all parts, else as many
-    as are of some cache lines each."""
-    if rows < 16:
-        for unit in (128, 96, 64):
-            if width % unit == 0:
-                return width // unit
-    return 1
-
-
 class _Queue(threading.local):
-    """What this thread has queued: kernels with their arguments, what must stay alive until they have run, and how the
-    last of them shares out what it writes, if it says so."""
+    """What this thread has queued: kernels with their arguments, and what must stay alive until they have run."""
 
     def __init__(self) -> None:
         self.depth = 0
         self.kernels: list[int] = []
         self.alive: list[object] = []
-        self.left: Units | None = None
         self.recordings: list[Recording] | None = None
 
 
@@ -204,7 +178,6 @@ def launch(
     keep: Sequence[torch.Tensor] = (),
     parallel: bool = True,
     follows: bool = False,
-    leaves: Units | None = None,
 ) -> Arguments:
     """Run a kernel, split over torch's threads; returns when all parts are done.
 
@@ -217,13 +190,12 @@ def launch(
 
     ``follows``: each part of the kernel is run right after that part of the kernel queued before it, by the same thread
     and without waiting for other parts: of what that kernel writes it may read its own part's alone, and it must write
-    nothing that another part of that kernel reads. ``leaves``: how the (last) kernel shares out its output, for one
-    that follows it: see ``units_left``. Returns the arguments, for ``launch_again``.
+    nothing that another part of that kernel reads. Returns the arguments, for ``launch_again``.
     """
     packed = (ctypes.c_int64 * len(arguments))(*arguments)
-    _put(kernel, packed, keep, follows, leaves)
+    _put(kernel, packed, keep, follows)
     if then is not None:
-        _put(then, packed, (), False, leaves)
+        _put(then, packed, (), False)
     if _queue.depth == 0:
         flush(parallel=parallel)
     return packed
@@ -233,24 +205,15 @@ def launch_again(
     kernel: Compiled, arguments: Arguments, *, keep: Sequence[torch.Tensor] = (), follows: bool = False
 ) -> None:
     """``launch`` with arguments that another kernel had: laying them out is most of what queueing costs."""
-    _put(kernel, arguments, keep, follows, None)
+    _put(kernel, arguments, keep, follows)
     if _queue.depth == 0:
         flush()
 
 
-def _put(
-    kernel: Compiled, arguments: Arguments, keep: Sequence[torch.Tensor], follows: bool, leaves: Units | None
-) -> None:
+def _put(kernel: Compiled, arguments: Arguments, keep: Sequence[torch.Tensor], follows: bool) -> None:
     first = _FOLLOWS if follows and _queue.kernels else 0
     _queue.kernels += (kernel.address, ctypes.addressof(arguments), first, 0)
     _queue.alive += (arguments, *keep)
-    _queue.left = leaves
-
-
-def units_left(x: torch.Tensor) -> int:
-    """How many units a row of ``x`` is, if the kernel that is queued last writes it by unit; else 0."""
-    left = _queue.left
-    return left.per_row if left is not None and left[:3] == (x.data_ptr(), *x.shape) else 0
 
 
 def flush(*, parallel: bool = True) -> None:
@@ -258,7 +221,7 @@ def flush(*, parallel: bool = True) -> None:
     kernels, alive = _queue.kernels, _queue.alive
     if not kernels:
         return
-    _queue.kernels, _queue.alive, _queue.left = [], [], None
+    _queue.kernels, _queue.alive = [], []
     _run((ctypes.c_int64 * (2 + len(kernels)))(len(kernels) // 4, 0, *kernels), parallel=parallel)
     if _queue.recordings is not None:
         _queue.recordings.append(Recording(kernels, alive))
@@ -295,7 +258,7 @@ def queued() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _queue.kernels, _queue.alive, _queue.left = [], [], None
+        _queue.kernels, _queue.alive = [], []
         raise
     finally:
         _queue.depth -= 1

@@ -16,7 +16,7 @@ from tests.kernels.test_cpu_ops import EPS, activations, nf4, rounding
 if not available():
     pytest.skip("no AVX2 and FMA here", allow_module_level=True)
 
-from manylora.kernels.cpu.nf4_bytes import CODE_UNIT, LEVELS, MOST_ROWS
+from manylora.kernels.cpu.nf4_bytes import CODE_UNIT, LEVELS, MANY_ROWS, MOST_ROWS
 from manylora.kernels.cpu.nf4_reference import BYTES
 from manylora.kernels.cpu.ops import NumbaOps
 
@@ -27,7 +27,7 @@ def ops() -> Ops:
 
 
 @pytest.mark.parametrize(("n", "k", "blocksize"), [(16, 64, 64), (48, 192, 32), (960, 576, 64), (112, 1536, 128)])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, MOST_ROWS, MOST_ROWS + 1, 97])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, MOST_ROWS, MOST_ROWS + 1, MANY_ROWS, 97])
 def test_linear_matches_fp64(ops: Ops, n: int, k: int, blocksize: int, rows: int) -> None:
     weight, x = nf4(n, k, blocksize=blocksize), activations(rows, k)
     y = ops.linear(x, ops.prepare_linear([weight], None))
@@ -79,7 +79,7 @@ def test_the_largest_products_there_are(ops: Ops, code: int, sign: float) -> Non
     would not hold."""
     packed = torch.full((16 * 64 // 2,), 17 * code, dtype=torch.uint8)
     weight = Nf4Tensor(packed, torch.ones(16), torch.tensor(NF4_CODE), shape=(16, 64), blocksize=64)
-    for rows in (1, MOST_ROWS):
+    for rows in (1, MOST_ROWS, MANY_ROWS):
         y = ops.linear(torch.full((rows, 64), sign * 3.0), ops.prepare_linear([weight], None))
         torch.testing.assert_close(y, torch.full((rows, 16), sign * 3.0 * 64 * NF4_CODE[code]), rtol=4 * EPS, atol=0)
 
@@ -91,7 +91,7 @@ def test_a_row_does_not_depend_on_the_others(ops: Ops, threads: int) -> None:
     try:
         weight, x = ops.prepare_linear([nf4(976, 576)], None), activations(200, 576)
         together = ops.linear(x, weight)
-        for rows in (1, 2, 5, MOST_ROWS - 1, MOST_ROWS, MOST_ROWS + 1, 32, 97):
+        for rows in (*range(1, 2 * MANY_ROWS), 97):
             assert torch.equal(ops.linear(x[:rows], weight), together[:rows])
     finally:
         torch.set_num_threads(before)

@@ -29,9 +29,10 @@ if not cpu.available():
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 NAMES = [variant.name for variant in cpu.VARIANTS]
-ELSEWHERE = ("skylake-avx512", "znver5")
-"""For the first of these LLVM prefers vectors of 256 bits where it chooses the width."""
-KERNELS = ("_nf4_kernel", "_attend_kernel")
+ELSEWHERE = {"skylake-avx512": "avx512", "znver5": "avx512+avx512vnni"}
+"""Processors, and what ``variant_assembly.py`` is told of them. For the first LLVM prefers vectors of 256 bits where it
+chooses the width."""
+KERNELS = ("_nf4_kernel", "_nf4_bytes_kernel", "_attend_kernel")
 
 slow = pytest.mark.slow
 
@@ -102,7 +103,7 @@ def loops(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], lis
     """The innermost loops by processor and kernel, as numba compiles them there."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ELSEWHERE}
     finish([
-        start("variant_assembly.py", "avx512", folder, *KERNELS,
+        start("variant_assembly.py", ELSEWHERE[name], folder, *KERNELS,
               NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES="+avx512f", NUMBA_CACHE_DIR=str(folder / "cache"))
         for name, folder in folders.items()
     ])  # fmt: skip
@@ -133,6 +134,23 @@ def test_integers_are_multiplied_in_whole_registers(loops: dict[tuple[str, str],
     for loop in multiplying:
         rows_of_eight = max(loop.count(r"vpshufb .*%zmm") // 4, 1)
         assert len(loop.instructions) <= 4 * loop.count(r"vp(maddwd|dpwssd)") + 20 * rows_of_eight
+
+
+@slow
+def test_bytes_are_multiplied_in_whole_registers(loops: dict[tuple[str, str], list[Loop]]) -> None:
+    """A span of a tile takes eight products for each row, all of whose operands one register and constants address; of
+    two tiles, a word is read once for both. Nothing is spilt."""
+    multiplying = [loop for loop in loops["znver5", "_nf4_bytes_kernel"] if loop.count("vpdpbusd")]
+    tile, pair = ([one for one in multiplying if one.count("vpshufb") == count] for count in (8, 16))
+    assert len(tile) + len(pair) == len(multiplying)
+    assert {loop.count(r"vpdpbusd .*%zmm") for loop in tile} == {8 * rows for rows in range(1, 13)}
+    assert {loop.count(r"vpdpbusd .*%zmm") for loop in pair} == {16 * rows for rows in (5, 6)}
+    for loop in multiplying:
+        assert not loop.count("lea|mov[a-z]* %r|imul")
+        assert not loop.stack
+        words = loop.count(r"vp?broadcast") + loop.count(r".*\{1to16\}")
+        rows = loop.count("vpdpbusd") // (8 if loop in tile else 16)
+        assert words == 10 * rows
 
 
 @slow

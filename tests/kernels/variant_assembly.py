@@ -1,4 +1,5 @@
-"""A variant's kernels as numba compiles them on another processor: ``variant_assembly.py NAME FOLDER KERNEL...``.
+"""A variant's kernels as numba compiles them on another processor: ``variant_assembly.py NAME FOLDER KERNEL...``;
+``NAME+FEATURE``: which has more than the variant asks for.
 
 The environment says for which (``NUMBA_CPU_NAME``); nothing that is compiled here is run.
 """
@@ -12,8 +13,9 @@ from manylora.kernels import cpu
 
 
 def main(name: str, folder: str, *kernels: str) -> None:
+    name, *more = name.split("+")
     variant = next(one for one in cpu.VARIANTS if one.name == name)
-    cpu._host_features = lambda: frozenset(variant.features)  # type: ignore[assignment]
+    cpu._host_features = lambda: frozenset({*variant.features, *more})  # type: ignore[assignment]
     cpu.choose(variant)
     from manylora.kernels.cpu import compiling
 
