@@ -1,5 +1,5 @@
-"""A client that costs next to nothing: raw sockets, no parsing but for counting. On a machine whose cores the server
-needs itself, a comfortable client would be what is measured.
+"""A client that costs next to nothing: raw sockets, no event loop, no parsing but for counting. On a machine whose
+cores the server needs itself, a comfortable client would be what is measured.
 
     python -P bench/http_client.py PORT
 
@@ -9,22 +9,46 @@ For each line on standard input, a JSON list of completion bodies, sends them al
 
 from __future__ import annotations
 
-import asyncio
 import json
+import select
+import socket
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
+
+_READ: Final = 1 << 16
 
 
-async def _stream(port: int, body: dict[str, Any]) -> int:
-    data = json.dumps(body).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
-    writer.write(f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data)
-    await writer.drain()
-    answer = await reader.read()
-    writer.close()
+def stream_all(port: int, bodies: Sequence[dict[str, Any]]) -> list[int]:
+    """Send all completions at once, read each stream to its end as it comes; completion tokens of each, as its usage
+    says."""
+    poll = select.epoll()
+    connections: dict[int, tuple[int, socket.socket, list[bytes]]] = {}
+    for index, body in enumerate(bodies):
+        data = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.sendall(f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data)
+        connections[sock.fileno()] = index, sock, []
+        poll.register(sock.fileno(), select.EPOLLIN)
+    tokens = [0] * len(bodies)
+    while connections:
+        for number, _ in poll.poll():
+            index, sock, parts = connections[number]
+            part = sock.recv(_READ)
+            if part:
+                parts.append(part)
+                continue
+            poll.unregister(number)
+            sock.close()
+            del connections[number]
+            tokens[index] = _completion_tokens(b"".join(parts))
+    poll.close()
+    return tokens
+
+
+def _completion_tokens(answer: bytes) -> int:
     status = answer.split(b"\r\n", 1)[0]
     if b" 200 " not in status or b"data: [DONE]" not in answer:
         raise RuntimeError(f"{status!r}: {answer[-400:]!r}")
@@ -32,17 +56,12 @@ async def _stream(port: int, body: dict[str, Any]) -> int:
     return int(usage.split(b":", 1)[1].split(b",")[0].split(b"}")[0])
 
 
-async def stream_all(port: int, bodies: Sequence[dict[str, Any]]) -> list[int]:
-    """Send all completions at once, read each stream to its end; completion tokens of each, as its usage says."""
-    return await asyncio.gather(*(_stream(port, body) for body in bodies))
-
-
 def main() -> None:
     port = int(sys.argv[1])
     for line in sys.stdin:
         bodies = json.loads(line)
         start = time.perf_counter()
-        tokens = asyncio.run(stream_all(port, bodies))
+        tokens = stream_all(port, bodies)
         print(json.dumps({"seconds": time.perf_counter() - start, "tokens": tokens}), flush=True)
 
 

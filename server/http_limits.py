@@ -23,6 +23,8 @@ from typing import ClassVar, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from manylora.server.body_writer import provide_writer
+
 MAX_HEAD: Final = 1 << 18
 """Bytes; a quarter of a megabyte is some thirty times what proxies let through."""
 
@@ -110,6 +112,7 @@ class LimitedHttp(HttpToolsProtocol):
         super().on_headers_complete()
         self._await(_Awaited.BODY)  # not before: it raises for a path that is none
         self._cycles = [*(cycle for cycle in self._cycles if not cycle.response_complete), self.cycle]
+        provide_writer(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self._pending = 0

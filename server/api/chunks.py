@@ -115,9 +115,15 @@ class CompletionChunks(_ChunkBase):
         self._echo = dict(enumerate(echo))
         self._logprobs = logprobs
         self._with_ids = bool(prompt_ids)
+        self._openings = [f'{self._head}{{"index":{index},"text":' for index in range(len(prompt_tokens) * n)]
+        self._closing = f',"logprobs":null,"finish_reason":null,"stop_reason":null}}]{self._usage.tail(0)}'
+        self._is_plain = not (echo or logprobs or prompt_ids or continuous_usage)
+        """Whether a chunk is what it follows, its text and what follows it, the same for each token of a choice."""
         self._prompt_ids = dict(enumerate(prompt_ids))
 
     def tokens(self, index: int, event: TokenEvent) -> str:
+        if self._is_plain:
+            return f"{self._openings[index]}{quote(event.text)}{self._closing}" if event.text else ""
         self._usage.add(index, len(event.token_ids))
         text = self._echo.pop(index, "") + event.text
         logprobs = "null"
@@ -126,7 +132,7 @@ class CompletionChunks(_ChunkBase):
         elif not text and not self._with_ids:
             return ""  # inside a character, or where a stop string may be beginning
         return (
-            f'{self._head}{{"index":{index},"text":{quote(text)},"logprobs":{logprobs},"finish_reason":null,'
+            f'{self._openings[index]}{quote(text)},"logprobs":{logprobs},"finish_reason":null,'
             f'"stop_reason":null{self._ids(index, event.token_ids)}}}]{self._usage.tail(index)}'
         )
 
@@ -140,7 +146,7 @@ class CompletionChunks(_ChunkBase):
     def finish(self, index: int, event: FinishEvent) -> str:
         self._usage.set(index, event)
         return (
-            f'{self._head}{{"index":{index},"text":{quote(self._echo.pop(index, ""))},"logprobs":null,'
+            f'{self._openings[index]}{quote(self._echo.pop(index, ""))},"logprobs":null,'
             f'"finish_reason":"{event.reason}","stop_reason":{json.dumps(event.stop_reason)}'
             f"{self._ids(index, ())}}}]{self._usage.tail(index)}"
         )
@@ -169,8 +175,14 @@ class ChatChunks(_ChunkBase):
         )
         self._unnamed = set(range(n))
         self._logprobs = logprobs
+        self._openings = [f'{self._head}{{"index":{index},"delta":{{"content":' for index in range(n)]
+        self._closing = f'}},"logprobs":null,"finish_reason":null}}]{self._usage.tail(0)}'
+        self._is_plain = logprobs is None and not continuous_usage
+        """Whether a chunk is what it follows, its text and what follows it, once the role is told."""
 
     def tokens(self, index: int, event: TokenEvent) -> str:
+        if self._is_plain and index not in self._unnamed:
+            return f"{self._openings[index]}{quote(event.text)}{self._closing}" if event.text else ""
         self._usage.add(index, len(event.token_ids))
         role = self._role(index)
         logprobs = "null"
@@ -179,7 +191,7 @@ class ChatChunks(_ChunkBase):
         elif not event.text:
             return role
         return (
-            f'{role}{self._head}{{"index":{index},"delta":{{"content":{quote(event.text)}}},"logprobs":{logprobs},'
+            f'{role}{self._openings[index]}{quote(event.text)}}},"logprobs":{logprobs},'
             f'"finish_reason":null}}]{self._usage.tail(index)}'
         )
 

@@ -1,4 +1,8 @@
-"""Server-sent events, straight onto ASGI: what is there to send goes out in one write."""
+"""Server-sent events, straight onto ASGI: what is there to send goes out in one write.
+
+A token of a stream that keeps up goes by neither ASGI nor a task: it is rendered and written as it arrives
+(``body_writer``).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from manylora.server.api.context import RequestContext
 from manylora.server.api.errors import ApiError
 from manylora.server.api.generation import abort_all, aborting, failure
 from manylora.server.api.state import EventStream
+from manylora.server.body_writer import BodyWriter, writer_in
 from manylora.server.engine.request import Event, TokenEvent
 
 _HEADERS: Final = [
@@ -38,8 +43,12 @@ class EventStreamResponse(Response):
         self._streams = streams
         self._chunks = chunks
         self._has_begun = False
+        self._writer: BodyWriter | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._writer = writer_in(scope)
+        if self._writer is not None and len(self._streams) == 1:  # those of several choices share a write a step
+            self._streams[0].offer_to(self._write_now)
         # A server may raise OSError when the client is gone; then there is nobody left to tell.
         async with aborting(receive, self._streams, self._context):
             with contextlib.suppress(OSError):
@@ -79,6 +88,17 @@ class EventStreamResponse(Response):
                 if data:
                     await self._write(send, data, more=n_open > 0 or error is not None)
         return error
+
+    def _write_now(self, event: TokenEvent) -> bool:
+        """What ``_send_events`` would do with it if it were woken, if that can be done at once. Until the head is sent
+        that cannot be."""
+        writer = self._writer
+        if writer is None or not writer.is_free():
+            return False
+        frame = self._chunks.tokens(0, event)
+        if frame:
+            writer.write(frame.encode())
+        return True
 
     async def _write(self, send: Send, data: str, *, more: bool) -> None:
         if not self._has_begun:

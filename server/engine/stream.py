@@ -2,7 +2,8 @@
 
 The two threads share one interpreter lock, so what counts is how seldom they wake each other: the step loop posts all
 events of a step to a loop's ``Mailbox`` at once, the mailbox wakes its loop only if it has not already, and a consumer
-that fell behind gets its text in one piece.
+that fell behind gets its text in one piece. And how little each token costs there: a consumer that can do with tokens
+right away what it would do when it is woken (``offer_to``) is not woken for them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class RequestStream:
         self._events: deque[Event] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._wants_whole = False
+        self._taker: Callable[[TokenEvent], bool] | None = None
         self._is_complete = False
         """Whether the FinishEvent has arrived in ``_events``."""
         self._is_over = False
@@ -44,6 +46,12 @@ class RequestStream:
         """Ask for the end of the request; any thread, any number of times. Its FinishEvent still comes."""
         if not self._is_complete:
             self._abort(self.request_id)
+
+    def offer_to(self, taker: Callable[[TokenEvent], bool]) -> None:
+        """While the consumer waits here for the next event and that is one of tokens, call ``taker`` with it, on the
+        consumer's loop. If it returns False the event comes as ever, and so do those after it until the consumer waits
+        again; what it raises is raised here, out of the iterator."""
+        self._taker = taker
 
     async def result(self) -> tuple[TokenEvent, FinishEvent]:
         """Everything at once. Cheaper than iterating: the consumer is woken once, at the end."""
@@ -93,13 +101,21 @@ class RequestStream:
 
     def deliver(self, event: Event) -> None:
         """Called by the mailbox, on the consumer's loop."""
-        self._events.append(event)
+        waiter = self._waiter if self._waiter is not None and not self._waiter.done() else None
         if isinstance(event, FinishEvent):
             self._is_complete = True
         elif self._wants_whole:
-            return
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+            waiter = None
+        elif waiter is not None and self._taker is not None:
+            try:
+                if self._taker(event):
+                    return
+            except Exception as error:  # noqa: BLE001 - the consumer's, and not to be in the way of other streams
+                waiter.set_exception(error)
+                return
+        self._events.append(event)
+        if waiter is not None:
+            waiter.set_result(None)
 
 
 class Mailbox:
