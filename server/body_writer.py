@@ -1,9 +1,9 @@
 """Writing more of a streamed answer without asking for it: what every streamed token costs.
 
-ASGI's ``send`` is a coroutine, within one of each middleware, that only a task can wait for; so a token that goes out by
-it costs waking the response's task as well. All that is needed once an answer has begun and its client keeps up is the
-frame around a chunk. A response finds the writer in its scope, where the server has one, and uses ``send`` for
-all else: the beginning, the end, and whenever the client must be waited for.
+ASGI's ``send`` is a coroutine, within one of each middleware, that only a task can wait for; so a token that goes out
+by it costs waking the response's task as well. All that is needed once an answer has begun and its client keeps up is
+the frame around a chunk. A response finds the writer in its scope, where the server has one, and uses ``send`` for all
+else: the beginning, the end, and whenever the client must be waited for.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class BodyWriter:
 
 def provide_writer(cycle: RequestResponseCycle) -> None:
     """Put a writer of its answer into the request's scope."""
-    extensions: MutableMapping[str, Any] = cycle.scope.setdefault("extensions", {})  # type: ignore[assignment]
+    extensions: MutableMapping[str, Any] = cycle.scope.setdefault("extensions", {})
     extensions[_EXTENSION] = BodyWriter(cycle)
 
 

@@ -29,7 +29,7 @@ from manylora.server.engine.request import (
     TokenLogprobs,
 )
 from manylora.server.engine.scheduling.scheduler import Scheduler
-from manylora.server.engine.stream import Delivery, Mailbox, RequestStream
+from manylora.server.engine.stream import Delivery, Mailbox, RequestStream, joined
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +65,8 @@ class LiveRequest:
     scheduled: float | None = None
     first_token: float | None = None
     last_token: float = 0.0
+    held: list[TokenEvent] = field(default_factory=list)
+    """What its consumer, who wants all at once, is told with its end."""
 
     def append(self, token: int, eos: Collection[int]) -> tuple[str, FinishReason | None, str | int | None]:
         """One more token: the text it gives and, if it is the last, why and because of what (FinishEvent).
@@ -391,4 +393,12 @@ class StepLoop:
         self.is_broken = was_broken
 
     def _deliver(self, live: LiveRequest, event: TokenEvent | FinishEvent) -> None:
-        self._deliveries.setdefault(live.stream.mailbox, []).append((live.stream, event))
+        stream = live.stream
+        if stream.wants_whole and isinstance(event, TokenEvent):
+            live.held.append(event)
+            return
+        deliveries = self._deliveries.setdefault(stream.mailbox, [])
+        if live.held:
+            deliveries.append((stream, joined(live.held)))
+            live.held = []
+        deliveries.append((stream, event))

@@ -35,7 +35,9 @@ class RequestStream:
         self._abort = abort
         self._events: deque[Event] = deque()
         self._waiter: asyncio.Future[None] | None = None
-        self._wants_whole = False
+        self.wants_whole = False
+        """Whether the consumer wants nothing before the end. Then the step loop, which looks without a lock, may keep
+        what there is until then: nobody needs to be woken for it."""
         self._taker: Callable[[TokenEvent], bool] | None = None
         self._is_complete = False
         """Whether the FinishEvent has arrived in ``_events``."""
@@ -55,7 +57,7 @@ class RequestStream:
 
     async def result(self) -> tuple[TokenEvent, FinishEvent]:
         """Everything at once. Cheaper than iterating: the consumer is woken once, at the end."""
-        self._wants_whole = True
+        self.wants_whole = True
         text: list[str] = []
         token_ids: list[int] = []
         logprobs: list[TokenLogprobs] = []
@@ -73,7 +75,7 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> Event:
-        while not self._events or (self._wants_whole and not self._is_complete):
+        while not self._events or (self.wants_whole and not self._is_complete):
             if self._is_over:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
@@ -89,7 +91,7 @@ class RequestStream:
         while self._events and isinstance(self._events[0], TokenEvent):
             tokens.append(self._events[0])
             self._events.popleft()
-        return event if len(tokens) == 1 else _join(tokens)
+        return event if len(tokens) == 1 else joined(tokens)
 
     async def __aenter__(self) -> RequestStream:
         return self
@@ -104,7 +106,7 @@ class RequestStream:
         waiter = self._waiter if self._waiter is not None and not self._waiter.done() else None
         if isinstance(event, FinishEvent):
             self._is_complete = True
-        elif self._wants_whole:
+        elif self.wants_whole:
             waiter = None
         elif waiter is not None and self._taker is not None:
             try:
@@ -152,7 +154,8 @@ class Mailbox:
             stream.deliver(event)
 
 
-def _join(events: Sequence[TokenEvent]) -> TokenEvent:
+def joined(events: Sequence[TokenEvent]) -> TokenEvent:
+    """One event instead of several that follow each other."""
     return TokenEvent(
         "".join(event.text for event in events),
         tuple(token for event in events for token in event.token_ids),
