@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from typing import Any, Final, NoReturn, TypeVar
 
@@ -87,6 +88,7 @@ _NO_EFFECT: Final[Mapping[str, Harmless]] = {
 """Fields outside the schemas, with the values under which they change nothing; any other value is "not served yet"."""
 
 
+@cache  # a handful of models, asked for with each request
 def harmless_fields(model: type[BaseModel]) -> Mapping[str, Harmless]:
     """What ``model``'s body may hold besides its own fields: clients send such fields to generate, and nowhere else."""
     if not issubclass(model, GenerationRequest):
