@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed passes over a case (default 3)")
     parser.add_argument("--cases", nargs="+", metavar="ROWS/ADAPTERS", help="only these, e.g. 1/0 32/8")
     parser.add_argument("--http", action="store_true", help="also measure through HTTP, at 32 streams")
+    parser.add_argument("--cpu-arithmetic", choices=("int16", "int8", "fp32"), default="int16", help="as of serve")
     parser.add_argument("--note", default="", help="kept with the results: what was special about this run")
     options = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
@@ -203,13 +204,13 @@ def main() -> None:
     if unknown := set(options.cases or ()) - set(by_name):
         parser.error(f"--cases: {', '.join(sorted(unknown))}: not among {', '.join(by_name)}")
     cases = [by_name[name] for name in options.cases or by_name]
-    file = ResultsFile("engine", note=options.note)
+    file = ResultsFile("engine", note=options.note, arithmetic=options.cpu_arithmetic)
 
     def keep(result: dict[str, Any]) -> None:
         print(json.dumps(result), flush=True)
         file.keep(result)
 
-    ours = Ours(options.workload)
+    ours = Ours(options.workload, cpu_arithmetic=options.cpu_arithmetic)
     with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(ours.measure(cases, options.repeats, keep, http=options.http))
 
