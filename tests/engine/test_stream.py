@@ -39,6 +39,24 @@ def test_nobody_is_woken_for_what_is_wanted_as_a_whole() -> None:
     go(main())
 
 
+def test_what_is_on_its_way_does_not_wake_who_wants_the_whole() -> None:
+    async def main() -> None:
+        stream = RequestStream("r0", Mailbox(asyncio.get_running_loop()), lambda _id: None)
+        result = asyncio.ensure_future(stream.result())
+        await asyncio.sleep(0)
+        waiter = stream._waiter
+        assert waiter is not None
+        stream.deliver(_told("a"))
+        stream.deliver(_told("b"))
+        assert not waiter.done()
+        finish = FinishEvent("length", None, 1, 2)
+        stream.deliver(finish)
+        assert waiter.done()
+        assert await result == (_told("ab"), finish)
+
+    go(main())
+
+
 def test_what_came_before_the_whole_was_wanted_is_part_of_it() -> None:
     class Steps:
         """Lets one step through a call."""
