@@ -399,6 +399,5 @@ class StepLoop:
             return
         deliveries = self._deliveries.setdefault(stream.mailbox, [])
         if live.held:
-            deliveries.append((stream, joined(live.held)))
-            live.held = []
+            deliveries.append((stream, joined(live.held)))  # it is the end, behind which nothing comes
         deliveries.append((stream, event))
