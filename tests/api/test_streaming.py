@@ -81,6 +81,18 @@ def test_continuous_usage(client: TestClient) -> None:
     assert [frame["usage"]["completion_tokens"] for frame in got] == [6, 6, 12, 12, 12]
 
 
+def test_continuous_usage_of_completions(client: TestClient) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    got = frames(client, "/v1/completions", {**PROMPT, "stream_options": options})
+    assert [frame["usage"]["completion_tokens"] for frame in got] == [6, 12, 12, 12]
+
+
+def test_token_ids_come_with_every_chunk(client: TestClient) -> None:
+    got = frames(client, "/v1/completions", {**PROMPT, "return_token_ids": True})
+    assert [frame["choices"][0]["token_ids"] for frame in got] == [list(b" Hello"), list(b" world"), []]
+    assert ["prompt_token_ids" in frame["choices"][0] for frame in got] == [True, False, False]
+
+
 def test_choices_are_told_apart(client: TestClient, engine: FakeEngine) -> None:
     def script(request: Request) -> list[Step]:
         name = request.request_id.rpartition("-")[2]
@@ -118,6 +130,7 @@ def test_completion_logprobs_go_with_their_tokens(client: TestClient) -> None:
 
 def test_chat_logprobs_go_with_their_tokens(client: TestClient) -> None:
     got = frames(client, "/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 1})
+    assert [len(frame["choices"][0]["logprobs"]["content"]) for frame in got[1:3]] == [6, 6]
     entry = got[1]["choices"][0]["logprobs"]["content"][1]
     assert entry["token"] == "H"
     assert entry["top_logprobs"] == [{"token": "H", "logprob": -0.5, "bytes": [72]}]
