@@ -47,14 +47,24 @@ def served(serving: Serving, act: Callable[[Port], Awaitable[Any]], *, uv: bool 
         server = asyncio.create_task(serve_until_signal(serving, ApiConfig(), sockets))
         try:
             async with asyncio.timeout(60):
-                await asyncio.sleep(0.1)
-                return await act(sockets[0].getsockname()[1])
+                port = sockets[0].getsockname()[1]
+                while not _answers(port):  # noqa: ASYNC110 - the server has no event for it
+                    await asyncio.sleep(0.01)
+                return await act(port)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
             await server
 
     with asyncio.Runner(loop_factory=new_loop if uv else asyncio.new_event_loop) as runner:
         return runner.run(main())
+
+
+def _answers(port: Port) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 @pytest.fixture
