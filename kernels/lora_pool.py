@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
 import torch
 
 from manylora.kernels.cpu import available as cpu_kernels_available
@@ -77,7 +76,7 @@ def _fill_page(
         if b.dim() == 2:
             b[:width] = of_b.to(b.dtype)
         else:
-            b[:, :width] = of_b.to(b.dtype).unflatten(1, (-1, RANK_PAGE)).transpose(0, 1)
+            b[:, :width] = of_b.to(b.dtype).reshape(width, -1, RANK_PAGE).transpose(0, 1)
     if width < RANK_PAGE:
         a[:, width:] = 0
         b[..., width:, :] = 0

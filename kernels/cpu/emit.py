@@ -111,9 +111,7 @@ class Rows:
         self._acc = [[cgutils.alloca_once(b, VF) for _ in range(VECTORS * tiles)] for _ in c]
 
     @classmethod
-    def at(
-        cls, b: Builder, rows: int, tiles: int, x: Value, x_offsets: Value, c: Value, c_offsets: Value
-    ) -> Rows:
+    def at(cls, b: Builder, rows: int, tiles: int, x: Value, x_offsets: Value, c: Value, c_offsets: Value) -> Rows:
         """Of ``rows`` rows at the addresses ``x`` and ``c`` plus their offsets."""
         own_x, own_c = addresses(b, x_offsets, rows), addresses(b, c_offsets, rows)
         return cls(b, tiles, [b.add(x, one) for one in own_x], [b.add(c, one) for one in own_c])
@@ -215,7 +213,8 @@ gemm_tile, gemm_tiles = _gemm(False, load_tile, 64), _gemm(True, load_tile, 64)
 half_gemm_tile, half_gemm_tiles = _gemm(False, _half_tile, 32), _gemm(True, _half_tile, 32)
 INTEGER_TILE: Final = 16 * 32
 """Bytes of a tile of 16 positions of int16, which lie together."""
-integer_gemm_tile, integer_gemm_tiles = _gemm(False, integer_tile, INTEGER_TILE), _gemm(True, integer_tile, INTEGER_TILE)
+integer_gemm_tile = _gemm(False, integer_tile, INTEGER_TILE)
+integer_gemm_tiles = _gemm(True, integer_tile, INTEGER_TILE)
 
 APART: Final = 4
 """Products that ``*_gemm_apart`` computes at once: enough chains of FMAs for what memory brings."""

@@ -57,13 +57,13 @@ _FETCHED = 2048
 """How many bytes ahead of what the shrink reads it asks for: a page is read from its beginning to its end."""
 
 # Arguments: x, x_stride, y, y_stride, depth, n_pairs, rows, scales, n_segments, slots, offsets, h, h_width,
-# n_projections, kind, n_rows, groups, then each projection's fields. h is [pairs, projections, h_width]; h_width is
-# 16 times the most pages that a slot can have; kind is what a page's elements are: _FP32, _BF16 or _INT16; n_rows are
-# those of y, groups what they are cut into, see `regions`. Which pages a part will read is listed first: a step reads some
-# megabytes from places far apart, and each is fetched while one before it is used.
+# n_projections, kind, n_rows, groups, then each projection's fields. h is [pairs, projections, h_width]; h_width is 16
+# times the most pages that a slot can have; kind is what a page's elements are: _FP32, _BF16 or _INT16; n_rows are
+# those of y, groups what they are cut into, see `regions`. Which pages a part will read is listed first: a step reads
+# some megabytes from places far apart, and each is asked for before it is used.
 
 _PAIR, _COUNT, _PROJECTION, _PLACE, _PAGE, _SLOT = range(6)
-"""An item of the shrink: ``_COUNT`` pairs from ``_PAIR`` on, times the slot's page in ``_PLACE``, which is ``_PAGE``."""
+"""An item of the shrink: ``_COUNT`` pairs from ``_PAIR`` on, times page ``_PAGE``, which the slot has in ``_PLACE``."""
 
 
 @njit(nogil=True)

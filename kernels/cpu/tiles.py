@@ -26,7 +26,7 @@ _TILES_AT_ONCE = TARGET.gemm_tiles
 
 
 def _loops(tile: Any, tiles_at_once: Any, tile_bytes: int) -> tuple[Any, Any]:
-    """``gemm_rows`` and ``gemm_panel`` over two micro-kernels, whose panels have ``tile_bytes`` from a tile to the next."""
+    """``gemm_rows`` and ``gemm_panel`` over two micro-kernels, in whose panels tiles are ``tile_bytes`` apart."""
 
     @njit(nogil=True, inline="never")
     def rows_of_a_tile(rows, x, x_offsets, panel, stride, depth, c, c_offsets, accumulate, ahead):

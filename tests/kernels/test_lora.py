@@ -10,14 +10,15 @@ from itertools import chain
 import pytest
 import torch
 
-from manylora.kernels.cpu import available
-from manylora.kernels.lora import BatchedLora, Implementation
+from manylora.kernels.cpu import Arithmetic, available
+from manylora.kernels.lora import BatchedLora, Implementation, SiteAdapters
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.lora_weights import LoraPair, LoraWeights
 from manylora.kernels.reference import lora_reference, pool_matrices
 from manylora.kernels.sites import SITES
 from tests.kernels.shapes import SHAPES, pool_of, random_weights
+from tests.kernels.test_cpu_ops import nf4
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down", "lm_head")
 IMPLEMENTATIONS: list[object] = [
@@ -228,6 +229,66 @@ def test_the_parts_of_a_kernel_may_run_in_any_order(twice: bool) -> None:
         for part in reversed(range(parts)):
             kernel(arguments, part, parts)
     assert torch.equal(y, expected)
+
+
+@pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
+@pytest.mark.parametrize("page_dtype", [torch.float32, torch.int16], ids=str)
+def test_how_rows_are_taken_together_changes_no_bit(page_dtype: torch.dtype) -> None:
+    """Segments of one row to more than a part takes at once, of one page and of several; each row as if alone."""
+    sizes = (1, 2, 3, 4, 1, 33, 1, 70)
+    pool = pool_of(
+        *(random_weights((8, 16, 40)[i % 3], ("q", "k", "v"), i) for i in range(len(sizes))),
+        max_pages=60, page_dtype=page_dtype,
+    )  # fmt: skip
+    slots = [slot for slot, size in enumerate(sizes) for _ in range(size)]
+    random = torch.Generator().manual_seed(3)
+    order = torch.randperm(len(slots), generator=random).tolist()
+    x = torch.randn(len(slots), SHAPES.in_features["q"], generator=random)
+    y = torch.randn(len(slots), SHAPES.site_offsets("qkv")[-1], generator=random)
+    alone, expected = y.clone(), y.clone()
+    segments = LoraSegments.from_pairs([(row, slots[place], 1.0) for row, place in enumerate(order)])
+    assert segments is not None
+    lora = BatchedLora(pool, "cpu")
+    lora.add_(y, x, segments, "qkv", 1)
+    for row, place in enumerate(order):
+        own = LoraSegments.from_pairs([(0, slots[place], 1.0)])
+        assert own is not None
+        lora.add_(alone[row : row + 1], x[row : row + 1], own, "qkv", 1)
+    assert torch.equal(alone, y)
+    far = (y.double() - lora_reference(
+        expected, x, pool, [(row, slots[place], 1.0) for row, place in enumerate(order)], "qkv", 1
+    )).abs().max()  # fmt: skip
+    assert far < 1e-4, "the bound itself is tested above"
+
+
+@pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
+@pytest.mark.parametrize("arithmetic", ["int16", "int8"])
+@pytest.mark.parametrize("rows", [1, 8, 13, 30])
+def test_halves_beside_the_product_give_its_bits(arithmetic: Arithmetic, rows: int) -> None:
+    """``Ops.linear`` runs the two halves with the product's kernels; it must be the product, then ``add_``. Row 1 has
+    two adapters."""
+    from manylora.kernels.cpu.ops import NumbaOps
+
+    ops = NumbaOps(arithmetic)
+    k, n = SHAPES.in_features["q"], SHAPES.site_offsets("qkv")[-1]
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(5))
+    weight = ops.prepare_linear([nf4(n, k, seed=1, blocksize=32)], torch.arange(n) / n)
+    pool = pool_of(*(random_weights(16, ("q", "k", "v"), i) for i in range(3)), page_dtype=torch.int16)
+    pairs = [(row, row % 3, 1.0) for row in range(rows)] + [(row, 2, 0.5) for row in range(rows) if row == 1]
+    segments = LoraSegments.from_pairs(pairs)
+    assert segments is not None
+    lora = BatchedLora(pool, "cpu")
+    for into in (None, torch.ones(rows, n)):
+        expected = ops.linear(x, weight, add_to=None if into is None else into.clone())
+        lora.add_(expected, x, segments, "qkv", 1)
+        adapters = SiteAdapters(lora, segments, "qkv", 1)
+        with ops.together():
+            got = torch.empty(rows, n) if into is None else into.clone()
+            made = ops.linear(x, weight, add_to=None if into is None else got, adapters=adapters)
+            if into is None:
+                ops.flush()
+                got.copy_(made)
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")

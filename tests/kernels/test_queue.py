@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,52 @@ def together(ops: Ops, layer: Callable[[torch.Tensor, int], torch.Tensor], x: to
             with ops.together():
                 x = layer(x, i)
     return x
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_kernel_that_follows_runs_part_by_part(threads: int) -> None:
+    """Each part of the second adds to what that part of the first has just left; the third waits for both."""
+    from manylora.kernels.cpu.elementwise import put_bias
+    from manylora.kernels.cpu.threads import launch, launch_again, queued
+
+    calls: list[tuple[str, int, int]] = []
+    lock = threading.Lock()
+    begun = threading.Barrier(threads)
+
+    def noted(name: str) -> Callable[[int, int, int], None]:
+        def kernel(_: int, part: int, parts: int) -> None:
+            if name == "first" and parts > 1 and part < threads:
+                begun.wait(10)  # all threads are within the first kernel: none has it for itself
+            with lock:
+                calls.append((name, part, threading.get_ident()))
+
+        return kernel
+
+    class Noted:
+        def __init__(self, name: str) -> None:
+            self.callback = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(noted(name))
+            self.address = ctypes.cast(self.callback, ctypes.c_void_p).value
+
+    first, second, third = Noted("first"), Noted("second"), Noted("third")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with queued():
+            arguments = launch(first, 0)  # type: ignore[arg-type]
+            launch_again(second, arguments, follows=True)  # type: ignore[arg-type]
+            launch_again(third, arguments)  # type: ignore[arg-type]
+        last = len([name for name, _, _ in calls if name != "third"])
+        assert {name for name, _, _ in calls[last:]} == {"third"}
+        for thread in {thread for _, _, thread in calls}:
+            own = [(name, part) for name, part, of in calls[:last] if of == thread]
+            assert own[1::2] == [("second", part) for _, part in own[::2]]
+        counts = {name: sorted(part for one, part, _ in calls if one == name) for name in ("first", "second", "third")}
+        assert counts["first"] == counts["second"] == counts["third"] == list(range(len(counts["first"])))
+        launch(second, 0, follows=True)  # type: ignore[arg-type] # nothing is queued that it could follow
+        assert [name for name, _, _ in calls[len(calls) - len(counts["first"]) :]] == ["second"] * len(counts["first"])
+        put_bias(torch.zeros(16), torch.zeros(1, 16), add=False)  # the queue is as it was
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
