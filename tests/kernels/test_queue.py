@@ -97,8 +97,9 @@ def test_a_kernel_that_follows_runs_part_by_part(threads: int) -> None:
             assert own[1::2] == [("second", part) for _, part in own[::2]]
         counts = {name: sorted(part for one, part, _ in calls if one == name) for name in ("first", "second", "third")}
         assert counts["first"] == counts["second"] == counts["third"] == list(range(len(counts["first"])))
+        calls.clear()
         launch(second, 0, follows=True)  # type: ignore[arg-type] # nothing is queued that it could follow
-        assert [name for name, _, _ in calls[len(calls) - len(counts["first"]) :]] == ["second"] * len(counts["first"])
+        assert sorted(part for _, part, _ in calls) == counts["second"]
         put_bias(torch.zeros(16), torch.zeros(1, 16), add=False)  # the queue is as it was
     finally:
         torch.set_num_threads(before)
