@@ -222,25 +222,25 @@ APART: Final = 4
 
 def _gemm_apart(columns: Callable[[Builder, Value], list[Value]]) -> Callable[..., Any]:
     """``c[i] = x[i][0:depth] @ panel[i][0:depth]`` of one row and one tile each, for up to ``APART`` panels at once: a
-    row alone is one chain of FMAs, which waits for itself. All but ``count``, ``panel_stride`` and ``depth`` are
-    addresses of int64 arrays ``[count]``: of rows, panels, outputs, and how far behind each panel the next one lies."""
+    row alone is one chain of FMAs, which waits for itself. All but ``count``, ``panel_stride``, ``depth`` and
+    ``ahead`` are addresses of int64 arrays ``[count]``: of rows, panels and outputs. ``ahead``: as in ``gemm``."""
 
     @intrinsic
-    def gemm(typingctx, count, x, panels, panel_stride, depth, c, aheads):
+    def gemm(typingctx, count, x, panels, panel_stride, depth, c, ahead):
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-            count, x, panels, panel_stride, depth, c, aheads = args
+            count, x, panels, panel_stride, depth, c, ahead = args
             for n, _ in branches(b, count, dict.fromkeys(range(1, APART + 1), 1)):
-                each = zip(*(addresses(b, array, n) for array in (x, panels, c, aheads)), strict=True)
-                products = [(Rows(b, 1, [own_x], [own_c]), panel, ahead) for own_x, panel, own_c, ahead in each]
-                for state, _, _ in products:
+                each = zip(*(addresses(b, array, n) for array in (x, panels, c)), strict=True)
+                products = [(Rows(b, 1, [own_x], [own_c]), panel) for own_x, panel, own_c in each]
+                for state, _ in products:
                     state.start(i64(0))
                 with cgutils.for_range(b, depth, intp=I64) as loop:
                     at = b.mul(loop.index, panel_stride)
-                    for state, panel, ahead in products:
+                    for state, panel in products:
                         place = b.add(panel, at)
                         prefetch(b, b.add(place, ahead))
                         state.multiply(loop.index, columns(b, place))
-                for state, _, _ in products:
+                for state, _ in products:
                     state.finish()
             return context.get_dummy_value()
 

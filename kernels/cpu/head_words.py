@@ -78,7 +78,7 @@ def _pair_of_one(b: Builder, address: Value, factors: Value) -> Value:
 
 
 _ROWS: Final = TARGET.head_rows
-_some = groups_and_tiles(multiply_words(_pair, 2, 2 * _ROW_BYTES, _ROWS, fetched=True), _ROWS, 2, _ROW_BYTES)
+_some = groups_and_tiles(multiply_words(_pair, 2, 2 * _ROW_BYTES, _ROWS, fetched=True), _ROWS, _ROW_BYTES)
 
 
 @kernel

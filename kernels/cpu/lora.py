@@ -104,13 +104,13 @@ def _multiply_rows(kind, count, x, xs, panel, depth, target, hs, ahead):
 
 
 @njit(nogil=True, inline="always")
-def _multiply_apart(kind, count, xs, panels, depth, targets, aheads):
+def _multiply_apart(kind, count, xs, panels, depth, targets):
     if kind == _BF16:
-        half_gemm_apart(count, xs, panels, 32, depth, targets, aheads)
+        half_gemm_apart(count, xs, panels, 32, depth, targets, _FETCHED)
     elif kind == _INT16:
-        integer_gemm_apart(count, xs, panels, 32, depth, targets, aheads)
+        integer_gemm_apart(count, xs, panels, 32, depth, targets, _FETCHED)
     else:
-        gemm_apart(count, xs, panels, 64, depth, targets, aheads)
+        gemm_apart(count, xs, panels, 64, depth, targets, _FETCHED)
 
 
 @kernel
@@ -125,7 +125,7 @@ def _shrink_kernel(arguments, part, parts):
         items = np.empty((6, own), np.int64)
         _list_items(a, part, parts, items)
     panels, sources = np.empty(own, np.int64), np.empty(own, np.int64)
-    targets, aheads = np.empty(own, np.int64), np.full(own, _FETCHED)
+    targets = np.empty(own, np.int64)
     for i in range(own):
         p = _HEADER + _FIELDS * items[_PROJECTION, i]
         panels[i] = a[p] + items[_PAGE, i] * a[p + 1]
@@ -141,8 +141,7 @@ def _shrink_kernel(arguments, part, parts):
                 run += 1
             at = 8 * i
             _multiply_apart(
-                kind, run, address_of(sources) + at, address_of(panels) + at, depth, address_of(targets) + at,
-                address_of(aheads) + at,
+                kind, run, address_of(sources) + at, address_of(panels) + at, depth, address_of(targets) + at
             )  # fmt: skip
         else:
             for r in range(count):
@@ -163,7 +162,6 @@ def _shrink_kernel(arguments, part, parts):
     keep_alive(panels)
     keep_alive(sources)
     keep_alive(targets)
-    keep_alive(aheads)
     keep_alive(x_offsets)
     keep_alive(h_offsets)
 

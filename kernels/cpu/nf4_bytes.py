@@ -225,11 +225,14 @@ def _quantise(typingctx, x, x_stride, rows, levels):
     return types.void(*[types.int64] * 4), codegen
 
 
-@njit(nogil=True)
-def _groups(rows):
-    """The groups that rows are cut into, nearly equal: 13 rows are 6 + 7, as codes are looked up for each."""
+def groups_of(rows: int) -> int:
+    """The groups that rows are cut into (see `regions`), nearly equal: 13 rows are 6 + 7, as codes are looked up for
+    each."""
     most = PAIR_ROWS if PAIR_ROWS != 0 and rows >= MANY_ROWS else MOST_ROWS
     return (rows + most - 1) // most
+
+
+_groups = njit(nogil=True)(groups_of)  # for kernels: called from Python it would be compiled while serving
 
 
 @njit(nogil=True)
@@ -294,11 +297,6 @@ def _nf4_bytes_kernel(arguments, part, parts):
     rows, depth, levels, stride, packed, absmax, n_tiles = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
     y, y_stride, block, accumulate = a[9], a[10], a[11], a[12]
     _product(part, parts, rows, levels, stride, depth, packed, absmax, n_tiles, y, y_stride, block, accumulate)
-
-
-def groups_of(rows: int) -> int:
-    """The groups that ``nf4_bytes_linear`` cuts rows into, see `regions`."""
-    return int(_groups(rows))
 
 
 def work_width(k: int) -> int:

@@ -289,12 +289,12 @@ def scaled_span(b: Builder, x: Value, levels: int, unit: int) -> tuple[list[Valu
 
 
 @intrinsic
-def quantise(typingctx, x, levels, scales, all_spans, spans):
+def quantise(typingctx, x, levels, scales, spans):
     """A row of ``SPAN * spans`` fp32 values at ``x`` as int16 ``levels``, and an fp32 scale a span: ``x`` is about
     ``level * scale * CODE_UNIT``. A span with a value that is not finite has a scale that is not."""
 
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        x, levels, scales, _, spans = args
+        x, levels, scales, spans = args
         with cgutils.for_range(b, spans, intp=I64) as loop:
             target = b.add(levels, b.mul(loop.index, i64(2 * SPAN)))
             whole, scale = scaled_span(b, b.add(x, b.mul(loop.index, i64(4 * SPAN))), LEVELS, CODE_UNIT)
@@ -303,4 +303,4 @@ def quantise(typingctx, x, levels, scales, all_spans, spans):
             store(b, scale, b.add(scales, b.mul(loop.index, i64(4))), 4)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5), codegen
+    return types.void(*[types.int64] * 4), codegen

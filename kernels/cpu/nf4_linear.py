@@ -30,34 +30,20 @@ ROW_BLOCK = 96
 """Rows of x per pass over the weights: their 96 x 512 int16 stay in L2 while the panels stream by."""
 
 
-def quantised(quantise_spans: Any, level_bytes: int) -> Any:
-    """A part of x as integers, by ``quantise_spans(x, levels, scales, all_spans, spans)``: ``level_bytes`` of a level,
-    behind a row's levels the scales of ``all_spans``."""
-
-    @njit(nogil=True)
-    def some(part, parts, x, x_stride, rows, depth, levels, level_stride):
-        spans = depth // SPAN
-        first, last = share(rows * spans, part, parts, 1)
-        while first < last:
-            row, start = first // spans, first % spans
-            count = min(spans - start, last - first)
-            own = levels + row * level_stride
-            scales = own + level_bytes * depth + 4 * start
-            quantise_spans(
-                x + row * x_stride + 4 * SPAN * start, own + level_bytes * SPAN * start, scales, spans, count
-            )  # fmt: skip
-            first += count
-
-    return some
-
-
-_quantised = quantised(quantise, 2)
-
-
 @kernel
 def quantise_kernel(arguments, part, parts):
     a = carray(arguments, 13)
-    _quantised(part, parts, a[0], a[1], a[2], a[3], a[4], a[5])
+    x, x_stride, rows, depth, levels, level_stride = a[0], a[1], a[2], a[3], a[4], a[5]
+    spans = depth // SPAN
+    first, last = share(rows * spans, part, parts, 1)
+    while first < last:
+        row, start = first // spans, first % spans
+        count = min(spans - start, last - first)
+        own = levels + row * level_stride
+        quantise(
+            x + row * x_stride + 4 * SPAN * start, own + 2 * SPAN * start, own + 2 * depth + 4 * start, count
+        )  # fmt: skip
+        first += count
 
 
 @njit(nogil=True, inline="never")
@@ -81,9 +67,9 @@ def _many_rows(rows, levels, stride, depth, packed, absmax, block, c, c_stride, 
             done += size
 
 
-def groups_and_tiles(fused: Any, most_rows: int, level_bytes: int, weight_bytes: int) -> Any:
+def groups_and_tiles(fused: Any, most_rows: int, weight_bytes: int) -> Any:
     """Some of the tiles of ``y (+)= W x`` for some of its groups of rows, by a micro-kernel that makes integers of
-    weights as it multiplies them with up to ``most_rows`` rows. ``level_bytes`` of a level, ``weight_bytes`` of a
+    weights as it multiplies them with up to ``most_rows`` rows. ``weight_bytes`` of a
     tile's position."""
 
     @njit(nogil=True, inline="never")
@@ -101,7 +87,7 @@ def groups_and_tiles(fused: Any, most_rows: int, level_bytes: int, weight_bytes:
                 own = levels + row * stride
                 for t in range(begin, min(begin + at_once, last_tile)):
                     fused(
-                        end - row, own, own + level_bytes * depth, stride, packed + weight_bytes * t * depth,
+                        end - row, own, own + 2 * depth, stride, packed + weight_bytes * t * depth,
                         absmax + 64 * t * (depth // block), depth // block, block // SPAN,
                         y + row * y_stride + 64 * t, y_stride, accumulate,
                     )  # fmt: skip
@@ -109,7 +95,7 @@ def groups_and_tiles(fused: Any, most_rows: int, level_bytes: int, weight_bytes:
     return some
 
 
-_some = groups_and_tiles(fused_nf4, FUSED_ROWS, 2, 8)
+_some = groups_and_tiles(fused_nf4, FUSED_ROWS, 8)
 
 
 @kernel

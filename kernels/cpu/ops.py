@@ -231,10 +231,10 @@ class NumbaOps:
         if weight.bias is not None:
             elementwise.put_bias(weight.bias, out, add=add_to is not None)
         accumulate = add_to is not None or weight.bias is not None
-        if adapters is not None and self._takes_halves(weight, adapters):
+        vectors = None if adapters is None else adapters.vector_rows()
+        if adapters is not None and vectors is None and self._takes_halves(weight, adapters):
             self._multiply_with_pairs(x, weight, out, adapters, accumulate=accumulate)
             return out
-        vectors = None if adapters is None else adapters.vector_rows()
         held = None
         if vectors is not None and accumulate:
             held = self._scratch.empty(vectors.count, weight.out_features)
@@ -253,7 +253,7 @@ class NumbaOps:
     def _takes_halves(self, weight: AnyLinear, adapters: SiteAdapters) -> bool:
         if self.arithmetic == "fp32" or not isinstance(weight, PackedLinear):
             return False
-        return isinstance(adapters.lora.kernel, CpuLora) and adapters.vector_rows() is None
+        return isinstance(adapters.lora.kernel, CpuLora)
 
     def _multiply_with_pairs(
         self, x: torch.Tensor, weight: AnyLinear, out: torch.Tensor, adapters: SiteAdapters, *, accumulate: bool

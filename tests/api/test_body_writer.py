@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import signal
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,8 +22,8 @@ from manylora.server.body_writer import BodyWriter
 from manylora.server.config import ApiConfig
 from manylora.server.engine.request import Request
 from manylora.server.engine.stream import RequestStream
-from manylora.server.http_server import bind, new_loop, serve_until_signal
 from tests.api.fakes import FakeEngine, Step, finish, token
+from tests.api.live_server import Address, served
 
 COMPLETION = {"model": "alice", "prompt": "Hi", "stream": True}
 CHAT = {"model": "alice", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
@@ -33,38 +31,6 @@ USAGE = {"include_usage": True, "continuous_usage_stats": True}
 TOOLS = {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}], "model": "base"}
 
 WORDS = ("Once", " upon", ' a "time"', "\n\n", "", " é😀", "\u2028", "\\", " data: [DONE]", " end", "x" * 5000)
-
-Port = int
-
-
-def served(serving: Serving, act: Callable[[Port], Awaitable[Any]], *, uv: bool = True, sndbuf: int = 0) -> Any:
-    """What ``act`` returns, with a server at its port."""
-
-    async def main() -> Any:
-        sockets = bind("127.0.0.1", 0)
-        if sndbuf:  # connections inherit it
-            sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sndbuf)
-        server = asyncio.create_task(serve_until_signal(serving, ApiConfig(), sockets))
-        try:
-            async with asyncio.timeout(60):
-                port = sockets[0].getsockname()[1]
-                while not _answers(port):  # noqa: ASYNC110 - the server has no event for it
-                    await asyncio.sleep(0.01)
-                return await act(port)
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)
-            await server
-
-    with asyncio.Runner(loop_factory=new_loop if uv else asyncio.new_event_loop) as runner:
-        return runner.run(main())
-
-
-def _answers(port: Port) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port)).close()
-    except ConnectionRefusedError:
-        return False
-    return True
 
 
 @pytest.fixture
@@ -143,8 +109,8 @@ def test_the_answer_is_what_asgi_alone_gives(
     assert n_written == []
     assert expected.status_code == 200
 
-    async def act(port: Port) -> httpx.Response:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+    async def act(address: Address) -> httpx.Response:
+        async with httpx.AsyncClient(base_url="http://{}:{}".format(*address)) as client:
             first = await client.post(path, json=body)
             again = await client.post(path, json=body)  # on the same connection
             assert same(again.text) == same(first.text)
@@ -168,10 +134,10 @@ def test_a_client_that_falls_behind_gets_all_of_it_in_fewer_pieces(
     words = [f"{i:06}" + "x" * 8000 for i in range(400)]
     engine.script = telling(*words)
 
-    async def act(port: Port) -> bytes:
+    async def act(address: Address) -> bytes:
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.connect(("127.0.0.1", port))
+        sock.connect(address)
         body = json.dumps(COMPLETION).encode()
         sock.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
@@ -214,8 +180,8 @@ def test_a_bug_in_one_stream_leaves_the_others_alone(
 
     monkeypatch.setattr(EventStreamResponse, "_write_now", failing)
 
-    async def act(port: Port) -> tuple[Any, Any]:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+    async def act(address: Address) -> tuple[Any, Any]:
+        async with httpx.AsyncClient(base_url="http://{}:{}".format(*address)) as client:
             return tuple(
                 await asyncio.gather(
                     client.post("/v1/completions", json={**COMPLETION, "prompt": "four"}),

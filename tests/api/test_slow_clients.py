@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -20,8 +18,8 @@ from manylora.server.api.state import Serving
 from manylora.server.config import ApiConfig
 from manylora.server.engine.request import Request
 from manylora.server.http_limits import LimitedHttp
-from manylora.server.http_server import bind, new_loop, serve_until_signal
 from tests.api.fakes import FakeEngine, Step, endless, finish, token
+from tests.api.live_server import Address, served
 
 SLOW = 0.2
 """The client's time-out in these tests; what is cut off is so after once to twice that."""
@@ -29,8 +27,6 @@ SOON = 4 * SLOW + 2.0
 """With time to spare on a busy machine."""
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-
-Address = tuple[str, int]
 
 
 @pytest.fixture
@@ -42,34 +38,8 @@ def without_the_systems_help(monkeypatch: pytest.MonkeyPatch) -> None:
 def serving_of(
     serving: Serving, act: Callable[[Address], Coroutine[Any, Any, Any]], *, uv: bool = True, **options: Any
 ) -> Any:
-    """What ``act`` returns, with a server at its address."""
-
-    async def main() -> Any:
-        [sock] = bind("127.0.0.1", 0)
-        # Connections inherit it: little lies in the system where neither side sees it.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        config = ApiConfig(**{"client_timeout": SLOW, **options})
-        server = asyncio.create_task(serve_until_signal(serving, config, [sock]))
-        address: Address = sock.getsockname()[:2]
-        try:
-            async with asyncio.timeout(60):
-                while not _answers(address):  # noqa: ASYNC110 - the server has no event for it
-                    await asyncio.sleep(0.01)
-                return await act(address)
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)
-            await server
-
-    with asyncio.Runner(loop_factory=new_loop if uv else asyncio.new_event_loop) as runner:
-        return runner.run(main())
-
-
-def _answers(address: Address) -> bool:
-    try:
-        socket.create_connection(address).close()
-    except ConnectionRefusedError:
-        return False
-    return True
+    """What ``act`` returns, with an impatient server at its address."""
+    return served(serving, act, ApiConfig(**{"client_timeout": SLOW, **options}), uv=uv, sndbuf=4096)
 
 
 @asynccontextmanager

@@ -107,3 +107,18 @@ class Gate:
 
     async def wait(self) -> None:
         await asyncio.to_thread(self.arrived.wait, 30)
+
+
+class Wakeups:
+    """How often the engine's thread wakes the running loop, from now on."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.count = 0
+        loop = asyncio.get_running_loop()
+        real = loop.call_soon_threadsafe
+
+        def counting(callback: Any, *args: Any, **kwargs: Any) -> Any:
+            self.count += threading.current_thread() is setup.engine._thread
+            return real(callback, *args, **kwargs)
+
+        loop.call_soon_threadsafe = counting  # type: ignore[assignment]

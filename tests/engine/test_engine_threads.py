@@ -13,7 +13,7 @@ import pytest
 from manylora.server.engine.engine import EngineDraining
 from manylora.server.engine.request import Request, SampleFailed, StepPlan, TokenEvent
 from manylora.server.engine.stream import Mailbox, RequestStream
-from tests.engine.harness import A, Gate, Setup, events_of, finish_of, go, output, running
+from tests.engine.harness import A, Gate, Setup, Wakeups, events_of, finish_of, go, output, running
 from tests.fakes import FakeSlots, Sampled, adapter, hashing_model, request, scripted
 
 # --- leaving early ----------------------------------------------------------------------------------------------------
@@ -181,19 +181,10 @@ def test_a_consumer_that_fell_behind_gets_its_text_in_one_piece() -> None:
 def test_a_step_wakes_a_loop_once_however_many_streams_it_has() -> None:
     async def main() -> None:
         async with running(Setup(max_rows=16)) as setup:
-            loop = asyncio.get_running_loop()
-            wakeups = 0
-            real = loop.call_soon_threadsafe
-
-            def counting(callback: Any, *args: Any, **kwargs: Any) -> Any:
-                nonlocal wakeups
-                wakeups += threading.current_thread() is setup.engine._thread
-                return real(callback, *args, **kwargs)
-
-            loop.call_soon_threadsafe = counting  # type: ignore[assignment]
+            wakeups = Wakeups(setup)
             streams = [setup.submit(request(f"r{i}", max_tokens=20)) for i in range(16)]
             await asyncio.gather(*map(events_of, streams))
-            assert 0 < wakeups <= len(setup.runner.plans)
+            assert 0 < wakeups.count <= len(setup.runner.plans)
 
     go(main())
 

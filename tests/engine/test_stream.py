@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import Any
 
 import pytest
 
 from manylora.server.engine.request import FinishEvent, StepPlan, TokenEvent
 from manylora.server.engine.stream import Mailbox, RequestStream
-from tests.engine.harness import Gate, Setup, go, running
+from tests.engine.harness import Gate, Setup, Wakeups, go, running
 from tests.fakes import request, scripted
 
 
@@ -19,22 +18,14 @@ def test_nobody_is_woken_for_what_is_wanted_as_a_whole() -> None:
 
     async def main() -> None:
         async with running(Setup(before_step=gate)) as setup:
-            loop = asyncio.get_running_loop()
-            real, wakeups = loop.call_soon_threadsafe, 0
-
-            def counting(callback: Any, *args: Any, **kwargs: Any) -> Any:
-                nonlocal wakeups
-                wakeups += threading.current_thread() is setup.engine._thread
-                return real(callback, *args, **kwargs)
-
-            loop.call_soon_threadsafe = counting  # type: ignore[assignment]
+            wakeups = Wakeups(setup)
             streams = [setup.submit(request(f"r{i}", max_tokens=20)) for i in range(3)]
             results = asyncio.gather(*(stream.result() for stream in streams))
             await asyncio.sleep(0)
             gate.open()
             ended = await results
             assert [len(tokens.text) for tokens, _ in ended] == [20] * 3
-            assert wakeups == 1
+            assert wakeups.count == 1
 
     go(main())
 
