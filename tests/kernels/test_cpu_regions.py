@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import FunctionType
+
 import pytest
 
 from manylora.kernels.cpu import available
@@ -32,3 +34,12 @@ def test_parts_cover_everything_once(depth: int) -> None:
                                 seen[g, t] = part
                     assert regions <= 3, "what begins in the middle, whole chunks, what ends in the middle"
                 assert len(seen) == groups * tiles
+
+
+def test_rows_are_cut_without_compiling_anything() -> None:
+    """It is asked for with each product that has adapters, while serving, and kernels cut rows by the same."""
+    from manylora.kernels.cpu import nf4_bytes, nf4_linear
+
+    for module in (nf4_bytes, nf4_linear):
+        assert isinstance(module.groups_of, FunctionType)
+    assert all(nf4_bytes.groups_of(rows) == nf4_bytes._groups(rows) for rows in range(1, 60))
