@@ -53,6 +53,7 @@ class _Look:
     """Bytes that wait to be taken."""
     is_closing: bool = False
     is_held: bool = False
+    is_answering: bool = False
 
 
 class LimitedHttp(HttpToolsProtocol):
@@ -158,11 +159,13 @@ class LimitedHttp(HttpToolsProtocol):
             self.transport.abort()
             return
         if not now.is_closing and last.n_steps == now.n_steps:
-            if self._awaited is _Awaited.HEAD and not self._is_answering():
+            # Of who sends two at a time, the second has time from the end of the first's answer on.
+            is_idle = not (last.is_answering or now.is_answering)
+            if self._awaited is _Awaited.HEAD and is_idle:
                 self._time_out("head")
             elif self._awaited is _Awaited.BODY and (
                 # A body that was answered already, as it came without a key perhaps, is not wanted any more.
-                not self._is_answering() or (not now.is_held and now.n_body - last.n_body < enough)
+                is_idle or (not now.is_held and now.n_body - last.n_body < enough)
             ):
                 self._time_out("body")
         self._timer = self.loop.call_later(self.client_timeout, self._look_around)
@@ -175,6 +178,7 @@ class LimitedHttp(HttpToolsProtocol):
             self.transport.get_write_buffer_size(),
             self.transport.is_closing(),
             self._body_was_held or self.flow.read_paused,
+            self._is_answering(),
         )
 
     def _time_out(self, what: str) -> None:
