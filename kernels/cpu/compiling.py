@@ -68,8 +68,8 @@ class Compiled:
 
 
 _MODULES: Final = (
-    "threads", "elementwise", "nf4_linear", "nf4_bytes", "nf4_exact", "bf16_linear", "head_words", "attention", "lora",
-    "lora_tables", "lora_vectors", "maxima",
+    "threads", "elementwise", "nf4_linear", "nf4_bytes", "nf4_exact", "bf16_linear", "head_words", "head_bytes",
+    "attention", "lora", "lora_tables", "lora_vectors", "maxima",
 )  # fmt: skip
 """Where there are kernels."""
 

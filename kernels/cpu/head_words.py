@@ -32,7 +32,7 @@ from manylora.kernels.cpu.emit import (
     offset,
     shuffle,
 )
-from manylora.kernels.cpu.nf4_inner import CODE_UNIT, WORDS, multiply_words
+from manylora.kernels.cpu.nf4_inner import CODE_UNIT, SMALLEST, WORDS, multiply_words
 from manylora.kernels.cpu.nf4_linear import groups_and_tiles, quantise_kernel
 from manylora.kernels.cpu.target import TARGET
 from manylora.kernels.cpu.threads import launch
@@ -92,9 +92,11 @@ def _head_kernel(arguments, part, parts):
 
 
 def head_maxima(weight: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude of each output of a bf16 weight ``[N, K]``, fp32 ``[N]`` and zeros up to a whole tile."""
+    """The largest magnitude of each output of a bf16 weight ``[N, K]``, fp32 ``[N]`` and zeros up to a whole tile. One
+    below ``SMALLEST`` counts as zero, as its weights do then: relative to it they would not be finite."""
     maxima = torch.zeros(-(-weight.shape[0] // TILE) * TILE)
-    maxima[: weight.shape[0]] = weight.abs().amax(1).float()
+    found = weight.abs().amax(1).float()
+    maxima[: weight.shape[0]] = torch.where(found < SMALLEST, 0.0, found)
     return maxima
 
 

@@ -1,228 +1,47 @@
-"""``y = W x`` on the CPU with W in NF4 and both sides rounded to integers of 8 bits: fastest, and the least exact.
+"""``y = W x`` on the CPU with W in NF4 and both sides rounded to integers of 8 bits, see ``bytes_inner``.
 
-As ``nf4_linear`` with 16 bits, in spans of 32 positions:
+A code is looked up as a byte, so that 64 of them take one shuffle.
 
-    y[n] = sum over blocks of  absmax[n] * (sum over the block's spans of  scale * sum of code[n, k] * level[k])
-
-A code is looked up as a byte, so that 64 of them take one shuffle, and ``vpdpbusd`` (AVX512-VNNI) adds up four products
-in each lane: twice as many as of 16 bits. It wants unsigned bytes on one side: what is multiplied is ``code + 128``,
-from which ``bias``, 128 times the sum of the span's levels, is taken away. Without that instruction the same sums take
-longer.
-
-**Rows of x lie side by side**, those of a group that are multiplied at once, as the micro-kernel reads them: for each
-span two words of each row after each other, 4 times, then each row's scale and bias. So one register and constants
-address them all, and neighbours lie in the same cache line. Many rows are multiplied with two tiles at once, as reading
-a word for each product takes as long as the products.
-
-**What rounding costs.** A code is off by at most 3.6e-3 of its block's absmax, a value of x by at most 3.9e-3 of its
+**What rounding costs.** A code is off by at most 2.5e-3 of its block's absmax, a value of x by at most 3.9e-3 of its
 span's largest: what llama.cpp does to x (its Q8_0 has the same spans), and three times what bf16 does to both (in
-logits too: ``bench/accuracy.py``). Sums are exact, and spans are added in order: as with 16 bits, a row's
-result depends neither on the rows beside it nor on how wide vectors are.
+logits too: ``bench/accuracy.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final
-
 import torch
 from llvmlite import ir
 from numba import carray, njit
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
-from manylora.kernels.cpu.compiling import kernel
-from manylora.kernels.cpu.emit import (
-    F32,
-    I8,
-    I32,
-    I64,
-    V8I,
-    VECTORS,
-    VF,
-    VI,
-    Builder,
-    Value,
-    branches,
-    constant,
-    function,
-    fused_multiply_add,
-    i64,
-    load,
-    load_tile,
-    offset,
-    prefetch,
-    splat,
-    store,
-    store_tile,
+from manylora.kernels.cpu.bytes_inner import (
+    CODE_UNIT,
+    CODE_ZERO,
+    MANY_ROWS,
+    MOST_ROWS,
+    PAIR_ROWS,
+    SPAN_BYTES,
+    quantise_bytes,
+    some_tiles,
 )
-from manylora.kernels.cpu.nf4_inner import BYTES, SPAN, WORDS, look_up, nibbles, products_of_words, scaled_span
+from manylora.kernels.cpu.compiling import kernel
+from manylora.kernels.cpu.emit import VECTORS, Builder, Value
+from manylora.kernels.cpu.nf4_inner import BYTES, SPAN, look_up, nibbles
 from manylora.kernels.cpu.nf4_packing import GROUP
 from manylora.kernels.cpu.regions import chunk_tiles, items_of, next_region
-from manylora.kernels.cpu.target import HAS_BYTE_PRODUCTS, TARGET
 from manylora.kernels.cpu.threads import launch
 from manylora.kernels.cpu.tiles import share
 from manylora.kernels.nf4_code import NF4_CODE
 
-CODE_UNIT: Final = 123
-"""What 1 is in integer codes: of 64 to 127 the one that the 16 codes are nearest to multiples of."""
-LEVELS: Final = 127
-"""Largest magnitude of an integer x."""
-_OFFSET: Final = 128
-"""What is added to codes for them to be positive."""
-_LOAD: Final = 8 * GROUP
-"""Bytes of ``GROUP`` positions of a tile."""
-_SPAN_BYTES: Final = SPAN + 8
-"""Of a row and span: its levels, its scale and its bias."""
-MOST_ROWS: Final = TARGET.nf4_byte_rows
-"""Rows at most that are multiplied with a tile at once."""
-PAIR_ROWS: Final = TARGET.nf4_byte_pair_rows
-"""Rows at most that are multiplied with two tiles at once; 0: none are."""
-MANY_ROWS: Final = 2 * MOST_ROWS + 1
-"""Rows from which on two tiles are taken at once."""
-
-
-def _dot(b: Builder, total: Value, codes: Value, levels: Value) -> Value:
-    """``total`` int32, and in each lane the four products of unsigned ``codes`` and signed ``levels``, exact."""
-    if HAS_BYTE_PRODUCTS:
-        name = f"llvm.x86.avx512.vpdpbusd.{32 * TARGET.lanes}"
-        return b.call(function(b, name, VI, VI, VI, VI), [total, b.bitcast(codes, VI), b.bitcast(levels, VI)])
-    eight = ir.Constant(WORDS, [8] * WORDS.count)
-    codes, levels = b.bitcast(codes, WORDS), b.bitcast(levels, WORDS)
-    even = b.and_(codes, ir.Constant(WORDS, [255] * WORDS.count)), b.ashr(b.shl(levels, eight), eight)
-    odd = b.lshr(codes, eight), b.ashr(levels, eight)
-    return b.add(total, b.add(products_of_words(b, *even), products_of_words(b, *odd)))
-
 
 def _group(b: Builder, address: Value) -> list[list[Value]]:
-    """The codes of the ``GROUP`` positions and 16 outputs at ``address``: for each four positions, vectors with an
-    output's four codes side by side. ``nf4_packing.FOR_BYTES`` is the order."""
-    table = ir.Constant(BYTES, [_OFFSET + round(value * CODE_UNIT) for value in NF4_CODE] * (BYTES.count // 16))
+    """``nf4_packing.FOR_BYTES`` is the order."""
+    codes = [round(value * CODE_UNIT + CODE_ZERO) for value in NF4_CODE]
+    table = ir.Constant(BYTES, codes * (BYTES.count // 16))
     vectors = [look_up(b, table, indices) for indices in nibbles(b, address)]
     return [vectors] if VECTORS == 2 else [[vector] for vector in vectors]
 
 
-def _micro_kernel(shapes: range, tiles: int) -> Any:
-    @intrinsic
-    def multiply(typingctx, rows, levels, packed, absmax, blocks, spans, c, c_stride, accumulate):
-        """``c[r] (+)= W x[r]``, as ``nf4_inner.fused_nf4``, for a group of ``rows`` rows, one of ``shapes``, as
-        ``_quantise`` lays it out, and ``tiles`` tiles."""
-
-        def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-            rows, *rest = args
-            for count, _ in branches(b, rows, dict.fromkeys(shapes, 1)):
-                _emit_rows(b, count, tiles, *rest)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 9), codegen
-
-    return multiply
-
-
-def _emit_rows(
-    b: Builder,
-    rows: int,
-    tiles: int,
-    levels: Value,
-    packed: Value,
-    absmax: Value,
-    blocks: Value,
-    spans: Value,
-    c: Value,
-    c_stride: Value,
-    accumulate: Value,
-) -> None:
-    def vectors(kind: Any) -> list[list[Value]]:
-        return [[cgutils.alloca_once(b, kind) for _ in range(VECTORS * tiles)] for _ in range(rows)]
-
-    def load_tiles(first: Value, stride: Value) -> list[Value]:
-        return [vector for t in range(tiles) for vector in load_tile(b, b.add(first, b.mul(stride, i64(t))))]
-
-    def word(address: Value, kind: Any, vector: Any) -> Value:
-        return splat(b, load(b, address, kind, 4), vector)
-
-    fma = fused_multiply_add(b, VF)
-    all_spans = b.mul(blocks, spans)
-    out = [b.add(c, b.mul(c_stride, i64(r))) for r in range(rows)]
-    totals, partial, sums = vectors(VF), vectors(VF), vectors(VI)
-    if tiles > 1:  # for many rows, whose results do not stay in the caches until they are added to
-        for place in out:
-            for t in range(tiles):
-                prefetch(b, offset(b, place, 64 * t), write=True)
-    with b.if_else(b.icmp_signed("!=", accumulate, i64(0))) as (then, otherwise):
-        with then:
-            for row, place in zip(totals, out, strict=True):
-                for total, value in zip(row, load_tiles(place, i64(64)), strict=True):
-                    b.store(value, total)
-        with otherwise:
-            for row in totals:
-                for total in row:
-                    b.store(constant(0.0, VF), total)
-    span_bytes = SPAN // GROUP * _LOAD
-    tile_bytes = b.mul(all_spans, i64(span_bytes))
-    with cgutils.for_range(b, blocks, intp=I64) as block:
-        for row in partial:
-            for one in row:
-                b.store(constant(0.0, VF), one)
-        with cgutils.for_range(b, spans, intp=I64) as within:
-            span = b.add(b.mul(block.index, spans), within.index)
-            x = b.add(levels, b.mul(span, i64(_SPAN_BYTES * rows)))
-            factors = [offset(b, x, SPAN * rows + 8 * r) for r in range(rows)]
-            for row, factor in zip(sums, factors, strict=True):
-                start = word(offset(b, factor, 4), I32, VI)
-                for one in row:
-                    b.store(start, one)
-            first = b.add(packed, b.mul(span, i64(span_bytes)))
-            codes = [b.add(first, b.mul(tile_bytes, i64(t))) for t in range(tiles)]
-            for at in range(0, SPAN, GROUP):
-                fours: list[list[Value]] = [[] for _ in range(GROUP // 4)]
-                for place in (offset(b, one, at // GROUP * _LOAD) for one in codes):
-                    prefetch(b, b.add(place, b.mul(tile_bytes, i64(tiles))))  # of the tiles that come next
-                    for four, more in zip(fours, _group(b, place), strict=True):
-                        four += more
-                for i, four in enumerate(fours, at // 4):
-                    for r, own in enumerate(sums):
-                        same = word(offset(b, x, 8 * (i // 2 * rows + r) + 4 * (i % 2)), I32, VI)
-                        for one, vector in zip(own, four, strict=True):
-                            b.store(_dot(b, b.load(one), vector, b.bitcast(same, BYTES)), one)
-            for factor, own, row in zip(factors, sums, partial, strict=True):
-                scale = word(factor, F32, VF)
-                for one, value in zip(own, row, strict=True):
-                    b.store(b.call(fma, [b.sitofp(b.load(one), VF), scale, b.load(value)]), value)
-        largest = load_tiles(b.add(absmax, b.mul(block.index, i64(64))), b.mul(blocks, i64(64)))
-        for row, values in zip(totals, partial, strict=True):
-            for total, value, maximum in zip(row, values, largest, strict=True):
-                b.store(b.call(fma, [b.load(value), maximum, b.load(total)]), total)
-    for row, place in zip(totals, out, strict=True):
-        store_tile(b, [b.load(total) for total in row], place)
-
-
-_multiply = _micro_kernel(range(1, MOST_ROWS + 1), 1)
-_multiply_pair = _micro_kernel(range(PAIR_ROWS - 1, PAIR_ROWS + 1), 2)  # no smaller groups from MANY_ROWS on
-
-
-@intrinsic
-def _quantise(typingctx, x, x_stride, rows, levels):
-    """A span of a group of ``rows`` rows, ``SPAN`` fp32 values each at ``x`` and ``x_stride`` bytes on, as int8 levels,
-    fp32 scales and int32 biases at ``levels``, in the order that the module describes: x is about ``level * scale *
-    CODE_UNIT``. A value that is not finite makes a scale that is not."""
-
-    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        x, x_stride, rows, levels = args
-        add_up = function(b, "llvm.vector.reduce.add.v8i32", I32, V8I)
-        with cgutils.for_range(b, rows, intp=I64) as loop:
-            whole, scale = scaled_span(b, b.add(x, b.mul(loop.index, x_stride)), LEVELS, CODE_UNIT)
-            place, step = b.add(levels, b.mul(loop.index, i64(8))), b.mul(rows, i64(8))
-            for vector in whole:
-                store(b, b.trunc(vector, ir.VectorType(I8, 8)), place, 4)
-                place = b.add(place, step)
-            low, high = b.add(whole[0], whole[1]), b.add(whole[2], whole[3])
-            total = b.call(add_up, [b.add(low, high)])
-            store(b, scale, place, 4)
-            store(b, b.mul(total, ir.Constant(I32, -_OFFSET)), offset(b, place, 4), 4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), codegen
+_some_tiles = some_tiles(_group, 8 * GROUP, fetched=True)
 
 
 def groups_of(rows: int) -> int:
@@ -232,45 +51,25 @@ def groups_of(rows: int) -> int:
     return (rows + most - 1) // most
 
 
-_groups = njit(nogil=True)(groups_of)  # for kernels: called from Python it would be compiled while serving
+groups_of_rows = njit(nogil=True)(groups_of)  # for kernels: called from Python it would be compiled while serving
 
 
 @njit(nogil=True)
 def _quantised(part, parts, x, x_stride, rows, depth, levels, stride):
     """A part of x as integers: spans of whole groups."""
-    groups, spans = _groups(rows), depth // SPAN
+    groups, spans = groups_of_rows(rows), depth // SPAN
     first, last = share(groups * spans, part, parts, 1)
     for item in range(first, last):
         group, span = item // spans, item % spans
         row, end = rows * group // groups, rows * (group + 1) // groups
-        own = levels + row * stride + _SPAN_BYTES * (end - row) * span
-        _quantise(x + row * x_stride + 4 * SPAN * span, x_stride, end - row, own)
-
-
-@njit(nogil=True, inline="never")
-def _some_tiles(rows, levels, depth, packed, absmax, tiles, block, y, y_stride, accumulate, pairs):
-    """A group of rows and ``tiles`` tiles from the first at ``packed``, two at once if there are ``pairs``."""
-    blocks, spans = depth // block, block // SPAN
-    tile = 0
-    if PAIR_ROWS != 0:
-        while pairs and tile + 1 < tiles:
-            _multiply_pair(
-                rows, levels, packed + 8 * tile * depth, absmax + 64 * tile * blocks, blocks, spans, y + 64 * tile,
-                y_stride, accumulate,
-            )  # fmt: skip
-            tile += 2
-    while tile < tiles:
-        _multiply(
-            rows, levels, packed + 8 * tile * depth, absmax + 64 * tile * blocks, blocks, spans, y + 64 * tile,
-            y_stride, accumulate,
-        )  # fmt: skip
-        tile += 1
+        own = levels + row * stride + SPAN_BYTES * (end - row) * span
+        quantise_bytes(x + row * x_stride + 4 * SPAN * span, x_stride, end - row, own)
 
 
 @njit(nogil=True)
 def _product(part, parts, rows, levels, stride, depth, packed, absmax, n_tiles, y, y_stride, block, accumulate):
     """A part of ``y (+)= W x``, in the order of `regions`."""
-    groups = _groups(rows)
+    groups = groups_of_rows(rows)
     at_once = n_tiles if groups == 1 else chunk_tiles(groups, depth)
     item, last_item = share(items_of(groups, depth, n_tiles), part, parts, 1)
     while item < last_item:
@@ -286,7 +85,7 @@ def _product(part, parts, rows, levels, stride, depth, packed, absmax, n_tiles, 
 
 
 @kernel
-def _quantise_bytes_kernel(arguments, part, parts):
+def quantise_bytes_kernel(arguments, part, parts):
     a = carray(arguments, 13)
     _quantised(part, parts, a[0], a[1], a[2], a[3], a[4], a[5])
 
@@ -301,7 +100,7 @@ def _nf4_bytes_kernel(arguments, part, parts):
 
 def work_width(k: int) -> int:
     """Of ``nf4_bytes_linear``'s ``work`` for K inputs."""
-    return k // SPAN * _SPAN_BYTES // 4
+    return k // SPAN * SPAN_BYTES // 4
 
 
 def nf4_bytes_linear(
@@ -319,7 +118,7 @@ def nf4_bytes_linear(
     work_width(K)]`` contiguous fp32 for x as integers; what it holds is overwritten."""
     m, k = x.shape
     launch(
-        _quantise_bytes_kernel, x.data_ptr(), x.stride(0) * 4, m, k, work.data_ptr(), work.stride(0) * 4,
+        quantise_bytes_kernel, x.data_ptr(), x.stride(0) * 4, m, k, work.data_ptr(), work.stride(0) * 4,
         packed.data_ptr(), absmax.data_ptr(), packed.shape[0], out.data_ptr(), out.stride(0) * 4, blocksize,
         int(accumulate), then=_nf4_bytes_kernel, keep=(x, out, work), follows=follows,
     )  # fmt: skip

@@ -63,7 +63,7 @@ CODE_UNIT: Final = 8005
 """What 1 is in integer codes: of 7000 to 8191 the one that the 16 codes are nearest to multiples of."""
 LEVELS: Final = 8383
 """Largest magnitude of an integer x: as many as ``SPAN`` products with a code of 1 leave room for in an int32."""
-_SMALLEST: Final = 2.0**-100
+SMALLEST: Final = 2.0**-100
 """A span whose magnitudes are all below counts as zeros, as ``LEVELS / largest`` must be finite."""
 
 PAIR_BYTES: Final = 64
@@ -273,7 +273,7 @@ def _largest(b: Builder, vectors: Sequence[Value]) -> Value:
     return found
 
 
-def scaled_span(b: Builder, x: Value, levels: int, unit: int) -> tuple[list[Value], Value]:
+def scaled_span(b: Builder, x: Value, levels: int, unit: float) -> tuple[list[Value], Value]:
     """The ``SPAN`` fp32 values at ``x`` as whole numbers up to ``levels``, int32, and what one of them times a code of
     which ``unit`` are 1 stands for, fp32."""
     nearest = function(b, "llvm.x86.avx.cvt.ps2dq.256", V8I, V8F)
@@ -281,7 +281,7 @@ def scaled_span(b: Builder, x: Value, levels: int, unit: int) -> tuple[list[Valu
     # Bit patterns of magnitudes are in the order of their values, and NaN above all of them.
     bits = [b.and_(b.bitcast(value, V8I), ir.Constant(V8I, [0x7FFFFFFF] * 8)) for value in values]
     peak = b.bitcast(_largest(b, bits), V8F)
-    tiny = b.fcmp_ordered("<", peak, constant(_SMALLEST))
+    tiny = b.fcmp_ordered("<", peak, constant(SMALLEST))
     factor = b.select(tiny, constant(0.0), b.fdiv(constant(float(levels)), peak))
     scale = b.select(tiny, constant(0.0), b.fmul(peak, constant(1.0 / (levels * unit))))
     whole = [b.call(nearest, [b.fmul(value, factor)]) for value in values]

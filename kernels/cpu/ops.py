@@ -15,6 +15,7 @@ from manylora.kernels.cpu import (
     attention,
     bf16_linear,
     elementwise,
+    head_bytes,
     head_words,
     lora_vectors,
     nf4_bytes,
@@ -94,17 +95,21 @@ AnyLinear = PackedLinear | DenseLinear | StackedLinear
 
 @dataclass(frozen=True)
 class PackedTable:
-    """bf16 in tiles of 16 vocabulary entries if it makes logits, else plain rows. ``maxima``: the largest of each entry
-    if logits are computed in integers, see ``head_words``."""
+    """A table of ``vocab`` entries as what it is for needs it.
+
+    Embeddings, and whoever merges: bf16 ``rows``, or, if it makes logits too, ``tiles`` of 16 entries. Logits: those
+    tiles, in whole numbers if there are the ``largest`` of each entry (``head_words``), or 8-bit ``codes``
+    (``head_bytes``)."""
 
     vocab: int
-    tiles: torch.Tensor | None
-    rows: torch.Tensor | None
-    maxima: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    tiles: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    largest: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.tiles, self.rows, self.maxima) if t is not None)
+        return sum(t.nbytes for t in (self.rows, self.tiles, self.codes, self.largest) if t is not None)
 
 
 def unsupported(weight: Nf4Tensor) -> str | None:
@@ -303,11 +308,16 @@ class NumbaOps:
                 )  # fmt: skip
 
     def prepare_embedding(self, weight: torch.Tensor, *, head: bool) -> PackedTable:
-        if head:
-            tiles = bf16_linear.pack_bf16(weight)
-            rounded = self.arithmetic != "fp32" and weight.shape[1] % SPAN == 0
-            return PackedTable(weight.shape[0], tiles, None, head_words.head_maxima(weight) if rounded else None)
-        return PackedTable(weight.shape[0], None, weight)
+        vocab, width = weight.shape
+        if not head:
+            return PackedTable(vocab, rows=weight)
+        tiles = bf16_linear.pack_bf16(weight)
+        if self.arithmetic == "fp32" or width % SPAN:
+            return PackedTable(vocab, tiles=tiles)
+        if self.arithmetic == "int16":
+            return PackedTable(vocab, tiles=tiles, largest=head_words.head_maxima(weight))
+        codes, largest = head_bytes.pack_head(weight)
+        return PackedTable(vocab, tiles=tiles, codes=codes, largest=largest)
 
     def embed(self, token_ids: torch.Tensor, weight: PackedTable) -> torch.Tensor:
         if weight.rows is not None:
@@ -318,13 +328,17 @@ class NumbaOps:
     def logits(self, x: torch.Tensor, weight: PackedTable) -> torch.Tensor:
         if weight.tiles is None:
             raise ValueError("this table was not prepared to make logits")
-        out = self._scratch.empty(x.shape[0], weight.tiles.shape[0] * TILE)
-        if weight.maxima is None:
-            bf16_linear.bf16_linear(x, weight.tiles, out)
-        else:
-            with self._scratch.scope():
-                work = self._scratch.empty(x.shape[0], nf4_linear.work_width(x.shape[1]))
-                head_words.head_linear(x, weight.tiles, weight.maxima, out, work)
+        m, k = x.shape
+        out = self._scratch.empty(m, weight.tiles.shape[0] * TILE)
+        with self._scratch.scope():
+            if weight.largest is None:
+                bf16_linear.bf16_linear(x, weight.tiles, out)
+            elif weight.codes is None:
+                work = self._scratch.empty(m, nf4_linear.work_width(k))
+                head_words.head_linear(x, weight.tiles, weight.largest, out, work)
+            else:
+                work = self._scratch.empty(m, nf4_bytes.work_width(k))
+                head_bytes.head_bytes_linear(x, weight.codes, weight.largest, out, work)
         return out[:, : weight.vocab]
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

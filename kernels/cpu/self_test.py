@@ -92,7 +92,7 @@ def _checks(
     hidden = lora.in_features["q"]
     yield (
         "embedding and logits",
-        partial(_tables, make, ops, plain, hidden, None if arithmetic == "fp32" else nf4_reference.WORDS),
+        partial(_tables, make, ops, plain, hidden, _INTEGERS[arithmetic]),
     )
     yield "largest logits", partial(_maxima, make, ops)
     yield "RMS norm", partial(_norm, make, ops, plain, hidden)
@@ -150,6 +150,9 @@ def _run(ops: Ops, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         return result.clone()
 
 
+_Product = Callable[[torch.Tensor], torch.Tensor]
+
+
 def _sum_bound(depth: int) -> float:
     """Of the difference between two sums of ``depth`` terms, relative to the sum of the magnitudes; both are rounded,
     and so are the products."""
@@ -163,21 +166,22 @@ def _check_linear(
     matrix: torch.Tensor,
     bias: torch.Tensor | None,
     terms: int,
-    rounded: Callable[[torch.Tensor], torch.Tensor],
+    product: _Product | None = None,
     tested: Sequence[int] = _ROWS,
 ) -> None:
     """Each number of rows against fp64; then all together, which must have the same bits; then onto a residual.
 
-    ``matrix`` ``[N, K]`` and ``rounded(x)`` are what the kernel multiplies; it adds ``terms`` terms in fp32.
+    ``matrix`` ``[N, K]`` is what the kernel multiplies, ``product(x)`` what it makes of it, if not ``x @ matrix.T``; it
+    adds ``terms`` terms in fp32.
     """
     n, k = matrix.shape
     matrix = matrix.double()
 
     def exact(x: torch.Tensor) -> torch.Tensor:
-        return rounded(x).double() @ matrix.T + (0 if bias is None else bias)
+        return (x.double() @ matrix.T if product is None else product(x)) + (0 if bias is None else bias)
 
     def size(x: torch.Tensor) -> torch.Tensor:
-        return rounded(x).double().abs() @ matrix.abs().T + (0 if bias is None else bias.abs())
+        return x.double().abs() @ matrix.abs().T + (0 if bias is None else bias.abs())
 
     xs = [make.normal(rows, k) for rows in tested]
     results = [_run(ops, partial(ops.linear, x, ours)) for x in xs]
@@ -202,18 +206,20 @@ def _nf4_linear(make: _Inputs, ops: Ops, k: int, block: int, integers: nf4_refer
     """In integers against the product of the rounded values: what rounding does is no fault, and would hide one."""
     weights, bias = [make.nf4(_OUTPUTS - 16, k, block), make.nf4(16, k, block)], make.normal(_OUTPUTS)
     matrix = torch.cat([w.dequantize() if integers is None else integers.rounded_weight(w) for w in weights])
-    terms, rounded = (k, torch.Tensor.float) if integers is None else (k // SPAN, integers.rounded_x)
+    largest = torch.cat([w.absmax_fp32().reshape(w.shape[0], -1) for w in weights])
+    terms, product = k, None
+    if integers is not None:
+        terms, product = k // SPAN, partial(integers.product, rounded=matrix, largest=largest)
     for added, tested in ((None, _ROWS), (bias, (1, 9))):
-        _check_linear(ops, make, ops.prepare_linear(weights, added), matrix, added, terms, rounded, tested)
+        _check_linear(ops, make, ops.prepare_linear(weights, added), matrix, added, terms, product, tested)
 
 
 def _bf16_linear(make: _Inputs, ops: Ops, k: int) -> None:
     weight = make.normal(_OUTPUTS, k).bfloat16()
-    _check_linear(ops, make, ops.prepare_dense(weight, None), weight, None, k, torch.Tensor.float)
+    _check_linear(ops, make, ops.prepare_dense(weight, None), weight, None, k)
 
 
 def _tables(make: _Inputs, ops: Ops, plain: Ops, hidden: int, integers: nf4_reference.Integers | None) -> None:
-    """Logits in integers of 16 bits also where NF4 is in those of 8."""
     vocab = _OUTPUTS - 11  # no whole number of tiles
     table, ids = make.normal(vocab, hidden).bfloat16(), torch.tensor([0, 7, 8, 15, 16, vocab - 1])
     ours = ops.prepare_embedding(table, head=True)
@@ -224,7 +230,7 @@ def _tables(make: _Inputs, ops: Ops, plain: Ops, hidden: int, integers: nf4_refe
         if integers is None or hidden % SPAN:
             exact = plain.logits(x, plain.prepare_embedding(table, head=True)).double()
         else:
-            exact = integers.rounded_x(x) @ integers.rounded_head(table).T
+            exact = integers.product(x, *integers.rounded_head(table))
         _compare(f"logits of {rows} rows", _run(ops, partial(ops.logits, x, ours)), exact, _sum_bound(hidden) * size)
 
 

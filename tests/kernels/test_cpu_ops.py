@@ -3,13 +3,14 @@ bit. Tolerances: fp32 sums of depth d round at most d times (Higham, section 3.1
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from manylora.kernels.cpu import available
+from manylora.kernels.cpu import Arithmetic, available
 from manylora.kernels.nf4_code import NF4_CODE
 from manylora.kernels.nf4_tensor import Nf4Tensor
 from manylora.kernels.ops import AttentionShape, Ops, PagedSequences
@@ -235,31 +236,43 @@ def test_embedding_and_logits(ops: Ops, exact: Ops, vocab: int) -> None:
     assert ((y - x.double() @ table.double().T).abs() <= 97 * EPS * sizes).all()
 
 
-@pytest.mark.parametrize("rows", [1, 5, 8, 9, 40])
-def test_logits_in_integers(ops: Ops, rows: int) -> None:
+@pytest.mark.parametrize("width", [576, 96])
+@pytest.mark.parametrize("rows", [1, 5, 8, 9, 24, 25, 40])
+@pytest.mark.parametrize("arithmetic", ["int16", "int8"])
+def test_logits_in_integers(arithmetic: Arithmetic, rows: int, width: int) -> None:
     """Against the product of what both sides are rounded to, which is off by no more than is said: with an entry of
-    zeros, very small and very large ones, an outlier in the hidden state."""
-    from manylora.kernels.cpu.nf4_reference import WORDS
+    zeros, very small and very large ones, all but nothing (weights that decayed), an outlier in the hidden state."""
+    from manylora.kernels.cpu.nf4_reference import BYTES, WORDS
+    from manylora.kernels.cpu.ops import NumbaOps
 
-    table, x = activations(1000, 576, seed=4), activations(rows, 576)
+    ops, integers = NumbaOps(arithmetic), {"int16": WORDS, "int8": BYTES}[arithmetic]
+    table, x = activations(1000, width, seed=4), activations(rows, width)
     table[7], table[9], table[11] = 0, 1e-3 * table[9], 1e4 * table[11]
+    table[13, :32], table[15] = 1e-35, 1e-35
     table, x[:, 40] = table.bfloat16(), 50.0
     prepared = ops.prepare_embedding(table, head=True)
-    y, rounded = ops.logits(x, prepared), WORDS.rounded_x(x) @ WORDS.rounded_head(table).T
-    sums = 1.02 * (576 // 32 + 3) * EPS * (x.abs().double() @ table.abs().double().T)
-    assert ((y - rounded).abs() <= sums).all()
-    largest = table.abs().amax(1).double()
-    of_x = x.abs().double().reshape(rows, -1, 32).amax(2).repeat_interleave(32, 1) * WORDS.level_error
-    of_table = largest * 0.5 / WORDS.code_unit
+    weight, largest = integers.rounded_head(table)
+    y, rounded = ops.logits(x, prepared), integers.product(x, weight, largest)
+    blocks = largest.shape[1] if arithmetic == "int8" else 1
+    sums = 1.03 * (width // 32 + blocks + 3) * EPS * (x.abs().double() @ table.abs().double().T)
+    assert ((y - rounded).abs() <= sums + 1e-30).all()
+    of_blocks = largest.double().repeat_interleave(width // largest.shape[1], 1)
+    of_x = x.abs().double().reshape(rows, -1, 32).amax(2).repeat_interleave(32, 1) * integers.level_error
+    of_bias = of_x[:, ::32] / integers.code_unit @ of_blocks[:, ::32].T  # half a code times half a level, in each span
     exact = x.double() @ table.double().T
-    bound = of_x @ table.abs().double().T + (x.abs().double() + of_x).sum(1, keepdim=True) * of_table
+    of_codes = (x.abs().double() + of_x) @ (of_blocks * 0.5 / integers.code_unit).T
+    bound = of_x @ table.abs().double().T + of_codes + (0 if arithmetic == "int16" else of_bias)
     assert ((rounded - exact).abs() <= 1.001 * bound + 1e-12).all()
     assert (y[:, 7] == 0).all()
     assert torch.equal(ops.embed(torch.arange(1000), prepared), table.float()), "embeddings are looked up exactly"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_logits_of_what_is_not_finite_are_not(ops: Ops, bad: float) -> None:
+@pytest.mark.parametrize("arithmetic", ["int16", "int8"])
+def test_logits_of_what_is_not_finite_are_not(arithmetic: Arithmetic, bad: float) -> None:
+    from manylora.kernels.cpu.ops import NumbaOps
+
+    ops = NumbaOps(arithmetic)
     table, x = activations(100, 64, seed=4).bfloat16(), activations(3, 64)
     clean = ops.logits(x, ops.prepare_embedding(table, head=True)).clone()
     x[1, 5] = bad
@@ -270,6 +283,23 @@ def test_logits_of_what_is_not_finite_are_not(ops: Ops, bad: float) -> None:
     y = ops.logits(x, ops.prepare_embedding(table, head=True))
     assert not y[:, 33].isfinite().any()
     assert torch.equal(y[:, :33], clean[:, :33])
+
+
+@pytest.mark.parametrize("arithmetic", ["int16", "int8"])
+def test_a_part_without_tiles_does_nothing(arithmetic: Arithmetic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception in a kernel is only printed."""
+    from manylora.kernels.cpu.ops import NumbaOps
+
+    raised: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ops, table = NumbaOps(arithmetic), activations(16, 64).bfloat16()
+        assert ops.logits(activations(1, 64), ops.prepare_embedding(table, head=True)).isfinite().all()
+    finally:
+        torch.set_num_threads(before)
+    assert not raised
 
 
 def test_logits_of_a_width_that_is_no_whole_span_are_in_fp32(ops: Ops) -> None:

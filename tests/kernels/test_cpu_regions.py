@@ -42,4 +42,4 @@ def test_rows_are_cut_without_compiling_anything() -> None:
 
     for module in (nf4_bytes, nf4_linear):
         assert isinstance(module.groups_of, FunctionType)
-    assert all(nf4_bytes.groups_of(rows) == nf4_bytes._groups(rows) for rows in range(1, 60))
+    assert all(nf4_bytes.groups_of(rows) == nf4_bytes.groups_of_rows(rows) for rows in range(1, 60))
