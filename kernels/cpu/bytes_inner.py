@@ -55,9 +55,10 @@ from manylora.kernels.cpu.emit import (
     store,
     store_tile,
 )
-from manylora.kernels.cpu.nf4_inner import BYTES, SPAN, WORDS, products_of_words, scaled_span
+from manylora.kernels.cpu.nf4_inner import BYTES, SPAN, WORDS, load_span, products_of_words, scaled_span
 from manylora.kernels.cpu.nf4_packing import GROUP
 from manylora.kernels.cpu.target import HAS_BYTE_PRODUCTS, TARGET
+from manylora.kernels.cpu.tiles import share
 
 CODE_UNIT: Final = 124.12
 """What a difference of 1 is in codes."""
@@ -97,7 +98,7 @@ def _micro_kernel(group: Group, load_bytes: int, fetched: bool, shapes: range, t
     @intrinsic
     def multiply(typingctx, rows, levels, packed, absmax, blocks, spans, c, c_stride, accumulate):
         """``c[r] (+)= W x[r]``, as ``nf4_inner.fused_nf4``, for a group of ``rows`` rows, one of ``shapes``, as
-        ``quantise_bytes`` lays it out, and ``tiles`` tiles."""
+        ``quantiser`` lays it out, and ``tiles`` tiles."""
 
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             rows, *rest = args
@@ -222,27 +223,59 @@ def some_tiles(group: Group, load_bytes: int, *, fetched: bool) -> Any:
     return multiply
 
 
-@intrinsic
-def quantise_bytes(typingctx, x, x_stride, rows, levels):
-    """A span of a group of ``rows`` rows, ``SPAN`` fp32 values each at ``x`` and ``x_stride`` bytes on, as int8 levels,
-    fp32 scales and int32 biases at ``levels``, in the order that the module describes: x is about ``level * scale *
-    CODE_UNIT``. A value that is not finite makes a scale that is not."""
+def quantiser(change: Callable[[Builder, list[Value]], list[Value]]) -> Any:
+    """What makes integers of the values of x, once ``change`` has been made to each span of them."""
 
-    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-        x, x_stride, rows, levels = args
-        add_up = function(b, "llvm.vector.reduce.add.v8i32", I32, V8I)
-        with cgutils.for_range(b, rows, intp=I64) as loop:
-            whole, scale = scaled_span(b, b.add(x, b.mul(loop.index, x_stride)), LEVELS, CODE_UNIT)
-            place, step = b.add(levels, b.mul(loop.index, i64(8))), b.mul(rows, i64(8))
-            for vector in whole:
-                store(b, b.trunc(vector, ir.VectorType(I8, 8)), place, 4)
-                place = b.add(place, step)
-            low, high = b.add(whole[0], whole[1]), b.add(whole[2], whole[3])
-            total = b.call(add_up, [b.add(low, high)])
-            store(b, scale, place, 4)
-            half = ir.Constant(I32, 1 << (_ZERO_BITS - 1))
-            bias = b.add(b.mul(total, ir.Constant(I32, -_ZERO)), half)
-            store(b, b.ashr(bias, ir.Constant(I32, _ZERO_BITS)), offset(b, place, 4), 4)
-        return context.get_dummy_value()
+    @intrinsic
+    def quantise(typingctx, x, x_stride, rows, levels):
+        """A span of a group of ``rows`` rows, ``SPAN`` fp32 values each at ``x`` and ``x_stride`` bytes on, as int8
+        levels, fp32 scales and int32 biases at ``levels``, in the order that the module describes: x is about ``level *
+        scale * CODE_UNIT``. A value that is not finite makes a scale that is not."""
 
-    return types.void(*[types.int64] * 4), codegen
+        def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+            x, x_stride, rows, levels = args
+            add_up = function(b, "llvm.vector.reduce.add.v8i32", I32, V8I)
+            with cgutils.for_range(b, rows, intp=I64) as loop:
+                values = change(b, load_span(b, b.add(x, b.mul(loop.index, x_stride))))
+                whole, scale = scaled_span(b, values, LEVELS, CODE_UNIT)
+                place, step = b.add(levels, b.mul(loop.index, i64(8))), b.mul(rows, i64(8))
+                for vector in whole:
+                    store(b, b.trunc(vector, ir.VectorType(I8, 8)), place, 4)
+                    place = b.add(place, step)
+                low, high = b.add(whole[0], whole[1]), b.add(whole[2], whole[3])
+                total = b.call(add_up, [b.add(low, high)])
+                store(b, scale, place, 4)
+                half = ir.Constant(I32, 1 << (_ZERO_BITS - 1))
+                bias = b.add(b.mul(total, ir.Constant(I32, -_ZERO)), half)
+                store(b, b.ashr(bias, ir.Constant(I32, _ZERO_BITS)), offset(b, place, 4), 4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), codegen
+
+    @njit(nogil=True)
+    def quantised(part, parts, x, x_stride, rows, depth, levels, stride):
+        """A part of x as integers: spans of whole groups."""
+        groups, spans = groups_of_rows(rows), depth // SPAN
+        first, last = share(groups * spans, part, parts, 1)
+        for item in range(first, last):
+            group, span = item // spans, item % spans
+            row, end = rows * group // groups, rows * (group + 1) // groups
+            own = levels + row * stride + SPAN_BYTES * (end - row) * span
+            quantise(x + row * x_stride + 4 * SPAN * span, x_stride, end - row, own)
+
+    return quantised
+
+
+def groups_of(rows: int) -> int:
+    """The groups that rows are cut into (see `regions`), nearly equal: 13 rows are 6 + 7, as codes are looked up for
+    each."""
+    most = PAIR_ROWS if PAIR_ROWS != 0 and rows >= MANY_ROWS else MOST_ROWS
+    return (rows + most - 1) // most
+
+
+groups_of_rows = njit(nogil=True)(groups_of)  # for kernels: called from Python it would be compiled while serving
+
+
+def work_width(k: int) -> int:
+    """fp32 values that hold a row of K inputs as integers."""
+    return k // SPAN * SPAN_BYTES // 4

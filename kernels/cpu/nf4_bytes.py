@@ -13,19 +13,10 @@ import torch
 from llvmlite import ir
 from numba import carray, njit
 
-from manylora.kernels.cpu.bytes_inner import (
-    CODE_UNIT,
-    CODE_ZERO,
-    MANY_ROWS,
-    MOST_ROWS,
-    PAIR_ROWS,
-    SPAN_BYTES,
-    quantise_bytes,
-    some_tiles,
-)
+from manylora.kernels.cpu.bytes_inner import CODE_UNIT, CODE_ZERO, MANY_ROWS, groups_of_rows, quantiser, some_tiles
 from manylora.kernels.cpu.compiling import kernel
 from manylora.kernels.cpu.emit import VECTORS, Builder, Value
-from manylora.kernels.cpu.nf4_inner import BYTES, SPAN, look_up, nibbles
+from manylora.kernels.cpu.nf4_inner import BYTES, look_up, nibbles
 from manylora.kernels.cpu.nf4_packing import GROUP
 from manylora.kernels.cpu.regions import chunk_tiles, items_of, next_region
 from manylora.kernels.cpu.threads import launch
@@ -44,26 +35,7 @@ def _group(b: Builder, address: Value) -> list[list[Value]]:
 _some_tiles = some_tiles(_group, 8 * GROUP, fetched=True)
 
 
-def groups_of(rows: int) -> int:
-    """The groups that rows are cut into (see `regions`), nearly equal: 13 rows are 6 + 7, as codes are looked up for
-    each."""
-    most = PAIR_ROWS if PAIR_ROWS != 0 and rows >= MANY_ROWS else MOST_ROWS
-    return (rows + most - 1) // most
-
-
-groups_of_rows = njit(nogil=True)(groups_of)  # for kernels: called from Python it would be compiled while serving
-
-
-@njit(nogil=True)
-def _quantised(part, parts, x, x_stride, rows, depth, levels, stride):
-    """A part of x as integers: spans of whole groups."""
-    groups, spans = groups_of_rows(rows), depth // SPAN
-    first, last = share(groups * spans, part, parts, 1)
-    for item in range(first, last):
-        group, span = item // spans, item % spans
-        row, end = rows * group // groups, rows * (group + 1) // groups
-        own = levels + row * stride + SPAN_BYTES * (end - row) * span
-        quantise_bytes(x + row * x_stride + 4 * SPAN * span, x_stride, end - row, own)
+_quantised = quantiser(lambda b, values: values)
 
 
 @njit(nogil=True)
@@ -85,7 +57,7 @@ def _product(part, parts, rows, levels, stride, depth, packed, absmax, n_tiles, 
 
 
 @kernel
-def quantise_bytes_kernel(arguments, part, parts):
+def _quantise_bytes_kernel(arguments, part, parts):
     a = carray(arguments, 13)
     _quantised(part, parts, a[0], a[1], a[2], a[3], a[4], a[5])
 
@@ -96,11 +68,6 @@ def _nf4_bytes_kernel(arguments, part, parts):
     rows, depth, levels, stride, packed, absmax, n_tiles = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
     y, y_stride, block, accumulate = a[9], a[10], a[11], a[12]
     _product(part, parts, rows, levels, stride, depth, packed, absmax, n_tiles, y, y_stride, block, accumulate)
-
-
-def work_width(k: int) -> int:
-    """Of ``nf4_bytes_linear``'s ``work`` for K inputs."""
-    return k // SPAN * SPAN_BYTES // 4
 
 
 def nf4_bytes_linear(
@@ -118,7 +85,7 @@ def nf4_bytes_linear(
     work_width(K)]`` contiguous fp32 for x as integers; what it holds is overwritten."""
     m, k = x.shape
     launch(
-        quantise_bytes_kernel, x.data_ptr(), x.stride(0) * 4, m, k, work.data_ptr(), work.stride(0) * 4,
+        _quantise_bytes_kernel, x.data_ptr(), x.stride(0) * 4, m, k, work.data_ptr(), work.stride(0) * 4,
         packed.data_ptr(), absmax.data_ptr(), packed.shape[0], out.data_ptr(), out.stride(0) * 4, blocksize,
         int(accumulate), then=_nf4_bytes_kernel, keep=(x, out, work), follows=follows,
     )  # fmt: skip

@@ -273,11 +273,15 @@ def _largest(b: Builder, vectors: Sequence[Value]) -> Value:
     return found
 
 
-def scaled_span(b: Builder, x: Value, levels: int, unit: float) -> tuple[list[Value], Value]:
-    """The ``SPAN`` fp32 values at ``x`` as whole numbers up to ``levels``, int32, and what one of them times a code of
-    which ``unit`` are 1 stands for, fp32."""
+def load_span(b: Builder, x: Value) -> list[Value]:
+    """The ``SPAN`` fp32 values at ``x``."""
+    return [load(b, offset(b, x, 32 * i), V8F, 4) for i in range(SPAN // 8)]
+
+
+def scaled_span(b: Builder, values: Sequence[Value], levels: int, unit: float) -> tuple[list[Value], Value]:
+    """A span's fp32 values as whole numbers up to ``levels``, int32, and what one of them times a code of which
+    ``unit`` are 1 stands for, fp32."""
     nearest = function(b, "llvm.x86.avx.cvt.ps2dq.256", V8I, V8F)
-    values = [load(b, offset(b, x, 32 * i), V8F, 4) for i in range(SPAN // 8)]
     # Bit patterns of magnitudes are in the order of their values, and NaN above all of them.
     bits = [b.and_(b.bitcast(value, V8I), ir.Constant(V8I, [0x7FFFFFFF] * 8)) for value in values]
     peak = b.bitcast(_largest(b, bits), V8F)
@@ -297,7 +301,8 @@ def quantise(typingctx, x, levels, scales, spans):
         x, levels, scales, spans = args
         with cgutils.for_range(b, spans, intp=I64) as loop:
             target = b.add(levels, b.mul(loop.index, i64(2 * SPAN)))
-            whole, scale = scaled_span(b, b.add(x, b.mul(loop.index, i64(4 * SPAN))), LEVELS, CODE_UNIT)
+            values = load_span(b, b.add(x, b.mul(loop.index, i64(4 * SPAN))))
+            whole, scale = scaled_span(b, values, LEVELS, CODE_UNIT)
             for i, vector in enumerate(whole):
                 store(b, b.trunc(vector, _V8S), offset(b, target, 16 * i), 2)
             store(b, scale, b.add(scales, b.mul(loop.index, i64(4))), 4)

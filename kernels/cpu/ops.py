@@ -14,6 +14,7 @@ from manylora.kernels.cpu import (
     Arithmetic,
     attention,
     bf16_linear,
+    bytes_inner,
     elementwise,
     head_bytes,
     head_words,
@@ -268,7 +269,7 @@ class NumbaOps:
         adapters.lora.check(out, x, adapters.site)
         lora, step = adapters.lora.kernel, adapters.routed(x.shape[0])
         assert isinstance(lora, CpuLora)
-        groups = (nf4_bytes if self.arithmetic == "int8" else nf4_linear).groups_of(x.shape[0])
+        groups = (bytes_inner if self.arithmetic == "int8" else nf4_linear).groups_of(x.shape[0])
         begun = lora.shrink(out, x, step, adapters.site, adapters.layer, groups=groups)
         self._multiply(x, weight, out, accumulate=accumulate, follows=True)
         lora.expand_(begun, follows=True)
@@ -297,7 +298,7 @@ class NumbaOps:
         else:
             small = self.arithmetic == "int8"
             width, product = (
-                (nf4_bytes.work_width, nf4_bytes.nf4_bytes_linear)
+                (bytes_inner.work_width, nf4_bytes.nf4_bytes_linear)
                 if small
                 else (nf4_linear.work_width, nf4_linear.nf4_linear)
             )
@@ -337,7 +338,7 @@ class NumbaOps:
                 work = self._scratch.empty(m, nf4_linear.work_width(k))
                 head_words.head_linear(x, weight.tiles, weight.largest, out, work)
             else:
-                work = self._scratch.empty(m, nf4_bytes.work_width(k))
+                work = self._scratch.empty(m, bytes_inner.work_width(k))
                 head_bytes.head_bytes_linear(x, weight.codes, weight.largest, out, work)
         return out[:, : weight.vocab]
 

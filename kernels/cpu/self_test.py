@@ -230,7 +230,7 @@ def _tables(make: _Inputs, ops: Ops, plain: Ops, hidden: int, integers: nf4_refe
         if integers is None or hidden % SPAN:
             exact = plain.logits(x, plain.prepare_embedding(table, head=True)).double()
         else:
-            exact = integers.product(x, *integers.rounded_head(table))
+            exact = integers.logits(x, table)
         _compare(f"logits of {rows} rows", _run(ops, partial(ops.logits, x, ours)), exact, _sum_bound(hidden) * size)
 
 

@@ -242,7 +242,7 @@ def test_embedding_and_logits(ops: Ops, exact: Ops, vocab: int) -> None:
 def test_logits_in_integers(arithmetic: Arithmetic, rows: int, width: int) -> None:
     """Against the product of what both sides are rounded to, which is off by no more than is said: with an entry of
     zeros, very small and very large ones, all but nothing (weights that decayed), an outlier in the hidden state."""
-    from manylora.kernels.cpu.nf4_reference import BYTES, WORDS
+    from manylora.kernels.cpu.nf4_reference import BYTES, WORDS, rotated
     from manylora.kernels.cpu.ops import NumbaOps
 
     ops, integers = NumbaOps(arithmetic), {"int16": WORDS, "int8": BYTES}[arithmetic]
@@ -251,17 +251,22 @@ def test_logits_in_integers(arithmetic: Arithmetic, rows: int, width: int) -> No
     table[13, :32], table[15] = 1e-35, 1e-35
     table, x[:, 40] = table.bfloat16(), 50.0
     prepared = ops.prepare_embedding(table, head=True)
-    weight, largest = integers.rounded_head(table)
-    y, rounded = ops.logits(x, prepared), integers.product(x, weight, largest)
-    blocks = largest.shape[1] if arithmetic == "int8" else 1
-    sums = 1.03 * (width // 32 + blocks + 3) * EPS * (x.abs().double() @ table.abs().double().T)
+    y, rounded = ops.logits(x, prepared), integers.logits(x, table)
+    left, right = x.double(), table.double()
+    if arithmetic == "int8":
+        left, right = rotated(left), rotated(right) / 32
+    largest = integers.rounded_head(table)[1].double()
+    # A span is a term, and a block; 1.03: magnitudes are rounded, too; 5: the sums of a rotation.
+    sums = (
+        1.03 * (width // 32 + (largest.shape[1] + 5) * (arithmetic == "int8") + 3) * EPS * (left.abs() @ right.abs().T)
+    )
     assert ((y - rounded).abs() <= sums + 1e-30).all()
-    of_blocks = largest.double().repeat_interleave(width // largest.shape[1], 1)
-    of_x = x.abs().double().reshape(rows, -1, 32).amax(2).repeat_interleave(32, 1) * integers.level_error
+    of_blocks = largest.repeat_interleave(width // largest.shape[1], 1)
+    of_x = left.abs().reshape(rows, -1, 32).amax(2).repeat_interleave(32, 1) * integers.level_error
     of_bias = of_x[:, ::32] / integers.code_unit @ of_blocks[:, ::32].T  # half a code times half a level, in each span
+    of_codes = (left.abs() + of_x) @ (of_blocks * 0.5 / integers.code_unit).T
+    bound = of_x @ right.abs().T + of_codes + (0 if arithmetic == "int16" else of_bias)
     exact = x.double() @ table.double().T
-    of_codes = (x.abs().double() + of_x) @ (of_blocks * 0.5 / integers.code_unit).T
-    bound = of_x @ table.abs().double().T + of_codes + (0 if arithmetic == "int16" else of_bias)
     assert ((rounded - exact).abs() <= 1.001 * bound + 1e-12).all()
     assert (y[:, 7] == 0).all()
     assert torch.equal(ops.embed(torch.arange(1000), prepared), table.float()), "embeddings are looked up exactly"

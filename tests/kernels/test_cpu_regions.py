@@ -38,8 +38,8 @@ def test_parts_cover_everything_once(depth: int) -> None:
 
 def test_rows_are_cut_without_compiling_anything() -> None:
     """It is asked for with each product that has adapters, while serving, and kernels cut rows by the same."""
-    from manylora.kernels.cpu import nf4_bytes, nf4_linear
+    from manylora.kernels.cpu import bytes_inner, nf4_linear
 
-    for module in (nf4_bytes, nf4_linear):
+    for module in (bytes_inner, nf4_linear):
         assert isinstance(module.groups_of, FunctionType)
-    assert all(nf4_bytes.groups_of(rows) == nf4_bytes.groups_of_rows(rows) for rows in range(1, 60))
+    assert all(bytes_inner.groups_of(rows) == bytes_inner.groups_of_rows(rows) for rows in range(1, 60))

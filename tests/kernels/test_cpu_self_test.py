@@ -102,7 +102,7 @@ def _address(typingctx: Any, pointer: Any) -> Any:
 KERNELS = [one for one in compiling.all_kernels() if one.name not in ("_run_alone", "_team_member")]
 NAMED = {
     "quantise_kernel": "NF4 linear", "_nf4_kernel": "NF4 linear", "_exact_nf4_kernel": "NF4 linear",
-    "quantise_bytes_kernel": "NF4 linear", "_nf4_bytes_kernel": "NF4 linear",
+    "_quantise_bytes_kernel": "NF4 linear", "_nf4_bytes_kernel": "NF4 linear",
     "_bf16_kernel": "bf16 linear", "_bias_kernel": "NF4 linear", "_rms_norm_kernel": "RMS",
     "_gelu_mul_kernel": "GELU", "_gelu_kernel": "GELU",
     "_layer_norm_kernel": "layer norm", "_softcap_kernel": "soft cap", "_add_kernel": "sum of two",
@@ -110,7 +110,8 @@ NAMED = {
     "_shrink_kernel": "adapters at", "_expand_kernel": "adapters at", "_set_aside_kernel": "adapters at",
     "_take_products_kernel": "adapters at", "_add_vectors_kernel": "adapters at", "_fp32_kernel": "replaced logits",
     "_gather_kernel": "embedding", "_head_kernel": "embedding and logits",
-    "_head_bytes_kernel": "embedding and logits", "_maxima_kernel": "largest logits",
+    "_head_bytes_kernel": "embedding and logits", "_quantise_rotated_kernel": "embedding and logits",
+    "_maxima_kernel": "largest logits",
 }  # fmt: skip
 """How the self-test calls what each kernel does."""
 
@@ -125,8 +126,8 @@ def test_a_broken_kernel_is_named(ops: Ops, kernel: Compiled, fault: str, monkey
     broken = _nothing if fault == "nothing" else _all_but_one_part(kernel.address)
     monkeypatch.setitem(kernel.__dict__, "address", broken.address)
     named: dict[str, Arithmetic] = {
-        "_exact_nf4_kernel": "fp32", "quantise_bytes_kernel": "int8", "_nf4_bytes_kernel": "int8",
-        "_head_bytes_kernel": "int8",
+        "_exact_nf4_kernel": "fp32", "_quantise_bytes_kernel": "int8", "_nf4_bytes_kernel": "int8",
+        "_head_bytes_kernel": "int8", "_quantise_rotated_kernel": "int8",
     }  # fmt: skip
     arithmetic = named.get(kernel.name, "int16")
     faults = self_test(NumbaOps(arithmetic), shapes("tiny", **SMOL), arithmetic)
