@@ -85,6 +85,8 @@ class Ops(Protocol):
     """Bytes of a weight in what ``prepare_dense`` returns."""
     kv_dtype: torch.dtype
     """What ``new_kv_cache`` holds: ``dtype``, or int16, which have a scale for each vector beside."""
+    coded_head: bool
+    """Whether ``prepare_embedding`` adds a copy in 8 bits that makes logits, where the width allows it."""
 
     def together(self) -> contextlib.AbstractContextManager[None]:
         """Operations within may be queued and run, in order, at the end of the outermost such block or at ``flush``:

@@ -51,6 +51,7 @@ class TorchOps:
     """
 
     name = "torch"
+    coded_head = False
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype, *, resident: bool) -> None:
         self.device, self.dtype, self._resident = torch.device(device), dtype, resident

@@ -168,10 +168,11 @@ def add_sizes(parser: argparse.ArgumentParser, *, max_rank: int | None) -> None:
         "--cpu-arithmetic",
         default="int16",
         metavar="A",
-        help="int16, int8 or fp32: how the CPU kernels multiply NF4 weights. int16 rounds both sides to integers, off "
-        "by 1e-4 of a product, a twelfth or less of what bf16 would be; int8 is off by 0.8 percent, three times what "
-        "bf16 would be, and takes 0.75 to 0.9 of the time for several rows or long prompts on a processor with VNNI; "
-        "fp32 rounds nothing but sums, and takes two to three times as long for few rows (default: %(default)s)",
+        help="int16, int8 or fp32: how the CPU kernels multiply NF4 weights, and the table that makes logits. int16 "
+        "rounds both sides to integers, off by 1e-4 of a product, a twelfth or less of what bf16 would be; int8 is off "
+        "by 0.65 percent, three times what bf16 would be, and takes 0.7 to 0.9 of the time on a processor with VNNI, "
+        "and half of the table more memory; fp32 rounds nothing but sums, and takes two to three times as long for few "
+        "rows (default: %(default)s)",
     )
     add(
         "--lora-dtype",

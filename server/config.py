@@ -92,9 +92,9 @@ class EngineConfig:
     """Which kernels a CPU computes with, by ``kernels.cpu.VARIANTS``; ``auto``: the fastest that it can run and that do
     what torch does; ``torch``: none."""
     cpu_arithmetic: Arithmetic = "int16"
-    """How those kernels multiply NF4 weights. ``int16``: both sides rounded to integers, off by 1e-4 of a product, a
-    twelfth or less of what bf16 would be; ``int8``: off by 0.8 percent, three times what bf16 would be, fastest on a
-    processor with VNNI; ``fp32``: nothing rounded but sums, slower for few rows."""
+    """How those kernels multiply NF4 weights, and logits'. ``int16``: both sides rounded to integers, off by 1e-4 of a
+    product, a twelfth or less of what bf16 would be; ``int8``: off by 0.65 percent, three times what bf16 would be,
+    fastest on a processor with VNNI; ``fp32``: nothing rounded but sums, slower for few rows."""
     lora_dtype: LoraDtype = "auto"
     """What adapters' A and B are held in on the device. ``auto``: on a CPU int16, whole numbers of 1/32767 of the
     largest of each rank, or fp32 beside ``cpu_arithmetic`` fp32; else what is computed in. ``bfloat16`` on a CPU: as

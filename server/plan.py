@@ -20,8 +20,8 @@ from manylora.server.sizing import (
     adapter_bytes,
     budget,
     linear_bytes,
+    logits_bytes,
     page_bytes,
-    table_bytes,
 )
 
 _FILE_ITEMSIZE: Final = 2
@@ -107,7 +107,7 @@ class Plan:
         return [self._step(*case) for case in cases]
 
     def _step(self, rows: int, adapters: int) -> Step:
-        matrices = linear_bytes(self.spec, self.form) + table_bytes(self.spec, self.form)[-1]
+        matrices = linear_bytes(self.spec, self.form) + logits_bytes(self.spec, self.form)
         per_adapter = self._pages_each * page_bytes(self.spec, self.form, LAYER_PROJECTIONS)
         per_token = KVCache.bytes_per_page(self.spec, self.form.kv_dtype) // PAGE_SIZE
         nbytes = matrices + adapters * per_adapter + rows * self.context * per_token

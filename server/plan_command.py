@@ -44,7 +44,8 @@ def make_plan(wish: Wish) -> Plan:
     layout = expected_layout(device, wish.engine.cpu_kernels, spec, blocksizes)
     integers = layout == "tiles" and wish.engine.cpu_arithmetic != "fp32"
     pages = lora_dtype(wish.engine.lora_dtype, device, dtype, integers=integers)
-    form = Form(device, dtype, torch.int16 if integers else dtype, pages, layout, blocksizes)
+    coded = layout == "tiles" and wish.engine.cpu_arithmetic == "int8"
+    form = Form(device, dtype, torch.int16 if integers else dtype, pages, layout, blocksizes, coded)
     sizes = choose_sizes(wish.engine, spec, form, _room(wish, device))
     plan = Plan(
         found.name,

@@ -53,6 +53,8 @@ class Form:
     layout: Layout
     blocksizes: Mapping[str, int] = field(default_factory=dict)
     """Weights of one scale, by weight name, where that is not 64 (in checkpoints that were NF4 before)."""
+    coded_head: bool = False
+    """Whether logits are computed from a copy of their table in 8 bits (``Ops.coded_head``)."""
 
     @classmethod
     def of(cls, ops: Ops, page_dtype: torch.dtype, weights: BaseWeights) -> Form:
@@ -64,7 +66,7 @@ class Form:
             for place, weight in weights.projections.items()
             if weight.blocksize != _BLOCK
         }
-        return cls(ops.device.type, ops.dtype, ops.kv_dtype, page_dtype, layout, blocksizes)
+        return cls(ops.device.type, ops.dtype, ops.kv_dtype, page_dtype, layout, blocksizes, ops.coded_head)
 
     @property
     def on_cpu(self) -> bool:
@@ -165,12 +167,31 @@ def _linear_bytes(n: int, k: int, blocksize: int, layout: Layout) -> int:
 
 def table_bytes(spec: ModelSpec, form: Form) -> tuple[int, ...]:
     """Of the embedding (first) and, if it is another table, of ``lm_head``: 16 bits a value; for the CPU's integers
-    also the largest value of each entry of ``lm_head``."""
-    rows, tiled = spec.vocab_size, -(-spec.vocab_size // _TILE) * _TILE
-    head = (tiled if form.layout == "tiles" else rows) * spec.hidden_size * 2
-    if form.layout == "tiles" and form.kv_dtype == torch.int16 and spec.hidden_size % _SPAN == 0:
-        head += tiled * 4
+    also the largest value of each entry of ``lm_head``, or its codes of 8 bits."""
+    rows = spec.vocab_size
+    plain = (_tiled(rows) if form.layout == "tiles" else rows) * spec.hidden_size * 2
+    codes, spans = _code_bytes(spec, form), spec.hidden_size % _SPAN == 0
+    if codes == 0 and form.layout == "tiles" and form.kv_dtype == torch.int16 and spans:
+        codes = _tiled(rows) * 4
+    head = plain + codes
     return (head,) if spec.tie_embeddings else (rows * spec.hidden_size * 2, head)
+
+
+def logits_bytes(spec: ModelSpec, form: Form) -> int:
+    """What every step's logits read."""
+    return _code_bytes(spec, form) or table_bytes(spec, form)[-1]
+
+
+def _code_bytes(spec: ModelSpec, form: Form) -> int:
+    """Of a table for logits in 8 bits: codes, and the largest value of each ``_BLOCK`` of an entry, or each span."""
+    width = spec.hidden_size
+    if not form.coded_head or width % _SPAN:
+        return 0
+    return _tiled(spec.vocab_size) * (width + width // (_BLOCK if width % _BLOCK == 0 else _SPAN) * 4)
+
+
+def _tiled(rows: int) -> int:
+    return -(-rows // _TILE) * _TILE
 
 
 def slot_bytes(spec: ModelSpec, form: Form, max_slots: int, max_pages: int) -> int:

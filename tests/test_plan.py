@@ -23,7 +23,15 @@ from manylora.server.model.synthetic import synthetic_adapter, synthetic_nf4, sy
 from manylora.server.plan import as_json, readable
 from manylora.server.plan_command import Wish, make_plan, serve_command
 from manylora.server.serving import Running, build
-from manylora.server.sizing import Form, _linear_bytes, adapter_bytes, base_bytes, page_bytes
+from manylora.server.sizing import (
+    Form,
+    _linear_bytes,
+    adapter_bytes,
+    base_bytes,
+    logits_bytes,
+    page_bytes,
+    table_bytes,
+)
 from tests.checkpoints import checkpoints
 
 __all__ = ["checkpoints"]  # a fixture
@@ -63,7 +71,9 @@ def built(model: Path, **sizes: Any) -> Running:
     return build(ServeConfig(model=str(model), engine=EngineConfig(**{**SIZES, **sizes})), progress=False)
 
 
-@pytest.mark.parametrize(("kernels", "arithmetic"), [("auto", "int16"), ("auto", "fp32"), ("torch", "int16")])
+@pytest.mark.parametrize(
+    ("kernels", "arithmetic"), [("auto", "int16"), ("auto", "int8"), ("auto", "fp32"), ("torch", "int16")]
+)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_a_server_holds_what_was_planned(
     family: str, kernels: str, arithmetic: str, checkpoints: dict[str, Path], tmp_path: Path
@@ -74,7 +84,8 @@ def test_a_server_holds_what_was_planned(
     asked = {"cpu_kernels": kernels, "cpu_arithmetic": arithmetic}
     planned = make_plan(wish(checkpoints[family], **asked))
     running = built(checkpoints[family], **asked)
-    assert planned.form.kv_dtype == (torch.int16 if (kernels, arithmetic) == ("auto", "int16") else torch.float32)
+    integers = kernels == "auto" and arithmetic != "fp32"
+    assert planned.form.kv_dtype == (torch.int16 if integers else torch.float32)
     assert planned.sizes == replace(
         running.sizes, table_bytes=planned.sizes.table_bytes, host_memory=planned.sizes.host_memory
     )
@@ -138,13 +149,32 @@ def test_the_floor_is_the_bytes_over_the_bandwidth(checkpoints: dict[str, Path])
         assert step.floor_ms == pytest.approx(step.nbytes / 20e9 * 1e3)
 
 
+@pytest.mark.skipif(not cpu.available(), reason="no AVX2 and FMA here")
+@pytest.mark.parametrize(("width", "vocab"), [(96, 100), (576, 64), (40, 64)])
+def test_logits_read_the_table_that_makes_them(width: int, vocab: int) -> None:
+    """With 8 bits that is the copy alone; a width of no whole spans has none."""
+    from manylora.kernels.cpu.ops import NumbaOps
+
+    table, spec = torch.zeros(vocab, width, dtype=torch.bfloat16), synthetic_spec("llama-3.1-8b")
+    spec = replace(spec, hidden_size=width, vocab_size=vocab, tie_embeddings=True)
+    for arithmetic in ("int16", "int8"):
+        ops = NumbaOps(arithmetic)
+        packed = ops.prepare_embedding(table, head=True)
+        form = Form("cpu", torch.float32, torch.int16, torch.int16, "tiles", coded_head=ops.coded_head)
+        assert table_bytes(spec, form)[-1] == packed.nbytes
+        assert (packed.codes is not None) == (arithmetic == "int8" and width != 40)
+        assert packed.tiles is not None
+        copied = packed.codes is not None
+        assert logits_bytes(spec, form) == packed.nbytes - (packed.tiles.nbytes if copied else 0)
+
+
 def test_the_memorys_bandwidth_is_measured() -> None:
     found = measure_bandwidth(torch.device("cpu"))
     assert 0.5e9 < found.bytes_per_second < 2e12
     assert re.fullmatch(r"measured: \d+ threads? reading", found.source)
 
 
-@pytest.mark.parametrize("arithmetic", ["int16", "fp32"])
+@pytest.mark.parametrize("arithmetic", ["int16", "int8", "fp32"])
 def test_the_command_that_it_prints_gives_the_sizes_that_it_planned(
     arithmetic: str, checkpoints: dict[str, Path]
 ) -> None:

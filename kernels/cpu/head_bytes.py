@@ -6,10 +6,10 @@ bytes of bf16, which is what few rows wait for. To make them in each step from t
 took 1.1 of 2.9 ms (32 rows, a vocabulary of 49152, a width of 576).
 
 **Both sides are rotated** first, each span by the Hadamard matrix H of its length, which changes no product: ``(H x) .
-(H w) / 32 = x . w``. Hidden states have a few positions ten times as large as the rest, which a span's levels would be
-spent on; rotated, they are shared by all 32. What 8 bits do to the next token is a third of what it was without, 6.7e-4
-instead of 2.1e-3 nats a token (demo base, 1024 tokens, W and x rounded, all else exact). Weights in NF4 cannot be
-rotated: their codes are what was trained with.
+(H w) / 32 = x . w`` (as QuaRot does, Ashkboos et al. 2024). Hidden states have a few positions ten times as large as
+the rest, which a span's levels would be spent on; rotated, they are shared by all 32. What 8 bits do to the next token
+is a third of what it was without, 6.7e-4 instead of 2.1e-3 nats a token (demo base, 1024 tokens, W and x rounded, all
+else exact). Weights in NF4 cannot be rotated: their codes are what was trained with.
 """
 
 from __future__ import annotations

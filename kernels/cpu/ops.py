@@ -149,6 +149,7 @@ class NumbaOps:
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self.kv_dtype = torch.float32 if arithmetic == "fp32" else torch.int16
+        self.coded_head = arithmetic == "int8"
         self._scratch = Scratch()
 
     @contextlib.contextmanager

@@ -97,6 +97,7 @@ class CudaOps:
     """See ``kernels.ops.Ops``. ``dtype``: bfloat16 or float16; float32 in the interpreter."""
 
     name = "cuda"
+    coded_head = False
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
         self.device, self.dtype, self.kv_dtype = torch.device(device), dtype, dtype
