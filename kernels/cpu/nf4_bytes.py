@@ -33,8 +33,6 @@ def _group(b: Builder, address: Value) -> list[list[Value]]:
 
 
 _some_tiles = some_tiles(_group, 8 * GROUP, fetched=True)
-
-
 _quantised = quantiser(lambda b, values: values)
 
 

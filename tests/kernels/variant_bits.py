@@ -59,7 +59,7 @@ def linears(ops: Ops, make: Inputs) -> Results:
     table = ops.prepare_embedding(make.normal(1003, 100).bfloat16(), head=True)
     yield "embedding", ops.embed(torch.arange(1003), table)
     whole = ops.prepare_embedding(make.normal(1003, 96).bfloat16(), head=True)
-    for rows in (1, 4, 7, 8, 21):
+    for rows in (1, 4, 7, 8, 21, 26):
         yield f"logits of {rows}", ops.logits(make.normal(rows, 100), table)
         yield f"logits of {rows} in whole spans", ops.logits(make.normal(rows, 96), whole)
 
