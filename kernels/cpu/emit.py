@@ -252,6 +252,42 @@ def _gemm_apart(columns: Callable[[Builder, Value], list[Value]]) -> Callable[..
 gemm_apart, half_gemm_apart = _gemm_apart(load_tile), _gemm_apart(_half_tile)
 integer_gemm_apart = _gemm_apart(integer_tile)
 
+FEW: Final = range(4, 8) if TARGET.lanes == 16 else range(0)
+"""Rows of which two panels' are multiplied at once: so many alone are as many chains of FMAs, too few. Where a tile is
+two vectors they are twice as many."""
+
+
+def _gemm_two(columns: Callable[[Builder, Value], list[Value]]) -> Callable[..., Any]:
+    """``c[i, r] = x[i, r][0:depth] @ panel[i][0:depth]`` of one tile, for two panels and ``rows`` rows each, one of
+    ``FEW``. ``x`` and ``c`` are addresses of int64 arrays ``[2, rows]`` of rows' addresses. ``ahead``: as in
+    ``gemm``."""
+
+    @intrinsic
+    def gemm(typingctx, rows, x, first_panel, second_panel, panel_stride, depth, c, ahead):
+        def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+            rows, x, first_panel, second_panel, panel_stride, depth, c, ahead = args
+            for n, _ in branches(b, rows, dict.fromkeys(FEW or (1,), 1)):
+                own_x, own_c = addresses(b, x, 2 * n), addresses(b, c, 2 * n)
+                first, second = Rows(b, 1, own_x[:n], own_c[:n]), Rows(b, 1, own_x[n:], own_c[n:])
+                for state in (first, second):
+                    state.start(i64(0))
+                with cgutils.for_range(b, depth, intp=I64) as loop:
+                    at = b.mul(loop.index, panel_stride)
+                    for state, panel in ((first, first_panel), (second, second_panel)):
+                        place = b.add(panel, at)
+                        prefetch(b, b.add(place, ahead))
+                        state.multiply(loop.index, columns(b, place))
+                for state in (first, second):
+                    state.finish()
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), codegen
+
+    return gemm  # type: ignore[no-any-return]
+
+
+gemm_two, half_gemm_two, integer_gemm_two = _gemm_two(load_tile), _gemm_two(_half_tile), _gemm_two(integer_tile)
+
 
 def shuffle(b: Builder, left: Value, right: Value, mask: list[int]) -> Value:
     """The elements of ``left`` and, numbered on from those, of ``right`` that ``mask`` names."""

@@ -14,12 +14,16 @@ from numba import carray, njit
 from manylora.kernels.cpu.compiling import kernel
 from manylora.kernels.cpu.emit import (
     APART,
+    FEW,
     INTEGER_TILE,
     float32_at,
     gemm_apart,
+    gemm_two,
     half_gemm_apart,
+    half_gemm_two,
     int32_at,
     integer_gemm_apart,
+    integer_gemm_two,
 )
 from manylora.kernels.cpu.lora_tables import table_product
 from manylora.kernels.cpu.lora_vectors import add_vectors
@@ -53,6 +57,7 @@ _ALONE = 3
 """Rows of a segment at most that are multiplied each by itself, ``APART`` at a time, whoever's they are."""
 _CHUNK = 32
 """Rows of a segment that are multiplied by one part at most."""
+_FEW_FROM, _FEW_TO = (min(FEW), max(FEW)) if FEW else (1, 0)
 _FETCHED = 2048
 """How many bytes ahead of what the shrink reads it asks for: a page is read from its beginning to its end."""
 
@@ -113,6 +118,16 @@ def _multiply_apart(kind, count, xs, panels, depth, targets):
         gemm_apart(count, xs, panels, 64, depth, targets, _FETCHED)
 
 
+@njit(nogil=True, inline="always")
+def _multiply_two(kind, count, xs, first, second, depth, targets):
+    if kind == _BF16:
+        half_gemm_two(count, xs, first, second, 32, depth, targets, _FETCHED)
+    elif kind == _INT16:
+        integer_gemm_two(count, xs, first, second, 32, depth, targets, _FETCHED)
+    else:
+        gemm_two(count, xs, first, second, 64, depth, targets, _FETCHED)
+
+
 @kernel
 def _shrink_kernel(arguments, part, parts):
     a = carray(arguments, _HEADER + 3 * _FIELDS)
@@ -133,6 +148,7 @@ def _shrink_kernel(arguments, part, parts):
         place = items[_PROJECTION, i] * h_width + 16 * items[_PLACE, i]
         targets[i] = h + items[_PAIR, i] * h_stride + 4 * place
     x_offsets, h_offsets = np.empty(_CHUNK, np.int64), np.arange(_CHUNK) * h_stride
+    few, few_targets = np.empty(2 * _CHUNK, np.int64), np.empty(2 * _CHUNK, np.int64)
     i = 0
     while i < own:
         pair, count, run = items[_PAIR, i], items[_COUNT, i], 1
@@ -142,6 +158,15 @@ def _shrink_kernel(arguments, part, parts):
             at = 8 * i
             _multiply_apart(
                 kind, run, address_of(sources) + at, address_of(panels) + at, depth, address_of(targets) + at
+            )  # fmt: skip
+        elif _FEW_FROM <= count <= _FEW_TO and i + 1 < own and items[_COUNT, i + 1] == count:
+            run = 2
+            for k in range(2):
+                for r in range(count):
+                    few[k * count + r] = x + int32_at(rows, items[_PAIR, i + k] + r) * x_stride
+                    few_targets[k * count + r] = targets[i + k] + r * h_stride
+            _multiply_two(
+                kind, count, address_of(few), panels[i], panels[i + 1], depth, address_of(few_targets)
             )  # fmt: skip
         else:
             for r in range(count):
@@ -164,6 +189,8 @@ def _shrink_kernel(arguments, part, parts):
     keep_alive(targets)
     keep_alive(x_offsets)
     keep_alive(h_offsets)
+    keep_alive(few)
+    keep_alive(few_targets)
 
 
 @njit(nogil=True, inline="always")
