@@ -232,10 +232,11 @@ def test_the_parts_of_a_kernel_may_run_in_any_order(twice: bool) -> None:
 
 
 @pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
-@pytest.mark.parametrize("page_dtype", [torch.float32, torch.int16], ids=str)
-def test_how_rows_are_taken_together_changes_no_bit(page_dtype: torch.dtype) -> None:
-    """Segments of one row to more than a part takes at once, of one page and of several; each row as if alone."""
-    sizes = (1, 2, 3, 4, 1, 33, 1, 70)
+@pytest.mark.parametrize("page_dtype", [torch.float32, torch.bfloat16, torch.int16], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 2, 3, 4, 1, 33, 1, 70), (4, 4, 5, 5, 6, 4, 6, 7, 7, 8)], ids=str)
+def test_how_rows_are_taken_together_changes_no_bit(sizes: tuple[int, ...], page_dtype: torch.dtype) -> None:
+    """Segments of one row to more than a part takes at once, or of the same few, two at once, of one page and of
+    several; each row as if alone."""
     pool = pool_of(
         *(random_weights((8, 16, 40)[i % 3], ("q", "k", "v"), i) for i in range(len(sizes))),
         max_pages=60, page_dtype=page_dtype,
