@@ -289,6 +289,46 @@ def _gemm_two(columns: Callable[[Builder, Value], list[Value]]) -> Callable[...,
 gemm_two, half_gemm_two, integer_gemm_two = _gemm_two(load_tile), _gemm_two(_half_tile), _gemm_two(integer_tile)
 
 
+def _add_apart(columns: Callable[[Builder, Value], list[Value]]) -> Callable[..., Any]:
+    """``c[i][16 t + n] += x[i][0:depth] @ panel[i][t][0:depth, n]`` of one row each and ``tiles`` tiles, for up to
+    ``APART`` panels at once. ``x``, ``panels``, ``later`` and ``c`` are addresses of int64 arrays ``[count]``. A tile's
+    rows are ``row_stride`` bytes apart, tiles ``tile_stride``; what lies ``far`` tiles further on is asked for, and
+    behind the last tile the first ones of ``later``."""
+
+    @intrinsic
+    def add(typingctx, count, x, panels, later, row_stride, tile_stride, depth, tiles, c, far):
+        def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+            count, x, panels, later, row_stride, tile_stride, depth, tiles, c, far = args
+            for n, _ in branches(b, count, dict.fromkeys(range(1, APART + 1), 1)):
+                each = list(zip(*(addresses(b, array, n) for array in (x, panels, later, c)), strict=True))
+                with cgutils.for_range(b, tiles, intp=I64) as tile:
+                    place, ahead = b.mul(tile.index, tile_stride), b.add(tile.index, far)
+                    behind = b.icmp_signed(">=", ahead, tiles)
+                    ahead = b.mul(b.select(behind, b.sub(ahead, tiles), ahead), tile_stride)
+                    column = b.mul(tile.index, i64(64))
+                    products = []
+                    for own_x, panel, after, own_c in each:
+                        state = Rows(b, 1, [own_x], [b.add(own_c, column)])
+                        state.start(i64(1))
+                        wanted = b.add(b.select(behind, after, panel), ahead)
+                        products.append((state, b.add(panel, place), wanted))
+                    with cgutils.for_range(b, depth, intp=I64) as loop:
+                        at = b.mul(loop.index, row_stride)
+                        for state, panel, wanted in products:
+                            prefetch(b, b.add(wanted, at))
+                            state.multiply(loop.index, columns(b, b.add(panel, at)))
+                    for state, _, _ in products:
+                        state.finish()
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 10), codegen
+
+    return add  # type: ignore[no-any-return]
+
+
+add_apart, half_add_apart, integer_add_apart = _add_apart(load_tile), _add_apart(_half_tile), _add_apart(integer_tile)
+
+
 def shuffle(b: Builder, left: Value, right: Value, mask: list[int]) -> Value:
     """The elements of ``left`` and, numbered on from those, of ``right`` that ``mask`` names."""
     return b.shuffle_vector(left, right, ir.Constant(ir.VectorType(I32, len(mask)), mask))

@@ -16,12 +16,15 @@ from manylora.kernels.cpu.emit import (
     APART,
     FEW,
     INTEGER_TILE,
+    add_apart,
     float32_at,
     gemm_apart,
     gemm_two,
+    half_add_apart,
     half_gemm_apart,
     half_gemm_two,
     int32_at,
+    integer_add_apart,
     integer_gemm_apart,
     integer_gemm_two,
 )
@@ -58,6 +61,8 @@ _ALONE = 3
 _CHUNK = 32
 """Rows of a segment that are multiplied by one part at most."""
 _FEW_FROM, _FEW_TO = (min(FEW), max(FEW)) if FEW else (1, 0)
+_TILES_FETCHED = 2
+"""How many tiles ahead of what the expand of rows alone reads it asks for."""
 _FETCHED = 2048
 """How many bytes ahead of what the shrink reads it asks for: a page is read from its beginning to its end."""
 
@@ -194,14 +199,25 @@ def _shrink_kernel(arguments, part, parts):
 
 
 @njit(nogil=True, inline="always")
-def _add_page(kind, count, tiles, source, so, page, columns, tile, width, target, to, ahead):
-    """Add a page's tiles from ``tile`` on; ``columns`` is what the page is wide."""
+def _add_page(kind, count, tiles, source, so, page, columns, width, target, to, ahead):
+    """Add a page's tiles, the first of which is at ``page``; ``columns`` is what the page is wide."""
     if kind == _BF16:
-        half_gemm_panel(count, tiles, source, so, page + 32 * tile, 2 * columns, width, target, to, 1, ahead)
+        half_gemm_panel(count, tiles, source, so, page, 2 * columns, width, target, to, 1, ahead)
     elif kind == _INT16:
-        integer_gemm_panel(count, tiles, source, so, page + INTEGER_TILE * tile, 32, width, target, to, 1, ahead)
+        integer_gemm_panel(count, tiles, source, so, page, 32, width, target, to, 1, ahead)
     else:
-        gemm_panel(count, tiles, source, so, page + 64 * tile, 4 * columns, width, target, to, 1, ahead)
+        gemm_panel(count, tiles, source, so, page, 4 * columns, width, target, to, 1, ahead)
+
+
+@njit(nogil=True, inline="always")
+def _add_apart(kind, count, tiles, sources, pages, later, columns, width, targets):
+    """The same for a row each of ``count`` pages, of which those of ``later`` are next."""
+    if kind == _BF16:
+        half_add_apart(count, sources, pages, later, 2 * columns, 32, width, tiles, targets, _TILES_FETCHED)
+    elif kind == _INT16:
+        integer_add_apart(count, sources, pages, later, 32, INTEGER_TILE, width, tiles, targets, _TILES_FETCHED)
+    else:
+        add_apart(count, sources, pages, later, 4 * columns, 64, width, tiles, targets, _TILES_FETCHED)
 
 
 @njit(nogil=True)
@@ -216,6 +232,20 @@ def _pairs_within(rows, offsets, n_segments, first_row, last_row, pairs):
         pairs[s, 0], pairs[s, 1] = first, last
 
 
+_FIRST, _ROWS, _WIDTH = range(3)
+"""Of a page that the expand adds: its first pair, how many there are, and its ranks."""
+
+
+@njit(nogil=True)
+def _goes_with(shapes, targets, first, other):
+    """Whether page ``other`` can be added at once with ``first`` and those between: it has one row, another than
+    theirs, as sums are in order, and as many ranks."""
+    does = shapes[_ROWS, other] == 1 and shapes[_WIDTH, other] == shapes[_WIDTH, first]
+    for i in range(first, other):
+        does = does and targets[i] != targets[other]
+    return does
+
+
 @kernel
 def _expand_kernel(arguments, part, parts):
     a = carray(arguments, _HEADER + 3 * _FIELDS)
@@ -227,7 +257,9 @@ def _expand_kernel(arguments, part, parts):
     for i in range(n_pairs):
         y_offsets[i] = int32_at(rows, i) * y_stride
     yo, ho = address_of(y_offsets), address_of(h_offsets)
-    pages = np.empty(n_segments * (h_width // 16) + 1, np.int64)
+    most = n_segments * (h_width // 16)
+    pages, sources, targets = np.empty(most + APART, np.int64), np.empty(most, np.int64), np.empty(most, np.int64)
+    shapes = np.empty((3, most), np.int64)
     pairs = np.empty((n_segments, 2), np.int64)
     end = _HEADER + _FIELDS * (n_projections - 1)
     tiles = (a[end + 10] + a[end + 9]) // 16
@@ -237,31 +269,45 @@ def _expand_kernel(arguments, part, parts):
         _pairs_within(rows, offsets, n_segments, n_rows * group // groups, n_rows * last_group // groups, pairs)
         for j in range(n_projections):
             p = _HEADER + _FIELDS * j
-            begin = a[p + 10] // 16
-            first, last = max(tile, begin), min(last_tile, begin + a[p + 9] // 16)
+            begin, columns = a[p + 10] // 16, a[p + 9]
+            first, last = max(tile, begin), min(last_tile, begin + columns // 16)
             if first >= last:
                 continue
+            within = (first - begin) * (INTEGER_TILE if kind == _INT16 else 32 if kind == _BF16 else 64)
             found = 0
             for s in range(n_segments):
-                slot = int32_at(slots, s)
-                if pairs[s, 0] < pairs[s, 1]:
-                    for page in range((int32_at(a[p + 4], slot * a[p + 8]) + 15) // 16):
-                        pages[found] = a[p + 2] + int32_at(a[p + 6], slot * a[p + 7] + page) * a[p + 3]
-                        found += 1
-            pages[found] = pages[max(found - 1, 0)]
-            at = 0
-            for s in range(n_segments):
-                pair, count = pairs[s, 0], pairs[s, 1] - pairs[s, 0]
-                if count == 0:
+                if pairs[s, 0] == pairs[s, 1]:
                     continue
-                rank = int32_at(a[p + 4], int32_at(slots, s) * a[p + 8])
+                slot = int32_at(slots, s)
+                rank = int32_at(a[p + 4], slot * a[p + 8])
                 for page in range((rank + 15) // 16):
-                    _add_page(
-                        kind, count, last - first, h + 4 * (j * h_width + 16 * page), ho + 8 * pair, pages[at],
-                        a[p + 9], first - begin, min(16, rank - 16 * page), y + 64 * first, yo + 8 * pair,
-                        pages[at + 1] - pages[at],
+                    pages[found] = a[p + 2] + int32_at(a[p + 6], slot * a[p + 7] + page) * a[p + 3] + within
+                    sources[found] = h + 4 * (j * h_width + 16 * page) + h_offsets[pairs[s, 0]]
+                    targets[found] = y + 64 * first + y_offsets[pairs[s, 0]]
+                    shapes[_FIRST, found], shapes[_ROWS, found] = pairs[s, 0], pairs[s, 1] - pairs[s, 0]
+                    shapes[_WIDTH, found] = min(16, rank - 16 * page)
+                    found += 1
+            for i in range(APART):  # asked for behind the last
+                pages[found + i] = pages[max(found - 1, 0)]
+            i = 0
+            while i < found:
+                count, width, at = shapes[_ROWS, i], shapes[_WIDTH, i], 8 * i
+                run = 1
+                while count == 1 and run < APART and i + run < found and _goes_with(shapes, targets, i, i + run):
+                    run += 1
+                if run > 2:
+                    _add_apart(
+                        kind, run, last - first, address_of(sources) + at, address_of(pages) + at,
+                        address_of(pages) + at + 8 * run, columns, width, address_of(targets) + at,
                     )  # fmt: skip
-                    at += 1
+                else:  # several tiles at once are chains of FMAs enough
+                    run, first_pair = 1, shapes[_FIRST, i]
+                    _add_page(
+                        kind, count, last - first, sources[i] - h_offsets[first_pair], ho + 8 * first_pair, pages[i],
+                        columns, width, targets[i] - y_offsets[first_pair], yo + 8 * first_pair,
+                        pages[i + 1] - pages[i],
+                    )  # fmt: skip
+                i += run
     keep_alive(y_offsets)
     keep_alive(h_offsets)
 

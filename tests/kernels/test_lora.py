@@ -233,12 +233,32 @@ def test_the_parts_of_a_kernel_may_run_in_any_order(twice: bool) -> None:
 
 @pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
 @pytest.mark.parametrize("page_dtype", [torch.float32, torch.bfloat16, torch.int16], ids=str)
-@pytest.mark.parametrize("sizes", [(1, 2, 3, 4, 1, 33, 1, 70), (4, 4, 5, 5, 6, 4, 6, 7, 7, 8)], ids=str)
+def test_adapters_of_one_row_are_added_in_order(page_dtype: torch.dtype) -> None:
+    """Pages of several rows are added at once, those of one are not: as if one adapter came after the other."""
+    pool = pool_of(*(random_weights(16, ("q", "k", "v"), i) for i in range(9)), max_pages=60, page_dtype=page_dtype)
+    pairs = [(0, 0, 1.0), (1, 1, 1.0), (0, 2, 0.5), (2, 3, 1.0), (1, 4, 1.0), (1, 5, 1.0), (3, 6, 2.0), (0, 7, 1.0)]
+    random = torch.Generator().manual_seed(4)
+    x = torch.randn(4, SHAPES.in_features["q"], generator=random)
+    y = torch.randn(4, SHAPES.site_offsets("qkv")[-1], generator=random)
+    lora, one_by_one = BatchedLora(pool, "cpu"), y.clone()
+    for pair in pairs:
+        single = LoraSegments.from_pairs([pair])
+        assert single is not None
+        lora.add_(one_by_one, x, single, "qkv", 0)
+    together = LoraSegments.from_pairs(pairs)
+    assert together is not None
+    lora.add_(y, x, together, "qkv", 0)
+    assert torch.equal(y, one_by_one)
+
+
+@pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
+@pytest.mark.parametrize("page_dtype", [torch.float32, torch.bfloat16, torch.int16], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 2, 3, 4, 1, 33, 1, 70), (4, 4, 5, 5, 6, 4, 6, 7, 7, 8), (1,) * 11], ids=str)
 def test_how_rows_are_taken_together_changes_no_bit(sizes: tuple[int, ...], page_dtype: torch.dtype) -> None:
     """Segments of one row to more than a part takes at once, or of the same few, two at once, of one page and of
     several; each row as if alone."""
     pool = pool_of(
-        *(random_weights((8, 16, 40)[i % 3], ("q", "k", "v"), i) for i in range(len(sizes))),
+        *(random_weights((8, 16, 40)[i // 4 % 3], ("q", "k", "v"), i) for i in range(len(sizes))),
         max_pages=60, page_dtype=page_dtype,
     )  # fmt: skip
     slots = [slot for slot, size in enumerate(sizes) for _ in range(size)]
