@@ -76,7 +76,7 @@ def load_tile(b: Builder, address: Value) -> list[Value]:
     return [load(b, offset(b, address, 4 * TARGET.lanes * v), VF, 4) for v in range(VECTORS)]
 
 
-def _half_tile(b: Builder, address: Value) -> list[Value]:
+def half_tile(b: Builder, address: Value) -> list[Value]:
     """The 16 bf16 values at ``address``, in their own order, as fp32; exact."""
     halves = ir.VectorType(I16, TARGET.lanes)
     words = [b.zext(load(b, offset(b, address, 2 * TARGET.lanes * v), halves, 2), VI) for v in range(VECTORS)]
@@ -210,123 +210,11 @@ def _gemm(several: bool, columns: Callable[[Builder, Value], list[Value]], tile_
 
 
 gemm_tile, gemm_tiles = _gemm(False, load_tile, 64), _gemm(True, load_tile, 64)
-half_gemm_tile, half_gemm_tiles = _gemm(False, _half_tile, 32), _gemm(True, _half_tile, 32)
+half_gemm_tile, half_gemm_tiles = _gemm(False, half_tile, 32), _gemm(True, half_tile, 32)
 INTEGER_TILE: Final = 16 * 32
 """Bytes of a tile of 16 positions of int16, which lie together."""
 integer_gemm_tile = _gemm(False, integer_tile, INTEGER_TILE)
 integer_gemm_tiles = _gemm(True, integer_tile, INTEGER_TILE)
-
-APART: Final = 4
-"""Products that ``*_gemm_apart`` computes at once: enough chains of FMAs for what memory brings."""
-
-
-def _gemm_apart(columns: Callable[[Builder, Value], list[Value]]) -> Callable[..., Any]:
-    """``c[i] = x[i][0:depth] @ panel[i][0:depth]`` of one row and one tile each, for up to ``APART`` panels at once: a
-    row alone is one chain of FMAs, which waits for itself. All but ``count``, ``panel_stride``, ``depth`` and
-    ``ahead`` are addresses of int64 arrays ``[count]``: of rows, panels and outputs. ``ahead``: as in ``gemm``."""
-
-    @intrinsic
-    def gemm(typingctx, count, x, panels, panel_stride, depth, c, ahead):
-        def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-            count, x, panels, panel_stride, depth, c, ahead = args
-            for n, _ in branches(b, count, dict.fromkeys(range(1, APART + 1), 1)):
-                each = zip(*(addresses(b, array, n) for array in (x, panels, c)), strict=True)
-                products = [(Rows(b, 1, [own_x], [own_c]), panel) for own_x, panel, own_c in each]
-                for state, _ in products:
-                    state.start(i64(0))
-                with cgutils.for_range(b, depth, intp=I64) as loop:
-                    at = b.mul(loop.index, panel_stride)
-                    for state, panel in products:
-                        place = b.add(panel, at)
-                        prefetch(b, b.add(place, ahead))
-                        state.multiply(loop.index, columns(b, place))
-                for state, _ in products:
-                    state.finish()
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 7), codegen
-
-    return gemm  # type: ignore[no-any-return]
-
-
-gemm_apart, half_gemm_apart = _gemm_apart(load_tile), _gemm_apart(_half_tile)
-integer_gemm_apart = _gemm_apart(integer_tile)
-
-FEW: Final = range(4, 8) if TARGET.lanes == 16 else range(0)
-"""Rows of which two panels' are multiplied at once: so many alone are as many chains of FMAs, too few. Where a tile is
-two vectors they are twice as many."""
-
-
-def _gemm_two(columns: Callable[[Builder, Value], list[Value]]) -> Callable[..., Any]:
-    """``c[i, r] = x[i, r][0:depth] @ panel[i][0:depth]`` of one tile, for two panels and ``rows`` rows each, one of
-    ``FEW``. ``x`` and ``c`` are addresses of int64 arrays ``[2, rows]`` of rows' addresses. ``ahead``: as in
-    ``gemm``."""
-
-    @intrinsic
-    def gemm(typingctx, rows, x, first_panel, second_panel, panel_stride, depth, c, ahead):
-        def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-            rows, x, first_panel, second_panel, panel_stride, depth, c, ahead = args
-            for n, _ in branches(b, rows, dict.fromkeys(FEW or (1,), 1)):
-                own_x, own_c = addresses(b, x, 2 * n), addresses(b, c, 2 * n)
-                first, second = Rows(b, 1, own_x[:n], own_c[:n]), Rows(b, 1, own_x[n:], own_c[n:])
-                for state in (first, second):
-                    state.start(i64(0))
-                with cgutils.for_range(b, depth, intp=I64) as loop:
-                    at = b.mul(loop.index, panel_stride)
-                    for state, panel in ((first, first_panel), (second, second_panel)):
-                        place = b.add(panel, at)
-                        prefetch(b, b.add(place, ahead))
-                        state.multiply(loop.index, columns(b, place))
-                for state in (first, second):
-                    state.finish()
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 8), codegen
-
-    return gemm  # type: ignore[no-any-return]
-
-
-gemm_two, half_gemm_two, integer_gemm_two = _gemm_two(load_tile), _gemm_two(_half_tile), _gemm_two(integer_tile)
-
-
-def _add_apart(columns: Callable[[Builder, Value], list[Value]]) -> Callable[..., Any]:
-    """``c[i][16 t + n] += x[i][0:depth] @ panel[i][t][0:depth, n]`` of one row each and ``tiles`` tiles, for up to
-    ``APART`` panels at once. ``x``, ``panels``, ``later`` and ``c`` are addresses of int64 arrays ``[count]``. A tile's
-    rows are ``row_stride`` bytes apart, tiles ``tile_stride``; what lies ``far`` tiles further on is asked for, and
-    behind the last tile the first ones of ``later``."""
-
-    @intrinsic
-    def add(typingctx, count, x, panels, later, row_stride, tile_stride, depth, tiles, c, far):
-        def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-            count, x, panels, later, row_stride, tile_stride, depth, tiles, c, far = args
-            for n, _ in branches(b, count, dict.fromkeys(range(1, APART + 1), 1)):
-                each = list(zip(*(addresses(b, array, n) for array in (x, panels, later, c)), strict=True))
-                with cgutils.for_range(b, tiles, intp=I64) as tile:
-                    place, ahead = b.mul(tile.index, tile_stride), b.add(tile.index, far)
-                    behind = b.icmp_signed(">=", ahead, tiles)
-                    ahead = b.mul(b.select(behind, b.sub(ahead, tiles), ahead), tile_stride)
-                    column = b.mul(tile.index, i64(64))
-                    products = []
-                    for own_x, panel, after, own_c in each:
-                        state = Rows(b, 1, [own_x], [b.add(own_c, column)])
-                        state.start(i64(1))
-                        wanted = b.add(b.select(behind, after, panel), ahead)
-                        products.append((state, b.add(panel, place), wanted))
-                    with cgutils.for_range(b, depth, intp=I64) as loop:
-                        at = b.mul(loop.index, row_stride)
-                        for state, panel, wanted in products:
-                            prefetch(b, b.add(wanted, at))
-                            state.multiply(loop.index, columns(b, b.add(panel, at)))
-                    for state, _, _ in products:
-                        state.finish()
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 10), codegen
-
-    return add  # type: ignore[no-any-return]
-
-
-add_apart, half_add_apart, integer_add_apart = _add_apart(load_tile), _add_apart(_half_tile), _add_apart(integer_tile)
 
 
 def shuffle(b: Builder, left: Value, right: Value, mask: list[int]) -> Value:

@@ -12,18 +12,16 @@ import torch
 from numba import carray, njit
 
 from manylora.kernels.cpu.compiling import kernel
-from manylora.kernels.cpu.emit import (
+from manylora.kernels.cpu.emit import INTEGER_TILE, float32_at, int32_at
+from manylora.kernels.cpu.lora_inner import (
     APART,
     FEW,
-    INTEGER_TILE,
     add_apart,
-    float32_at,
     gemm_apart,
     gemm_two,
     half_add_apart,
     half_gemm_apart,
     half_gemm_two,
-    int32_at,
     integer_add_apart,
     integer_gemm_apart,
     integer_gemm_two,
@@ -310,6 +308,9 @@ def _expand_kernel(arguments, part, parts):
                 i += run
     keep_alive(y_offsets)
     keep_alive(h_offsets)
+    keep_alive(pages)
+    keep_alive(sources)
+    keep_alive(targets)
 
 
 class CpuLora:
