@@ -258,7 +258,7 @@ def test_how_rows_are_taken_together_changes_no_bit(sizes: tuple[int, ...], page
     """Segments of one row to more than a part takes at once, or of the same few, two at once, of one page and of
     several; each row as if alone."""
     pool = pool_of(
-        *(random_weights((8, 16, 40)[i // 4 % 3], ("q", "k", "v"), i) for i in range(len(sizes))),
+        *(random_weights((8, 16, 40)[i // 3 % 3], ("q", "k", "v"), i) for i in range(len(sizes))),
         max_pages=60, page_dtype=page_dtype,
     )  # fmt: skip
     slots = [slot for slot, size in enumerate(sizes) for _ in range(size)]
