@@ -94,7 +94,7 @@ def _dot(b: Builder, total: Value, codes: Value, levels: Value) -> Value:
     return b.add(total, b.add(products_of_words(b, *even), products_of_words(b, *odd)))
 
 
-def _micro_kernel(group: Group, load_bytes: int, fetched: bool, shapes: range, tiles: int) -> Any:
+def _micro_kernel(group: Group, load_bytes: int, shapes: range, tiles: int) -> Any:
     @intrinsic
     def multiply(typingctx, rows, levels, packed, absmax, blocks, spans, c, c_stride, accumulate):
         """``c[r] (+)= W x[r]``, as ``nf4_inner.fused_nf4``, for a group of ``rows`` rows, one of ``shapes``, as
@@ -103,7 +103,7 @@ def _micro_kernel(group: Group, load_bytes: int, fetched: bool, shapes: range, t
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             rows, *rest = args
             for count, _ in branches(b, rows, dict.fromkeys(shapes, 1)):
-                _emit_rows(b, count, tiles, group, load_bytes, fetched, *rest)
+                _emit_rows(b, count, tiles, group, load_bytes, *rest)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 9), codegen
@@ -117,7 +117,6 @@ def _emit_rows(
     tiles: int,
     group: Group,
     load_bytes: int,
-    fetched: bool,
     levels: Value,
     packed: Value,
     absmax: Value,
@@ -172,8 +171,7 @@ def _emit_rows(
             for at in range(0, SPAN, GROUP):
                 fours: list[list[Value]] = [[] for _ in range(GROUP // 4)]
                 for place in (offset(b, one, at // GROUP * load_bytes) for one in codes):
-                    if fetched:  # of the tiles that come next
-                        prefetch(b, b.add(place, b.mul(tile_bytes, i64(tiles))))
+                    prefetch(b, b.add(place, b.mul(tile_bytes, i64(tiles))))  # of the tiles that come next
                     for four, more in zip(fours, group(b, place), strict=True):
                         four += more
                 for i, four in enumerate(fours, at // 4):
@@ -193,12 +191,12 @@ def _emit_rows(
         store_tile(b, [b.load(total) for total in row], place)
 
 
-def some_tiles(group: Group, load_bytes: int, *, fetched: bool) -> Any:
+def some_tiles(group: Group, load_bytes: int) -> Any:
     """The product of a group of rows and some tiles whose codes ``group`` brings, ``load_bytes`` for ``GROUP``
-    positions. ``fetched``: those of the tile that is next are asked for meanwhile."""
-    single = _micro_kernel(group, load_bytes, fetched, range(1, MOST_ROWS + 1), 1)
+    positions."""
+    single = _micro_kernel(group, load_bytes, range(1, MOST_ROWS + 1), 1)
     # No smaller groups from MANY_ROWS on.
-    pair = _micro_kernel(group, load_bytes, fetched, range(PAIR_ROWS - 1, PAIR_ROWS + 1), 2)
+    pair = _micro_kernel(group, load_bytes, range(PAIR_ROWS - 1, PAIR_ROWS + 1), 2)
     of_position = load_bytes // GROUP
 
     @njit(nogil=True, inline="never")

@@ -69,7 +69,7 @@ def _rotated(b: Builder, values: list[Value]) -> list[Value]:
 
 
 _quantised = quantiser(_rotated)
-_some_tiles = some_tiles(_group, TILE * GROUP, fetched=True)
+_some_tiles = some_tiles(_group, TILE * GROUP)
 
 
 @kernel

@@ -32,7 +32,7 @@ def _group(b: Builder, address: Value) -> list[list[Value]]:
     return [vectors] if VECTORS == 2 else [[vector] for vector in vectors]
 
 
-_some_tiles = some_tiles(_group, 8 * GROUP, fetched=True)
+_some_tiles = some_tiles(_group, 8 * GROUP)
 _quantised = quantiser(lambda b, values: values)
 
 

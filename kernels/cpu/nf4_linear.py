@@ -69,8 +69,7 @@ def _many_rows(rows, levels, stride, depth, packed, absmax, block, c, c_stride, 
 
 def groups_and_tiles(fused: Any, most_rows: int, weight_bytes: int) -> Any:
     """Some of the tiles of ``y (+)= W x`` for some of its groups of rows, by a micro-kernel that makes integers of
-    weights as it multiplies them with up to ``most_rows`` rows. ``weight_bytes`` of a
-    tile's position."""
+    weights as it multiplies them with up to ``most_rows`` rows. ``weight_bytes`` of a tile's position."""
 
     @njit(nogil=True, inline="never")
     def some(
