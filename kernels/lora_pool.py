@@ -47,11 +47,16 @@ def _highest(values: torch.Tensor) -> float:
     return float(torch.tensor(highest, dtype=signed).view(values.dtype))
 
 
-def as_integers(ranks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values ``[R, n]`` as whole numbers of at most 32767, and what one of them stands for in each row, fp64
-    ``[R]``: the row's largest over 32767. So a value is off by 1.5e-5 of the largest of its rank."""
+INTEGERS: Final = {torch.int16: 32767, torch.int8: 127}
+"""Whole numbers that pages can hold, and the largest of each type that is used."""
+
+
+def as_integers(ranks: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values ``[R, n]`` as whole numbers of at most ``largest``, and what one of them stands for in each row, fp64
+    ``[R]``: the row's largest over that. So a value is off by 1.5e-5 of the largest of its rank with 32767, by 3.9e-3
+    with 127."""
     values = ranks.double()
-    scale = values.abs().amax(1) / 32767
+    scale = values.abs().amax(1) / largest
     return torch.round(values / torch.where(scale > 0, scale, 1.0)[:, None]), scale
 
 
@@ -65,12 +70,12 @@ def _fill_page(
         if scales is not None and a.device.type == "cpu" and cpu_kernels_available():
             from manylora.kernels.cpu.lora_pages import fill_integer_page  # numba, which need not be there
 
-            if fill_integer_page(pair, first, a, b, scales):
+            if fill_integer_page(pair, first, INTEGERS[a.dtype], a, b, scales):
                 return
         of_a, of_b = pair.a[first : first + width], pair.b[:, first : first + width].T
         if scales is not None:
             scales.zero_()
-            (of_a, scale_a), (of_b, scale_b) = as_integers(of_a), as_integers(of_b)
+            (of_a, scale_a), (of_b, scale_b) = (as_integers(of, INTEGERS[a.dtype]) for of in (of_a, of_b))
             scales[:width] = scale_a * scale_b
         a[:, :width] = of_a.to(a.dtype).T
         if b.dim() == 2:
@@ -133,8 +138,8 @@ class LoraPool:
     free pages and its own slot.
 
     ``dtype``: what the adapters are computed in; ``page_dtype``: what A and B are held in, the same unless given. As
-    ``int16``, each rank's values are whole numbers, and ``page_scales[p]`` fp32 ``[pages, L, 16]`` has what one of A
-    times one of B stands for.
+    ``int16`` or ``int8``, each rank's values are whole numbers, and ``page_scales[p]`` fp32 ``[pages, L, 16]`` has what
+    one of A times one of B stands for.
     ``vectors``: keep room for a gain and a bias in every slot: 8 bytes for each output of each layer (11 MB a slot for
     a Llama of 8 billion). On the CPU the system commits it only where an adapter that has some is written; on other
     devices it is taken at once, and the fused kernel is compiled with them. Without, adapters that have some are
@@ -214,10 +219,10 @@ class LoraPool:
             self.a[p], self.page_table[p], self.ranks[p] = store.a[j], store.page_table[j], store.ranks[j]
             self.scaling[p] = store.scaling[j]
             part, n = store.b[row * columns[j] : row * columns[j + 1]], shapes.out_features[p]
-            tiled = self.page_dtype == torch.int16 and n % RANK_PAGE == 0
+            tiled = self.page_dtype in INTEGERS and n % RANK_PAGE == 0
             shape = (n // RANK_PAGE, RANK_PAGE, RANK_PAGE) if tiled else (RANK_PAGE, n)
             self.b[p] = part.view(self.max_pages, layers, *shape)
-            if self.page_dtype == torch.int16:
+            if self.page_dtype in INTEGERS:
                 self.page_scales[p] = torch.zeros(self.max_pages, layers, RANK_PAGE, device=device)
 
     @property
@@ -225,7 +230,7 @@ class LoraPool:
         """Whether the numba kernels can compute with this pool."""
         if self.device.type != "cpu" or self.dtype != torch.float32 or not cpu_kernels_available():
             return False
-        readable = self.page_dtype in (torch.float32, torch.bfloat16, torch.int16)
+        readable = self.page_dtype in (torch.float32, torch.bfloat16, *INTEGERS)
         return readable and all(n % RANK_PAGE == 0 for p, n in self.shapes.out_features.items() if p != "embed")
 
     # --- what there is room for ----------------------------------------------------------------------------------
@@ -271,7 +276,7 @@ class LoraPool:
             of_a, of_b = _highest(pair.a), _highest(pair.b)
             parts += [(where, "A", of_a, self.page_dtype), (where, "B", of_b, self.page_dtype)]
             parts.append((where, "the scale", abs(pair.scale), torch.float32))
-            if self.page_dtype == torch.int16:
+            if self.page_dtype in INTEGERS:
                 parts.append((where, "A times B", of_a * of_b, torch.float32))
         for (projection, layer), vectors in weights.vectors.items():
             for name, vector in (("the gain", vectors.gain), ("the bias", vectors.bias)):
@@ -281,7 +286,7 @@ class LoraPool:
             dtype = self._forms[projection].stored_dtype(table)
             parts.append((f"`{projection}`", "its rows", _highest(table.rows), dtype))
         for where, name, highest, dtype in parts:
-            most = torch.finfo(torch.float32 if dtype == torch.int16 else dtype).max
+            most = torch.finfo(torch.float32 if dtype in INTEGERS else dtype).max
             if not highest <= most:  # NaN is no number that it holds either
                 return f"{where}: {name} has values above {most:g}, more than {dtype} holds"
         return None

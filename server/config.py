@@ -23,7 +23,7 @@ from manylora.server.tenants_file import MAX_KEY_LENGTH, KeyFileError, TenantRul
 
 Device = Literal["auto", "cpu", "cuda"]
 CpuKernels = Literal["auto", "avx512", "avx2", "torch"]
-LoraDtype = Literal["auto", "float32", "bfloat16", "int16"]
+LoraDtype = Literal["auto", "float32", "bfloat16", "int16", "int8"]
 ToolCallParser = Literal["auto", "hermes", "llama3_json", "mistral", "mistral_args", "none"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -96,9 +96,10 @@ class EngineConfig:
     product, a twelfth or less of what bf16 would be; ``int8``: off by 0.65 percent, three times what bf16 would be,
     fastest on a processor with VNNI; ``fp32``: nothing rounded but sums, slower for few rows."""
     lora_dtype: LoraDtype = "auto"
-    """What adapters' A and B are held in on the device. ``auto``: on a CPU int16, whole numbers of 1/32767 of the
-    largest of each rank, or fp32 beside ``cpu_arithmetic`` fp32; else what is computed in. ``bfloat16`` on a CPU: as
-    few bytes; adapters saved in fp32 or fp16 are rounded to it, those saved in bf16 lose nothing."""
+    """What adapters' A and B are held in on the device. ``auto``: on a CPU what ``cpu_arithmetic`` says, else what is
+    computed in. ``int16``: whole numbers of 1/32767 of the largest of each rank; ``int8``: of 1/127, half as many
+    bytes, and a delta is off by about one percent of itself. ``bfloat16`` on a CPU: as many bytes as ``int16``;
+    adapters saved in fp32 or fp16 are rounded to it, those saved in bf16 lose nothing."""
     max_rows: int | None = None
     """Requests computed together in one step."""
     max_device_adapters: int | None = None

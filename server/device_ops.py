@@ -11,6 +11,7 @@ import torch
 
 from manylora.kernels import cpu
 from manylora.kernels.lora import Implementation
+from manylora.kernels.lora_pool import INTEGERS
 from manylora.kernels.nf4_code import NF4_CODE
 from manylora.kernels.nf4_tensor import Nf4Tensor
 from manylora.kernels.ops import PAGE_SIZE, Ops
@@ -76,14 +77,16 @@ def choose_path(
     return ComputePath(ops, "auto")
 
 
-def lora_dtype(asked: LoraDtype, device: str, computed: torch.dtype, *, integers: bool = False) -> torch.dtype:
-    """What adapters' pages hold beside operations that compute in ``computed``, or, ``integers``, multiply the base in
-    integers of 16 bits: adapters are then held in such, too, unless asked otherwise. Raises ConfigError for what their
-    kernels cannot read."""
-    dtype = computed if asked == "auto" else getattr(torch, asked)
-    if asked == "auto" and integers:
-        dtype = torch.int16
-    if dtype not in (computed, *((torch.bfloat16, torch.int16) if device == "cpu" else ())):
+def lora_dtype(
+    asked: LoraDtype, device: str, computed: torch.dtype, arithmetic: cpu.Arithmetic | None = None
+) -> torch.dtype:
+    """What adapters' pages hold beside operations that compute in ``computed``, and that multiply the base in
+    ``arithmetic`` if they are the CPU's kernels: adapters are then held in such integers, too, unless asked otherwise.
+    Raises ConfigError for what their kernels cannot read."""
+    if asked == "auto":
+        return getattr(torch, arithmetic) if arithmetic in ("int16", "int8") else computed
+    dtype = getattr(torch, asked)
+    if dtype not in (computed, *((torch.bfloat16, *INTEGERS) if device == "cpu" else ())):
         name = str(computed).removeprefix("torch.")
         raise ConfigError("--lora-dtype", f"on {device} adapters are held in {name}, got {asked}")
     return dtype

@@ -42,10 +42,10 @@ def make_plan(wish: Wish) -> Plan:
     blocksizes = _checked_blocksizes(opened)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     layout = expected_layout(device, wish.engine.cpu_kernels, spec, blocksizes)
-    integers = layout == "tiles" and wish.engine.cpu_arithmetic != "fp32"
-    pages = lora_dtype(wish.engine.lora_dtype, device, dtype, integers=integers)
-    coded = layout == "tiles" and wish.engine.cpu_arithmetic == "int8"
-    form = Form(device, dtype, torch.int16 if integers else dtype, pages, layout, blocksizes, coded)
+    arithmetic = wish.engine.cpu_arithmetic if layout == "tiles" else None
+    pages = lora_dtype(wish.engine.lora_dtype, device, dtype, arithmetic)
+    kv = torch.int16 if arithmetic in ("int16", "int8") else dtype
+    form = Form(device, dtype, kv, pages, layout, blocksizes, arithmetic == "int8")
     sizes = choose_sizes(wish.engine, spec, form, _room(wish, device))
     plan = Plan(
         found.name,

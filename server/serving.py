@@ -140,10 +140,8 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
         device, config.engine.cpu_kernels, spec, weights, arithmetic=config.engine.cpu_arithmetic, progress=progress
     )
     ops = path.ops
-    pages = lora_dtype(
-        config.engine.lora_dtype, device.type, ops.dtype,
-        integers=ops.name == "numba" and config.engine.cpu_arithmetic != "fp32",
-    )  # fmt: skip
+    arithmetic = config.engine.cpu_arithmetic if ops.name == "numba" else None
+    pages = lora_dtype(config.engine.lora_dtype, device.type, ops.dtype, arithmetic)
     form = Form.of(ops, pages, weights)
     # The base is in host memory already: on a CPU its bytes will be given to what it is re-laid into.
     free = free_memory(torch.device("cpu"))

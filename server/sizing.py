@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 import torch
 
-from manylora.kernels.lora_pool import MAX_RANK
+from manylora.kernels.lora_pool import INTEGERS, MAX_RANK
 from manylora.kernels.ops import PAGE_SIZE, Ops
 from manylora.kernels.sites import LAYER_PROJECTIONS, PROJECTIONS, RANK_PAGE
 from manylora.server.config import ConfigError, EngineConfig
@@ -203,7 +203,7 @@ def page_bytes(spec: ModelSpec, form: Form, projections: tuple[str, ...] = PROJE
     """Of one page, 16 ranks, of ``projections`` in all layers."""
     shapes = spec.lora_shapes()
     widths = sum((shapes.in_features[p] + shapes.out_features[p]) * shapes.layers_of(p) for p in projections)
-    scales = sum(shapes.layers_of(p) for p in projections) * RANK_PAGE * 4 if form.page_dtype == torch.int16 else 0
+    scales = sum(shapes.layers_of(p) for p in projections) * RANK_PAGE * 4 if form.page_dtype in INTEGERS else 0
     return widths * RANK_PAGE * form.page_dtype.itemsize + scales
 
 

@@ -222,8 +222,11 @@ def test_what_adapters_are_held_in() -> None:
     assert lora_dtype("float32", "cpu", torch.float32) == torch.float32
     assert lora_dtype("bfloat16", "cpu", torch.float32) == torch.bfloat16
     assert lora_dtype("int16", "cpu", torch.float32) == torch.int16
-    assert lora_dtype("auto", "cpu", torch.float32, integers=True) == torch.int16
-    assert lora_dtype("float32", "cpu", torch.float32, integers=True) == torch.float32
+    for arithmetic, held in (("int16", torch.int16), ("int8", torch.int8), ("fp32", torch.float32)):
+        assert lora_dtype("auto", "cpu", torch.float32, arithmetic) == held
+        assert lora_dtype("float32", "cpu", torch.float32, arithmetic) == torch.float32
+        assert lora_dtype("int16", "cpu", torch.float32, arithmetic) == torch.int16
+    assert lora_dtype("int8", "cpu", torch.float32) == torch.int8
     assert lora_dtype("auto", "cuda", torch.bfloat16) == torch.bfloat16
     with pytest.raises(ConfigError, match=r"^--lora-dtype: on cpu adapters are held in bfloat16, got float32"):
         lora_dtype("float32", "cpu", torch.bfloat16)

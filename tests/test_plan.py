@@ -93,8 +93,9 @@ def test_a_server_holds_what_was_planned(
     found = planned.budget
     assert found.base == pytest.approx(tensor_bytes(running.decoder.weights), rel=WITHIN)
     assert found.kv == tensor_bytes(running.runner._cache.layers)
-    # All but the page tables, ranks and scales, which are a few numbers a slot and layer.
-    assert found.slots == pytest.approx(tensor_bytes(running.pool.sites), rel=0.01)
+    # All but the page tables, ranks and scaling, which are a few numbers a slot and layer.
+    held = tensor_bytes([running.pool.sites, running.pool.page_scales])
+    assert found.slots == pytest.approx(held, rel=0.01)
     assert found.kv == running.plan.budget.kv <= SIZES["kv_memory"]
 
 

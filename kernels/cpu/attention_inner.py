@@ -26,12 +26,12 @@ from manylora.kernels.cpu.emit import (
     Value,
     branches,
     i64,
-    integer_tile,
     load,
     load_tile,
     offset,
     prefetch,
     shapes_of,
+    word_tile,
 )
 from manylora.kernels.cpu.target import TARGET
 
@@ -66,7 +66,7 @@ def _scores(several: bool, columns: Columns, tile_bytes: int) -> Any:
                     for panel in later:
                         prefetch(b, b.add(panel, at))
                     state.multiply(loop.index, [v for panel in own for v in columns(b, b.add(panel, at))])
-                if columns is integer_tile:
+                if columns is word_tile:
                     for panel in later:
                         prefetch(b, b.add(panel, behind))
                     state.scale([v for panel in own for v in load_tile(b, b.add(panel, behind))])
@@ -162,5 +162,5 @@ scores_of_pages, outputs_of_pages = _loops(load_tile, 64)
 """``scores_of_pages(rows, x, x_offsets, panels, pages, depth, c, c_offsets)`` and ``outputs_of_pages(rows, tiles, x,
 x_offsets, panels, pages, last, c, c_offsets)``, for any number of rows. ``panels`` is the address of an int64 array of
 addresses, ``pages + AHEAD`` at least; the rest is as in ``tiles.gemm_rows``."""
-integer_scores_of_pages, integer_outputs_of_pages = _loops(integer_tile, 32)
+integer_scores_of_pages, integer_outputs_of_pages = _loops(word_tile, 32)
 """The same for pages of int16."""

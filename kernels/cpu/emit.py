@@ -83,11 +83,18 @@ def half_tile(b: Builder, address: Value) -> list[Value]:
     return [b.bitcast(b.shl(word, ir.Constant(VI, [16] * TARGET.lanes)), VF) for word in words]
 
 
-def integer_tile(b: Builder, address: Value) -> list[Value]:
-    """The 16 int16 values at ``address``, in their own order, as fp32; exact."""
-    shorts = ir.VectorType(I16, TARGET.lanes)
-    places = [offset(b, address, 2 * TARGET.lanes * v) for v in range(VECTORS)]
-    return [b.sitofp(b.sext(load(b, place, shorts, 2), VI), VF) for place in places]
+def _whole_numbers(kind: Any) -> Callable[[Builder, Value], list[Value]]:
+    n_bytes, vector = kind.width // 8, ir.VectorType(kind, TARGET.lanes)
+
+    def tile(b: Builder, address: Value) -> list[Value]:
+        places = [offset(b, address, n_bytes * TARGET.lanes * v) for v in range(VECTORS)]
+        return [b.sitofp(b.sext(load(b, place, vector, n_bytes), VI), VF) for place in places]
+
+    return tile
+
+
+word_tile, byte_tile = _whole_numbers(I16), _whole_numbers(I8)
+"""The 16 int16, or int8, values at an address, in their own order, as fp32; exact."""
 
 
 def store_tile(b: Builder, vectors: Sequence[Value], address: Value) -> None:
@@ -211,10 +218,11 @@ def _gemm(several: bool, columns: Callable[[Builder, Value], list[Value]], tile_
 
 gemm_tile, gemm_tiles = _gemm(False, load_tile, 64), _gemm(True, load_tile, 64)
 half_gemm_tile, half_gemm_tiles = _gemm(False, half_tile, 32), _gemm(True, half_tile, 32)
-INTEGER_TILE: Final = 16 * 32
-"""Bytes of a tile of 16 positions of int16, which lie together."""
-integer_gemm_tile = _gemm(False, integer_tile, INTEGER_TILE)
-integer_gemm_tiles = _gemm(True, integer_tile, INTEGER_TILE)
+WORD_TILE: Final = 16 * 16 * 2
+BYTE_TILE: Final = 16 * 16
+"""Bytes of a tile of 16 positions of int16 and of int8, which lie together."""
+word_gemm_tile, word_gemm_tiles = _gemm(False, word_tile, WORD_TILE), _gemm(True, word_tile, WORD_TILE)
+byte_gemm_tile, byte_gemm_tiles = _gemm(False, byte_tile, BYTE_TILE), _gemm(True, byte_tile, BYTE_TILE)
 
 
 def shuffle(b: Builder, left: Value, right: Value, mask: list[int]) -> Value:

@@ -12,35 +12,23 @@ import torch
 from numba import carray, njit
 
 from manylora.kernels.cpu.compiling import kernel
-from manylora.kernels.cpu.emit import INTEGER_TILE, float32_at, int32_at
-from manylora.kernels.cpu.lora_inner import (
-    APART,
-    FEW,
+from manylora.kernels.cpu.emit import float32_at, int32_at
+from manylora.kernels.cpu.lora_inner import APART, FEW
+from manylora.kernels.cpu.lora_kinds import (
+    KINDS,
     add_apart,
-    gemm_apart,
-    gemm_two,
-    half_add_apart,
-    half_gemm_apart,
-    half_gemm_two,
-    integer_add_apart,
-    integer_gemm_apart,
-    integer_gemm_two,
+    add_page,
+    has_scales,
+    multiply_apart,
+    multiply_rows,
+    multiply_two,
+    tile_stride,
 )
 from manylora.kernels.cpu.lora_tables import table_product
 from manylora.kernels.cpu.lora_vectors import add_vectors
 from manylora.kernels.cpu.regions import items_of, next_region
 from manylora.kernels.cpu.threads import Arguments, flush, launch, launch_again
-from manylora.kernels.cpu.tiles import (
-    address_of,
-    gemm_panel,
-    gemm_rows,
-    half_gemm_panel,
-    half_gemm_rows,
-    integer_gemm_panel,
-    integer_gemm_rows,
-    keep_alive,
-    share,
-)
+from manylora.kernels.cpu.tiles import address_of, keep_alive, share
 from manylora.kernels.cpu.vectors import multiply_16, scale_16
 from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_segments import LoraSegments
@@ -51,22 +39,15 @@ from manylora.kernels.sites import RANK_PAGE, SITES
 _HEADER = 17
 _FIELDS = 13
 """Arguments before the projections', and for each projection."""
-_FP32, _BF16, _INT16 = 0, 1, 2
-_KINDS = {torch.float32: _FP32, torch.bfloat16: _BF16, torch.int16: _INT16}
-"""What pages hold."""
 _ALONE = 3
 """Rows of a segment at most that are multiplied each by itself, ``APART`` at a time, whoever's they are."""
 _CHUNK = 32
 """Rows of a segment that are multiplied by one part at most."""
 _FEW_FROM, _FEW_TO = (min(FEW), max(FEW)) if FEW else (1, 0)
-_TILES_FETCHED = 2
-"""How many tiles ahead of what the expand of rows alone reads it asks for."""
-_FETCHED = 2048
-"""How many bytes ahead of what the shrink reads it asks for: a page is read from its beginning to its end."""
 
 # Arguments: x, x_stride, y, y_stride, depth, n_pairs, rows, scales, n_segments, slots, offsets, h, h_width,
 # n_projections, kind, n_rows, groups, then each projection's fields. h is [pairs, projections, h_width]; h_width is 16
-# times the most pages that a slot can have; kind is what a page's elements are: _FP32, _BF16 or _INT16; n_rows are
+# times the most pages that a slot can have; kind is what a page's elements are, of ``KINDS``; n_rows are
 # those of y, groups what they are cut into, see `regions`. Which pages a part will read is listed first: a step reads
 # some megabytes from places far apart, and each is asked for before it is used.
 
@@ -101,36 +82,6 @@ def _list_items(a, part, parts, items):
     return own
 
 
-@njit(nogil=True, inline="always")
-def _multiply_rows(kind, count, x, xs, panel, depth, target, hs, ahead):
-    if kind == _BF16:
-        half_gemm_rows(count, x, xs, panel, 32, depth, target, hs, 0, ahead)
-    elif kind == _INT16:
-        integer_gemm_rows(count, x, xs, panel, 32, depth, target, hs, 0, ahead)
-    else:
-        gemm_rows(count, x, xs, panel, 64, depth, target, hs, 0, ahead)
-
-
-@njit(nogil=True, inline="always")
-def _multiply_apart(kind, count, xs, panels, depth, targets):
-    if kind == _BF16:
-        half_gemm_apart(count, xs, panels, 32, depth, targets, _FETCHED)
-    elif kind == _INT16:
-        integer_gemm_apart(count, xs, panels, 32, depth, targets, _FETCHED)
-    else:
-        gemm_apart(count, xs, panels, 64, depth, targets, _FETCHED)
-
-
-@njit(nogil=True, inline="always")
-def _multiply_two(kind, count, xs, first, second, depth, targets):
-    if kind == _BF16:
-        half_gemm_two(count, xs, first, second, 32, depth, targets, _FETCHED)
-    elif kind == _INT16:
-        integer_gemm_two(count, xs, first, second, 32, depth, targets, _FETCHED)
-    else:
-        gemm_two(count, xs, first, second, 64, depth, targets, _FETCHED)
-
-
 @kernel
 def _shrink_kernel(arguments, part, parts):
     a = carray(arguments, _HEADER + 3 * _FIELDS)
@@ -159,7 +110,7 @@ def _shrink_kernel(arguments, part, parts):
             while run < APART and i + run < own and items[_COUNT, i + run] == 1:
                 run += 1
             at = 8 * i
-            _multiply_apart(
+            multiply_apart(
                 kind, run, address_of(sources) + at, address_of(panels) + at, depth, address_of(targets) + at
             )  # fmt: skip
         elif _FEW_FROM <= count <= _FEW_TO and i + 1 < own and items[_COUNT, i + 1] == count:
@@ -168,15 +119,14 @@ def _shrink_kernel(arguments, part, parts):
                 for r in range(count):
                     few[k * count + r] = x + int32_at(rows, items[_PAIR, i + k] + r) * x_stride
                     few_targets[k * count + r] = targets[i + k] + r * h_stride
-            _multiply_two(
+            multiply_two(
                 kind, count, address_of(few), panels[i], panels[i + 1], depth, address_of(few_targets)
             )  # fmt: skip
         else:
             for r in range(count):
                 x_offsets[r] = int32_at(rows, pair + r) * x_stride
-            _multiply_rows(
-                kind, count, x, address_of(x_offsets), panels[i], depth, targets[i], address_of(h_offsets),
-                _FETCHED,
+            multiply_rows(
+                kind, count, x, address_of(x_offsets), panels[i], depth, targets[i], address_of(h_offsets)
             )  # fmt: skip
         for k in range(i, i + run):
             p = _HEADER + _FIELDS * items[_PROJECTION, k]
@@ -184,7 +134,7 @@ def _shrink_kernel(arguments, part, parts):
             for r in range(items[_COUNT, k]):
                 target = targets[k] + r * h_stride
                 scale_16(target, factor * float32_at(scales, items[_PAIR, k] + r))
-                if kind == _INT16:
+                if has_scales(kind):
                     multiply_16(target, a[p + 11] + items[_PAGE, k] * a[p + 12])
         i += run
     keep_alive(panels)
@@ -194,28 +144,6 @@ def _shrink_kernel(arguments, part, parts):
     keep_alive(h_offsets)
     keep_alive(few)
     keep_alive(few_targets)
-
-
-@njit(nogil=True, inline="always")
-def _add_page(kind, count, tiles, source, so, page, columns, width, target, to, ahead):
-    """Add a page's tiles, the first of which is at ``page``; ``columns`` is what the page is wide."""
-    if kind == _BF16:
-        half_gemm_panel(count, tiles, source, so, page, 2 * columns, width, target, to, 1, ahead)
-    elif kind == _INT16:
-        integer_gemm_panel(count, tiles, source, so, page, 32, width, target, to, 1, ahead)
-    else:
-        gemm_panel(count, tiles, source, so, page, 4 * columns, width, target, to, 1, ahead)
-
-
-@njit(nogil=True, inline="always")
-def _add_apart(kind, count, tiles, sources, pages, later, columns, width, targets):
-    """The same for a row each of ``count`` pages, of which those of ``later`` are next."""
-    if kind == _BF16:
-        half_add_apart(count, sources, pages, later, 2 * columns, 32, width, tiles, targets, _TILES_FETCHED)
-    elif kind == _INT16:
-        integer_add_apart(count, sources, pages, later, 32, INTEGER_TILE, width, tiles, targets, _TILES_FETCHED)
-    else:
-        add_apart(count, sources, pages, later, 4 * columns, 64, width, tiles, targets, _TILES_FETCHED)
 
 
 @njit(nogil=True)
@@ -271,7 +199,7 @@ def _expand_kernel(arguments, part, parts):
             first, last = max(tile, begin), min(last_tile, begin + columns // 16)
             if first >= last:
                 continue
-            within = (first - begin) * (INTEGER_TILE if kind == _INT16 else 32 if kind == _BF16 else 64)
+            within = (first - begin) * tile_stride(kind)
             found = 0
             for s in range(n_segments):
                 if pairs[s, 0] == pairs[s, 1]:
@@ -294,13 +222,13 @@ def _expand_kernel(arguments, part, parts):
                 while count == 1 and run < APART and i + run < found and _goes_with(shapes, targets, i, i + run):
                     run += 1
                 if run > 2:
-                    _add_apart(
+                    add_apart(
                         kind, run, last - first, address_of(sources) + at, address_of(pages) + at,
                         address_of(pages) + at + 8 * run, columns, width, address_of(targets) + at,
                     )  # fmt: skip
                 else:  # several tiles at once are chains of FMAs enough
                     run, first_pair = 1, shapes[_FIRST, i]
-                    _add_page(
+                    add_page(
                         kind, count, last - first, sources[i] - h_offsets[first_pair], ho + 8 * first_pair, pages[i],
                         columns, width, targets[i] - y_offsets[first_pair], yo + 8 * first_pair,
                         pages[i + 1] - pages[i],
@@ -380,7 +308,7 @@ class CpuLora:
             _shrink_kernel, x.data_ptr(), x.stride(0) * 4, y.data_ptr(), y.stride(0) * 4, x.shape[1], n_pairs,
             segments.rows.data_ptr(), segments.scales.data_ptr(), len(segments.slot_list), segments.slots.data_ptr(),
             segments.offsets.data_ptr(), self._h.data_ptr(), self._h_width, projections,
-            _KINDS[self._pool.page_dtype], y.shape[0], groups, *self._fields[site, layer],
+            KINDS[self._pool.page_dtype], y.shape[0], groups, *self._fields[site, layer],
             keep=(x, y, segments.rows, segments.scales, segments.slots, segments.offsets, self._h),
         )  # fmt: skip
 

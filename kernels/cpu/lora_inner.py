@@ -19,11 +19,12 @@ from manylora.kernels.cpu.emit import (
     Value,
     addresses,
     branches,
+    byte_tile,
     half_tile,
     i64,
-    integer_tile,
     load_tile,
     prefetch,
+    word_tile,
 )
 from manylora.kernels.cpu.target import TARGET
 
@@ -61,7 +62,7 @@ def _gemm_apart(columns: Callable[[Builder, Value], list[Value]]) -> Callable[..
 
 
 gemm_apart, half_gemm_apart = _gemm_apart(load_tile), _gemm_apart(half_tile)
-integer_gemm_apart = _gemm_apart(integer_tile)
+word_gemm_apart, byte_gemm_apart = _gemm_apart(word_tile), _gemm_apart(byte_tile)
 
 FEW: Final = range(4, 8) if TARGET.lanes == 16 else range(0)
 """Rows of which two panels' are multiplied at once: so many alone are as many chains of FMAs, too few. Where a tile is
@@ -97,7 +98,8 @@ def _gemm_two(columns: Callable[[Builder, Value], list[Value]]) -> Callable[...,
     return gemm  # type: ignore[no-any-return]
 
 
-gemm_two, half_gemm_two, integer_gemm_two = _gemm_two(load_tile), _gemm_two(half_tile), _gemm_two(integer_tile)
+gemm_two, half_gemm_two = _gemm_two(load_tile), _gemm_two(half_tile)
+word_gemm_two, byte_gemm_two = _gemm_two(word_tile), _gemm_two(byte_tile)
 
 
 def _add_apart(columns: Callable[[Builder, Value], list[Value]]) -> Callable[..., Any]:
@@ -137,4 +139,5 @@ def _add_apart(columns: Callable[[Builder, Value], list[Value]]) -> Callable[...
     return add  # type: ignore[no-any-return]
 
 
-add_apart, half_add_apart, integer_add_apart = _add_apart(load_tile), _add_apart(half_tile), _add_apart(integer_tile)
+add_apart, half_add_apart = _add_apart(load_tile), _add_apart(half_tile)
+word_add_apart, byte_add_apart = _add_apart(word_tile), _add_apart(byte_tile)

@@ -17,8 +17,9 @@ from manylora.kernels.lora_weights import LoraPair
 from manylora.kernels.sites import RANK_PAGE
 
 _SIGNATURES = [
-    f"void({values}[:, ::1], {values}[:, ::1], int64, int64, int16[:, ::1], int16[:, :, ::1], float32[::1])"
+    f"void({values}[:, ::1], {values}[:, ::1], int64, int64, int64, {held}[:, ::1], {held}[:, :, ::1], float32[::1])"
     for values in ("float32", "uint16")
+    for held in ("int16", "int8")
 ]
 
 
@@ -42,9 +43,9 @@ def _peak(values):
 
 
 @njit(nogil=True)
-def _levels(values, levels):
+def _levels(values, largest, levels):
     """A rank's values as whole numbers; what one of them stands for."""
-    step = _peak(values) / 32767
+    step = _peak(values) / largest
     divisor = step if step > 0 else 1.0
     for i in range(values.size):
         levels[i] = np.int16(np.rint(values[i] / divisor))
@@ -52,7 +53,7 @@ def _levels(values, levels):
 
 
 @njit(_SIGNATURES, nogil=True, cache=True)
-def _fill(a, b, first, width, to_a, to_b, scales):
+def _fill(a, b, first, width, largest, to_a, to_b, scales):
     depth, outputs = a.shape[1], b.shape[0]
     longest = max(depth, outputs)
     values, levels = np.empty((RANK_PAGE, longest)), np.empty((RANK_PAGE, longest), np.int16)
@@ -61,7 +62,7 @@ def _fill(a, b, first, width, to_a, to_b, scales):
     for r in range(width):
         for k in range(depth):
             values[r, k] = _wide(a[first + r, k])
-        steps[r] = _levels(values[r, :depth], levels[r])
+        steps[r] = _levels(values[r, :depth], largest, levels[r])
     for k in range(depth):
         for r in range(RANK_PAGE):
             to_a[k, r] = levels[r, k]
@@ -69,7 +70,7 @@ def _fill(a, b, first, width, to_a, to_b, scales):
         for r in range(width):
             values[r, n] = _wide(b[n, first + r])
     for r in range(width):
-        scales[r] = np.float32(steps[r] * _levels(values[r, :outputs], levels[r]))
+        scales[r] = np.float32(steps[r] * _levels(values[r, :outputs], largest, levels[r]))
     for tile in range(outputs // RANK_PAGE):
         for r in range(RANK_PAGE):
             for i in range(RANK_PAGE):
@@ -77,10 +78,12 @@ def _fill(a, b, first, width, to_a, to_b, scales):
     scales[width:] = 0
 
 
-def fill_integer_page(pair: LoraPair, first: int, to_a: torch.Tensor, to_b: torch.Tensor, scales: torch.Tensor) -> bool:
-    """Ranks ``first .. first + 15`` of a pair into int16 ``to_a`` ``[K, 16]`` and ``to_b`` ``[N / 16, 16, 16]``, and
-    fp32 ``scales`` ``[16]``; zeros beyond. False, and nothing done, if the pair or the page is held in a way that this
-    does not read or write."""
+def fill_integer_page(
+    pair: LoraPair, first: int, largest: int, to_a: torch.Tensor, to_b: torch.Tensor, scales: torch.Tensor
+) -> bool:
+    """Ranks ``first .. first + 15`` of a pair, as whole numbers of at most ``largest``, into int16 or int8 ``to_a``
+    ``[K, 16]`` and ``to_b`` ``[N / 16, 16, 16]``, and fp32 ``scales`` ``[16]``; zeros beyond. False, and nothing done,
+    if the pair or the page is held in a way that this does not read or write."""
     a, b = pair.a, pair.b
     if a.dtype != b.dtype or a.dtype not in (torch.float32, torch.bfloat16):
         return False
@@ -90,5 +93,5 @@ def fill_integer_page(pair: LoraPair, first: int, to_a: torch.Tensor, to_b: torc
         a, b = a.view(torch.int16), b.view(torch.int16)
     arrays = [half.numpy().view(np.uint16) if half.dtype == torch.int16 else half.numpy() for half in (a, b)]
     width = max(0, min(RANK_PAGE, pair.rank - first))
-    _fill(*arrays, first, width, to_a.numpy(), to_b.numpy(), scales.numpy())
+    _fill(*arrays, first, width, largest, to_a.numpy(), to_b.numpy(), scales.numpy())
     return True

@@ -20,7 +20,7 @@ import torch
 from manylora.kernels.cpu import Arithmetic, kv_levels, nf4_reference
 from manylora.kernels.cpu.nf4_inner import SPAN
 from manylora.kernels.lora import BatchedLora, SiteAdapters
-from manylora.kernels.lora_pool import LoraPool
+from manylora.kernels.lora_pool import INTEGERS, LoraPool
 from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.lora_weights import LoraPair, LoraVectors, LoraWeights, TableRows
 from manylora.kernels.nf4_code import NF4_CODE
@@ -107,7 +107,9 @@ def _checks(
     for site in SITES:
         yield f"adapters at `{site}`", partial(_adapters, make, ops, lora, site)
     yield "adapters at `qkv` in bf16", partial(_adapters, make, ops, lora, "qkv", page_dtype=torch.bfloat16)
-    yield "adapters at `qkv` in integers", partial(_adapters, make, ops, lora, "qkv", page_dtype=torch.int16)
+    for held in INTEGERS:
+        name = str(held).removeprefix("torch.")
+        yield f"adapters at `qkv` in {name}", partial(_adapters, make, ops, lora, "qkv", page_dtype=held)
     for dtype in (torch.float32, torch.bfloat16):
         yield f"replaced logits in {dtype}", partial(_replaced_logits, make, hidden, dtype)
 
@@ -422,11 +424,12 @@ def _adapters(
 
 def _held_as(ranks: torch.Tensor, page_dtype: torch.dtype) -> torch.Tensor:
     """Near ``ranks`` ``[R, n]``, values that a page of the type holds as they are."""
-    if page_dtype != torch.int16:
+    if page_dtype not in INTEGERS:
         return ranks.to(page_dtype)
-    whole = torch.round(ranks * 4096).clamp(-32766, 32766)
-    whole[:, 0] = 32767  # the largest of each rank: a power of two is what one stands for
-    return whole / 2**14
+    largest = INTEGERS[page_dtype]
+    whole = torch.round(ranks * ((largest + 1) / 8)).clamp(1 - largest, largest - 1)
+    whole[:, 0] = largest  # of each rank: a power of two is what one stands for
+    return whole / ((largest + 1) / 2)
 
 
 def _absolute(adapters: Mapping[int, LoraWeights]) -> dict[int, LoraWeights]:

@@ -10,13 +10,16 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from manylora.kernels.cpu.emit import (
-    INTEGER_TILE,
+    BYTE_TILE,
+    WORD_TILE,
+    byte_gemm_tile,
+    byte_gemm_tiles,
     gemm_tile,
     gemm_tiles,
     half_gemm_tile,
     half_gemm_tiles,
-    integer_gemm_tile,
-    integer_gemm_tiles,
+    word_gemm_tile,
+    word_gemm_tiles,
 )
 from manylora.kernels.cpu.target import TARGET
 
@@ -72,8 +75,10 @@ Addresses and byte offsets are int64; ``x_offsets`` and ``c_offsets`` are addres
 panel ``ahead`` bytes further on, which is wanted next, is fetched into the cache meanwhile; 0: none."""
 half_gemm_rows, half_gemm_panel = _loops(half_gemm_tile, half_gemm_tiles, 32)
 """The same for panels of bf16."""
-integer_gemm_rows, integer_gemm_panel = _loops(integer_gemm_tile, integer_gemm_tiles, INTEGER_TILE)
-"""The same for panels of int16, each of which stands for its own value; a panel's tiles lie one behind the other."""
+word_gemm_rows, word_gemm_panel = _loops(word_gemm_tile, word_gemm_tiles, WORD_TILE)
+byte_gemm_rows, byte_gemm_panel = _loops(byte_gemm_tile, byte_gemm_tiles, BYTE_TILE)
+"""The same for panels of int16 and of int8, each of which stands for its own value; a panel's tiles lie one behind the
+other."""
 
 
 @njit(nogil=True)

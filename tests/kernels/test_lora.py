@@ -6,13 +6,14 @@ import ctypes
 import importlib.util
 from collections.abc import Callable
 from itertools import chain
+from typing import Literal
 
 import pytest
 import torch
 
-from manylora.kernels.cpu import Arithmetic, available
+from manylora.kernels.cpu import available
 from manylora.kernels.lora import BatchedLora, Implementation, SiteAdapters
-from manylora.kernels.lora_pool import LoraPool
+from manylora.kernels.lora_pool import INTEGERS, LoraPool
 from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.lora_weights import LoraPair, LoraWeights
 from manylora.kernels.reference import lora_reference, pool_matrices
@@ -29,6 +30,7 @@ IMPLEMENTATIONS: list[object] = [
     "torch",
 ]
 
+PAGE_DTYPES = [torch.float32, torch.bfloat16, *INTEGERS]
 ROWS = 45
 ADAPTERS = 6
 
@@ -73,7 +75,7 @@ def _single_row() -> Pairs:
 BATCHES = (_identical, _distinct, _uniform, _skewed, _with_base_rows, _unsorted, _composed, _single_row)
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.int16], ids=["fp32", "bf16", "int16"])
+@pytest.fixture(scope="module", params=PAGE_DTYPES, ids=str)
 def pool(request: pytest.FixtureRequest) -> LoraPool:
     """Six adapters, in pages of each type beside fp32 activations; references read the pages, rounded as they are."""
     return _six(request.param)
@@ -232,7 +234,7 @@ def test_the_parts_of_a_kernel_may_run_in_any_order(twice: bool) -> None:
 
 
 @pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
-@pytest.mark.parametrize("page_dtype", [torch.float32, torch.bfloat16, torch.int16], ids=str)
+@pytest.mark.parametrize("page_dtype", PAGE_DTYPES, ids=str)
 def test_adapters_of_one_row_are_added_in_order(page_dtype: torch.dtype) -> None:
     """Pages of several rows are added at once, those of one are not: as if one adapter came after the other."""
     pool = pool_of(*(random_weights(16, ("q", "k", "v"), i) for i in range(9)), max_pages=60, page_dtype=page_dtype)
@@ -252,7 +254,7 @@ def test_adapters_of_one_row_are_added_in_order(page_dtype: torch.dtype) -> None
 
 
 @pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
-@pytest.mark.parametrize("page_dtype", [torch.float32, torch.bfloat16, torch.int16], ids=str)
+@pytest.mark.parametrize("page_dtype", PAGE_DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 2, 3, 4, 1, 33, 1, 70), (4, 4, 5, 5, 6, 4, 6, 7, 7, 8), (1,) * 11], ids=str)
 def test_how_rows_are_taken_together_changes_no_bit(sizes: tuple[int, ...], page_dtype: torch.dtype) -> None:
     """Segments of one row to more than a part takes at once, or of the same few, two at once, of one page and of
@@ -285,7 +287,7 @@ def test_how_rows_are_taken_together_changes_no_bit(sizes: tuple[int, ...], page
 @pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
 @pytest.mark.parametrize("arithmetic", ["int16", "int8"])
 @pytest.mark.parametrize("rows", [1, 8, 13, 30])
-def test_halves_beside_the_product_give_its_bits(arithmetic: Arithmetic, rows: int) -> None:
+def test_halves_beside_the_product_give_its_bits(arithmetic: Literal["int16", "int8"], rows: int) -> None:
     """``Ops.linear`` runs the two halves with the product's kernels; it must be the product, then ``add_``. Row 1 has
     two adapters."""
     from manylora.kernels.cpu.ops import NumbaOps
@@ -294,7 +296,8 @@ def test_halves_beside_the_product_give_its_bits(arithmetic: Arithmetic, rows: i
     k, n = SHAPES.in_features["q"], SHAPES.site_offsets("qkv")[-1]
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(5))
     weight = ops.prepare_linear([nf4(n, k, seed=1, blocksize=32)], torch.arange(n) / n)
-    pool = pool_of(*(random_weights(16, ("q", "k", "v"), i) for i in range(3)), page_dtype=torch.int16)
+    held = getattr(torch, arithmetic)
+    pool = pool_of(*(random_weights(16, ("q", "k", "v"), i) for i in range(3)), page_dtype=held)
     pairs = [(row, row % 3, 1.0) for row in range(rows)] + [(row, 2, 0.5) for row in range(rows) if row == 1]
     segments = LoraSegments.from_pairs(pairs)
     assert segments is not None
@@ -332,39 +335,43 @@ def test_bf16_pages_give_the_bits_of_the_same_values_in_fp32(site: str) -> None:
 
 @pytest.mark.parametrize("rank", [1, 16, 17])
 @pytest.mark.parametrize("size", [1e-20, 1.0, 1e18])
-def test_integers_are_near_what_they_were_made_of(rank: int, size: float) -> None:
-    """Each value is off by half of 1/32767 of the largest of its rank at most, however large the ranks are beside each
-    other; the product of the two scales is rounded once more, to fp32."""
+@pytest.mark.parametrize("held", INTEGERS, ids=str)
+def test_integers_are_near_what_they_were_made_of(rank: int, size: float, held: torch.dtype) -> None:
+    """Each value is off by half of a level, 1/32767 or 1/127 of the largest of its rank, at most, however large the
+    ranks are beside each other; the product of the two scales is rounded once more, to fp32."""
+    most = INTEGERS[held]
     weights = random_weights(rank, ("q",), 3)
     given = weights.pairs["q", 1]
     uneven = torch.logspace(0, -3, rank)
     pair = LoraPair(given.a * uneven[:, None] * size, given.b * uneven.flip(0), given.scale)
-    pool = pool_of(LoraWeights({("q", 1): pair}), page_dtype=torch.int16)
+    pool = pool_of(LoraWeights({("q", 1): pair}), page_dtype=held)
     matrices = pool_matrices(pool, "q", 0, 1)
     assert matrices is not None
     (a, b, scaling), (true_a, true_b) = matrices, (pair.a.double(), pair.b.double())
     assert scaling == pair.scale
     largest_a, largest_b = true_a.abs().amax(1), true_b.abs().amax(0)
     for r in range(rank):
-        held = torch.outer(a[:, r].double(), b[r].double())
+        found = torch.outer(a[:, r].double(), b[r].double())
         true = torch.outer(true_a[r], true_b[:, r])
-        half_a, half_b = largest_a[r] / 65534, largest_b[r] / 65534
+        half_a, half_b = largest_a[r] / (2 * most), largest_b[r] / (2 * most)
         bound = half_a * true_b[:, r].abs() + half_b * (true_a[r].abs() + half_a)[:, None] + 2.0**-23 * true.abs()
-        assert ((held - true).abs() <= bound * (1 + 1e-9)).all()
-    assert int(pool.a["q"].abs().max()) == int(pool.b["q"].abs().max()) == 32767
+        assert ((found - true).abs() <= bound * (1 + 1e-9)).all()
+    assert int(pool.a["q"].abs().max()) == int(pool.b["q"].abs().max()) == most
 
 
-def test_a_rank_of_zeros_adds_nothing() -> None:
+@pytest.mark.parametrize("held", INTEGERS, ids=str)
+def test_a_rank_of_zeros_adds_nothing(held: torch.dtype) -> None:
     pair = random_weights(3, ("q",), 3).pairs["q", 0]
     pair.a[1] = 0.0
-    pool = pool_of(LoraWeights({("q", 0): pair}), page_dtype=torch.int16)
+    pool = pool_of(LoraWeights({("q", 0): pair}), page_dtype=held)
     page = int(pool.page_table["q"][0, 0])
     assert (pool.page_scales["q"][page, 0] > 0).tolist() == [True, False, True, *[False] * 13]
     assert torch.isfinite(pool.page_scales["q"]).all()
 
 
-def test_what_integers_cannot_hold_is_refused() -> None:
-    pool = pool_of(random_weights(1, ("q",), 1), page_dtype=torch.int16)
+@pytest.mark.parametrize("held", INTEGERS, ids=str)
+def test_what_integers_cannot_hold_is_refused(held: torch.dtype) -> None:
+    pool = pool_of(random_weights(1, ("q",), 1), page_dtype=held)
     a, b = torch.full((1, SHAPES.in_features["q"]), 1e30), torch.full((SHAPES.out_features["q"], 1), 1e30)
     refusal = pool.overflows(LoraWeights({("q", 0): LoraPair(a, b, 1.0)}))
     assert refusal is not None

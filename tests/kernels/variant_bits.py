@@ -15,7 +15,7 @@ import torch
 
 from manylora.kernels import cpu
 from manylora.kernels.lora import BatchedLora, SiteAdapters
-from manylora.kernels.lora_pool import LoraPool
+from manylora.kernels.lora_pool import INTEGERS, LoraPool
 from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.lora_weights import LoraPair, LoraVectors, LoraWeights, TableRows
 from manylora.kernels.nf4_code import NF4_CODE
@@ -96,10 +96,16 @@ def attentions(ops: Ops, make: Inputs) -> Results:
 
 def adapters(ops: Ops, make: Inputs) -> Results:
     """Segments of 1, 2, 3, 5 and 9 rows, ranks below and above a page, one of them with gains and biases."""
+    for held in (torch.float32, torch.bfloat16, *INTEGERS):
+        for what, result in _adapters_in(held, ops, make):
+            yield f"{what}, held in {held}", result
+
+
+def _adapters_in(held: torch.dtype, ops: Ops, make: Inputs) -> Results:
     features = {"q": 96, "k": 96, "v": 96, "o": 128, "gate": 96, "up": 96, "down": 224, "embed": 320, "lm_head": 96}
     outputs = {"q": 128, "k": 48, "v": 16, "o": 96, "gate": 224, "up": 224, "down": 96, "embed": 96, "lm_head": 320}
     shapes = LoraShapes(1, features, outputs)
-    pool = LoraPool(shapes, max_slots=5, max_pages=12, max_rank=48, table_bytes=1 << 28)
+    pool = LoraPool(shapes, max_slots=5, max_pages=12, max_rank=48, page_dtype=held, table_bytes=1 << 28)
     for slot, rank in enumerate((4, 16, 20, 33, 8)):
         pairs, vectors = {}, {}
         for p in ("q", "k", "v", "o", "gate", "up", "down"):
