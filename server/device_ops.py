@@ -84,8 +84,8 @@ def lora_dtype(
     ``arithmetic`` if they are the CPU's kernels: adapters are then held in such integers, too, unless asked otherwise.
     Raises ConfigError for what their kernels cannot read."""
     if asked == "auto":
-        return getattr(torch, arithmetic) if arithmetic in ("int16", "int8") else computed
-    dtype = getattr(torch, asked)
+        return {"int16": torch.int16, "int8": torch.int8}.get(arithmetic or "", computed)
+    dtype: torch.dtype = getattr(torch, asked)
     if dtype not in (computed, *((torch.bfloat16, *INTEGERS) if device == "cpu" else ())):
         name = str(computed).removeprefix("torch.")
         raise ConfigError("--lora-dtype", f"on {device} adapters are held in {name}, got {asked}")
