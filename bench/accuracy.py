@@ -2,11 +2,13 @@
 
     python -P bench/accuracy.py --model build/workload/model       # any base that `manylora serve` takes; 5 minutes
     python -P bench/accuracy.py --model build/workload/model --windows 1 --arithmetics int16 int8
+    python -P bench/accuracy.py --model build/workload/model --adapter examples/adapters/pirate
 
 Every position of a text has a distribution p by torch in fp32, from the same NF4 weights, and another, q, by what is
 measured: fp32, int16 and int8 are the kernels' (``--cpu-arithmetic``), with keys and values as they then hold them;
 ``bf16`` is torch with weights, activations, keys and values in bfloat16, which is how a QLoRA base is computed most
-often. Reported are
+often. With ``--adapter`` every token has it, as the server holds it beside each arithmetic (in bf16 beside ``bf16``,
+in fp32 for the reference). Reported are
 
 - the Kullback-Leibler divergence, sum p ln(p / q), in nats a token: its mean and its 99th percentile;
 - at how many positions both have the same most likely token;
@@ -34,11 +36,17 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from results_file import ResultsFile
 
+from manylora.adapters.peft_loader import load_peft_adapter
+from manylora.adapters.versions import AdapterRef
 from manylora.kernels import cpu
+from manylora.kernels.lora import BatchedLora
+from manylora.kernels.lora_pool import LoraPool
+from manylora.kernels.lora_weights import LoraWeights
 from manylora.kernels.ops import Ops
+from manylora.kernels.sites import RANK_PAGE
 from manylora.kernels.torch_ops import TorchOps
 from manylora.server.engine.batch import build_batch
-from manylora.server.engine.request import Request, SamplingParams, ScheduledRow, StepPlan
+from manylora.server.engine.request import AdapterUse, Request, SamplingParams, ScheduledRow, StepPlan
 from manylora.server.model.decoder import Decoder
 from manylora.server.model.decoder_weights import DecoderWeights
 from manylora.server.model.families import ModelSpec
@@ -59,6 +67,14 @@ ARITHMETICS: Final[dict[str, Callable[[], Ops]]] = {
     "int16": lambda: cpu.in_use().make_ops("int16"),
     "int8": lambda: cpu.in_use().make_ops("int8"),
 }
+HELD: Final[dict[str, torch.dtype]] = {
+    REFERENCE: torch.float32,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "int16": torch.int16,
+    "int8": torch.int8,
+}
+"""What an adapter is held in beside each."""
 _ROWS: Final = 64
 """Positions whose distributions are compared at once: in fp64, some 25 MB each for a vocabulary of 50,000."""
 
@@ -66,25 +82,51 @@ _ROWS: Final = 64
 class Model:
     """A base computed by some operations. Takes the weights over, as ``DecoderWeights.prepare`` does.
 
-    ``window``: tokens at most that are computed at once.
+    ``window``: tokens at most that are computed at once. ``adapter``: what all of them are computed with, held in
+    ``held``.
     """
 
-    def __init__(self, spec: ModelSpec, weights: BaseWeights, ops: Ops, window: int) -> None:
-        self._decoder = Decoder(spec, DecoderWeights.prepare(spec, weights, ops, max_context=window), ops, None)
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: BaseWeights,
+        ops: Ops,
+        window: int,
+        adapter: LoraWeights | None = None,
+        held: torch.dtype = torch.float32,
+    ) -> None:
+        lora = None
+        self._uses: tuple[AdapterUse, ...] = ()
+        if adapter is not None:
+            rank = adapter.max_rank
+            pool = LoraPool(
+                spec.lora_shapes(), max_slots=1, max_pages=-(-rank // RANK_PAGE), max_rank=rank, dtype=ops.dtype,
+                page_dtype=held,
+            )  # fmt: skip
+            pool.write(0, adapter)
+            lora, self._uses = BatchedLora(pool, "auto" if ops.name == "numba" else "torch"), (_ADAPTER,)
+        self._decoder = Decoder(spec, DecoderWeights.prepare(spec, weights, ops, max_context=window), ops, lora)
         self._cache = KVCache(spec, KVCache.pages_for(window), ops)
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """The last layer's output for a text of its own, ``[tokens, hidden]``. ``ids``: int64 ``[tokens]``."""
-        return self._decoder.hidden(batch_of(ids), self._cache)
+        return self._decoder.hidden(self._batch(ids), self._cache)
 
     def logits(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """fp32 ``[tokens, vocab]``, of what ``hidden`` gave for ``ids``."""
-        return self._decoder.logits(hidden, batch_of(ids), None).float()
+        return self._decoder.logits(hidden, self._batch(ids), None).float()
+
+    def _batch(self, ids: torch.Tensor) -> ForwardBatch:
+        return batch_of(ids, self._uses)
 
 
-def batch_of(ids: torch.Tensor) -> ForwardBatch:
-    """A text of its own, as the server computes a prompt."""
+_ADAPTER: Final = AdapterUse(AdapterRef("adapter", "measured"))
+
+
+def batch_of(ids: torch.Tensor, uses: tuple[AdapterUse, ...] = ()) -> ForwardBatch:
+    """A text of its own, as the server computes a prompt, with the adapters of the first slots."""
     request = Request("accuracy", ids.tolist(), SamplingParams())
+    request.adapters, request.slots = uses, tuple(range(len(uses)))
     request.pages = list(range(KVCache.pages_for(len(ids))))
     return build_batch(StepPlan((ScheduledRow(request, 0, len(ids)),)))
 
@@ -145,18 +187,23 @@ def measured(
     windows: Sequence[torch.Tensor],
     names: Sequence[str],
     progress: Callable[[], object] = lambda: None,
+    adapter: LoraWeights | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A result for each arithmetic named. ``weights`` gives the base anew each time, as each model takes it over: two
     are in memory at once. ``progress`` is called after each window."""
     longest = max(map(len, windows))
     with torch.inference_mode():
-        reference = Model(spec, weights(), ARITHMETICS[REFERENCE](), longest)
+
+        def model_in(name: str) -> Model:
+            return Model(spec, weights(), ARITHMETICS[name](), longest, adapter, HELD[name])
+
+        reference = model_in(REFERENCE)
         expected = []
         for ids in windows:  # not the logits: they would be 0.8 GB
             expected.append(reference.hidden(ids))
             progress()
         for name in names:
-            model = reference if name == REFERENCE else Model(spec, weights(), ARITHMETICS[name](), longest)
+            model = reference if name == REFERENCE else model_in(name)
             comparison = Comparison()
             for ids, hidden in zip(windows, expected, strict=True):
                 logits = model.logits(model.hidden(ids), ids)
@@ -170,14 +217,17 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a base, as `manylora serve` takes it")
     parser.add_argument("--windows", type=int, default=4, help="of each of the four texts (default 4)")
     parser.add_argument("--arithmetics", nargs="+", default=list(ARITHMETICS), choices=list(ARITHMETICS))
+    parser.add_argument("--adapter", type=Path, help="a PEFT adapter that every token is computed with")
     parser.add_argument("--note", default="", help="kept with the results")
     options = parser.parse_args()
     base = load_base(options.model)
+    adapter = None if options.adapter is None else load_peft_adapter(options.adapter, base.spec.lora_shapes())
     root = Path(__file__).parents[1]
     windows = windows_of(base.tokenizer, [(root / text).read_text() for text in TEXTS], options.windows)
     results = ResultsFile(
-        "accuracy", note=options.note, model=base.name, base=base.digest[:16], window=WINDOW, text=digest(windows)
-    )
+        "accuracy", note=options.note, model=base.name, base=base.digest[:16], window=WINDOW, text=digest(windows),
+        **({} if adapter is None else {"adapter": options.adapter.name, "version": adapter.version[:16]}),
+    )  # fmt: skip
     spec = base.spec
     del base
 
@@ -185,7 +235,8 @@ def main() -> None:
         return load_base(options.model, progress=False).weights
 
     with tqdm(total=len(windows) * (1 + len(options.arithmetics)), unit="window", dynamic_ncols=True) as bar:
-        for result in measured(spec, weights, windows, options.arithmetics, bar.update):
+        weights_of_adapter = None if adapter is None else adapter.lora
+        for result in measured(spec, weights, windows, options.arithmetics, bar.update, weights_of_adapter):
             results.keep(result)
             bar.write(
                 f"{result['arithmetic']:10} KL {result['kl_mean']:.1e} nats a token (99th percentile "

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from manylora.kernels.cpu import available
+from manylora.kernels.lora_weights import LoraWeights
 from manylora.kernels.torch_ops import TorchOps
-from manylora.server.model.synthetic import synthetic_base, synthetic_spec
+from manylora.server.model.synthetic import synthetic_adapter, synthetic_base, synthetic_spec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
@@ -96,6 +97,28 @@ def test_a_position_depends_on_its_own_token_and_those_before(changed: int) -> N
     assert first.shape == (40, spec.vocab_size)
     differ = (first - second).abs().amax(-1) > 1e-6
     assert differ.tolist() == [position >= changed for position in range(40)]
+
+
+@pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
+def test_an_adapter_is_held_as_each_arithmetic_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside exact arithmetic, so that what is seen is what holding it costs; and that it is there at all."""
+    spec = synthetic_spec("tiny")
+    adapter = synthetic_adapter(spec.lora_shapes(), 8, dtype=torch.float32)
+    windows = [torch.randint(0, spec.vocab_size, (100,), generator=torch.Generator().manual_seed(1))]
+
+    def kl(held: torch.dtype, own: LoraWeights | None = adapter) -> float:
+        monkeypatch.setitem(accuracy.HELD, "fp32", held)
+        (result,) = measured(spec, lambda: synthetic_base(spec), windows, ["fp32"], adapter=own)
+        return float(result["kl_mean"])
+
+    exact, words, half, small = map(kl, (torch.float32, torch.int16, torch.bfloat16, torch.int8))
+    assert exact < 1e-9
+    assert exact < words < half / 10
+    assert half < small < 0.1
+    with torch.inference_mode():
+        ids, ops = windows[0], TorchOps("cpu", torch.float32, resident=True)
+        plain, changed = (Model(spec, synthetic_base(spec), ops, 100, own) for own in (None, adapter))
+        assert (plain.logits(plain.hidden(ids), ids) - changed.logits(changed.hidden(ids), ids)).abs().max() > 0.1
 
 
 @pytest.mark.skipif(not available(), reason="no AVX2 and FMA here")
