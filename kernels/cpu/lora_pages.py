@@ -1,7 +1,7 @@
-"""An adapter's ranks as whole numbers into a page, in one pass that does not hold Python's lock.
+"""An adapter's ranks as whole numbers into a page, and what is lost by it, without Python's lock.
 
-What ``lora_pool.as_integers`` says, to the bit. In torch that is a dozen small operations for each of some hundred
-modules, and a step whose kernels have ended waits for the lock meanwhile.
+What ``lora_pool.as_integers`` says, to the bit, in one pass. In torch that is a dozen small operations for each of some
+hundred modules, and a step whose kernels have ended waits for the lock meanwhile.
 """
 
 from __future__ import annotations
@@ -76,6 +76,50 @@ def _fill(a, b, first, width, largest, to_a, to_b, scales):
             for i in range(RANK_PAGE):
                 to_b[tile, r, i] = levels[r, RANK_PAGE * tile + i]
     scales[width:] = 0
+
+
+@njit(nogil=True)
+def _magnitudes(values, largest, levels):
+    """The sum of a rank's magnitudes, and of what its values are off by as whole numbers."""
+    step = _levels(values, largest, levels)
+    total = off = 0.0
+    for i in range(values.size):
+        total += abs(values[i])
+        off += abs(values[i] - step * levels[i])
+    return total, off
+
+
+_TWO_HALVES = [f"float64({values}[:, ::1], {values}[:, ::1], int64)" for values in ("float32", "uint16")]
+
+
+@njit(_TWO_HALVES, nogil=True, cache=True)
+def _relative_error(a, b, largest):
+    values = np.empty(max(a.shape[1], b.shape[0]))
+    levels = np.empty(values.size, np.int16)
+    total = off = 0.0
+    for r in range(a.shape[0]):
+        for k in range(a.shape[1]):
+            values[k] = _wide(a[r, k])
+        of_a, off_a = _magnitudes(values[: a.shape[1]], largest, levels)
+        for n in range(b.shape[0]):
+            values[n] = _wide(b[n, r])
+        of_b, off_b = _magnitudes(values[: b.shape[0]], largest, levels)
+        total += of_a * of_b
+        off += off_a * of_b + of_a * off_b
+    return off / total if total > 0.0 else 0.0
+
+
+def relative_error(pair: LoraPair, largest: int) -> float:
+    """``lora_pool.relative_error``."""
+    halves = [half if half.dtype == torch.bfloat16 else half.float() for half in (pair.a, pair.b)]
+    if halves[0].dtype != halves[1].dtype:
+        halves = [half.float() for half in halves]
+    a, b = (
+        half.contiguous().view(torch.int16).numpy().view(np.uint16) if half.dtype == torch.bfloat16
+        else half.contiguous().numpy()
+        for half in halves
+    )  # fmt: skip
+    return float(_relative_error(a, b, largest))
 
 
 def fill_integer_page(

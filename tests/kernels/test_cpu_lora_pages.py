@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from manylora.kernels import lora_pool
 from manylora.kernels.cpu import available
-from manylora.kernels.lora_pool import INTEGERS, LoraPool, as_integers, rows_of_b
+from manylora.kernels.lora_pool import INTEGERS, LoraPool, as_integers, relative_error, rows_of_b
 from manylora.kernels.lora_weights import LoraPair, LoraWeights
 from manylora.kernels.sites import RANK_PAGE
 from tests.kernels.shapes import SHAPES
@@ -65,6 +66,24 @@ def test_the_formula_to_the_bit(kind: str, dtype: torch.dtype, held: torch.dtype
             for mine, expected in zip(found, page_of(pair, i * RANK_PAGE, held), strict=True):
                 assert torch.equal(mine, expected), (rank, i)
             assert not pool.a["q"][page, 0].any(), "a layer without a pair"
+
+
+@pytest.mark.parametrize("largest", INTEGERS.values())
+def test_what_is_lost_is_the_formula_s(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [pair_of(rank, dtype, kind) for rank in (3, 33) for dtype in DTYPES for kind in ("normal", "zeros")]
+    pairs.append(LoraPair(pairs[0].a.float(), pairs[0].b.bfloat16(), 1.0))
+    pairs.append(LoraPair(pairs[0].a.float(), pairs[0].b.float().T.contiguous().T, 1.0))
+    found = [relative_error(pair, largest) for pair in pairs]
+    monkeypatch.setattr(lora_pool, "cpu_kernels_available", lambda: False)
+    assert found == pytest.approx([relative_error(pair, largest) for pair in pairs], rel=1e-6)
+    assert relative_error(LoraPair(torch.zeros(2, 8), torch.ones(8, 2), 1.0), largest) == 0
+    for pair, mine in zip(pairs, found, strict=True):  # of each rank's own delta, of which it is a bound
+        ((a, scale_a), (b, scale_b)), off, total = (as_integers(of, largest) for of in (pair.a, pair.b.T)), 0.0, 0.0
+        for r in range(pair.rank):
+            exact = torch.outer(pair.b[:, r].double(), pair.a[r].double())
+            off += float((torch.outer(b[r] * scale_b[r], a[r] * scale_a[r]) - exact).abs().sum())
+            total += float(exact.abs().sum())
+        assert 0.6 * mine < off / total <= mine * (1 + 1 / largest)
 
 
 def test_what_is_read() -> None:

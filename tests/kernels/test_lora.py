@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
 from collections.abc import Callable
 from itertools import chain
 from typing import Literal
@@ -11,6 +12,7 @@ from typing import Literal
 import pytest
 import torch
 
+from manylora.kernels import lora_pool
 from manylora.kernels.cpu import available
 from manylora.kernels.lora import BatchedLora, Implementation, SiteAdapters
 from manylora.kernels.lora_pool import INTEGERS, LoraPool
@@ -367,6 +369,28 @@ def test_a_rank_of_zeros_adds_nothing(held: torch.dtype) -> None:
     page = int(pool.page_table["q"][0, 0])
     assert (pool.page_scales["q"][page, 0] > 0).tolist() == [True, False, True, *[False] * 13]
     assert torch.isfinite(pool.page_scales["q"]).all()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_what_bytes_would_change_is_refused(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value far above the others of its rank leaves them no levels. Not if the others are zeros."""
+    if kernels and not available():
+        pytest.skip("no AVX2 and FMA here")
+    monkeypatch.setattr(lora_pool, "cpu_kernels_available", lambda: kernels)
+    weights = random_weights(3, ("q",), 1)
+    pair = weights.pairs["q", 1]
+    words, small = (pool_of(weights, page_dtype=held) for held in INTEGERS)
+    assert small.overflows(weights) is None
+    pair.a[0] *= 1e-3  # a rank of its own size
+    assert small.overflows(weights) is None
+    pair.a[1:, 5] = 100 * pair.a.abs().max()
+    refusal = small.overflows(weights)
+    assert refusal is not None
+    assert re.match(r"`q` of layer 1: its delta would be off by \d\d% in 8-bit integers", refusal)
+    assert refusal.endswith("(start the server with --lora-dtype int16)")
+    assert words.overflows(weights) is None
+    pair.a[:, 6:], pair.a[:, :5] = 0, 0
+    assert small.overflows(weights) is None
 
 
 @pytest.mark.parametrize("held", INTEGERS, ids=str)
