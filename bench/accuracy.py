@@ -49,6 +49,7 @@ from manylora.server.engine.batch import build_batch
 from manylora.server.engine.request import AdapterUse, Request, SamplingParams, ScheduledRow, StepPlan
 from manylora.server.model.decoder import Decoder
 from manylora.server.model.decoder_weights import DecoderWeights
+from manylora.server.model.exact_inputs import with_exact_inputs
 from manylora.server.model.families import ModelSpec
 from manylora.server.model.forward_batch import ForwardBatch
 from manylora.server.model.kv_cache import KVCache
@@ -105,7 +106,8 @@ class Model:
             )  # fmt: skip
             pool.write(0, adapter)
             lora, self._uses = BatchedLora(pool, "auto" if ops.name == "numba" else "torch"), (_ADAPTER,)
-        self._decoder = Decoder(spec, DecoderWeights.prepare(spec, weights, ops, max_context=window), ops, lora)
+        prepared = DecoderWeights.prepare(spec, weights, ops, max_context=window)
+        self._decoder = Decoder(spec, with_exact_inputs(spec, prepared, ops), ops, lora)
         self._cache = KVCache(spec, KVCache.pages_for(window), ops)
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:

@@ -87,6 +87,8 @@ class Ops(Protocol):
     """What ``new_kv_cache`` holds: ``dtype``, or int16, which have a scale for each vector beside."""
     coded_head: bool
     """Whether ``prepare_embedding`` adds a copy in 8 bits that makes logits, where the width allows it."""
+    exact_inputs: int
+    """Positions of x that a linear layer may be told to multiply ``exactly``; 0 where that is of no use."""
 
     def together(self) -> contextlib.AbstractContextManager[None]:
         """Operations within may be queued and run, in order, at the end of the outermost such block or at ``flush``:
@@ -112,8 +114,13 @@ class Ops(Protocol):
         own ``nbytes`` is 0. The bounds are those of weights that were prepared together."""
 
     def stack(self, parts: Sequence[Any], bias: torch.Tensor | None) -> Any:
-        """One linear layer of prepared ones of equal K, whose biases do not count; its output is theirs, one behind
-        the other. Parts held in the same way are copied into one; else each is computed by itself."""
+        """One linear layer of prepared ones of equal K, whose biases do not count, nor what is ``exactly`` multiplied;
+        its output is theirs, one behind the other. Parts held in the same way are copied into one; else each is
+        computed by itself."""
+
+    def exactly(self, weight: Any, positions: torch.Tensor) -> Any:
+        """A prepared linear layer, by the same bytes, that multiplies these positions of x without rounding them or
+        their weights: int64 ``[exact_inputs]``, all different. As it was where nothing is rounded."""
 
     def dense(self, weight: Any) -> torch.Tensor:
         """The matrix of a prepared linear layer, fp32 ``[N, K]``: a copy of the very values it multiplies with. Any

@@ -52,6 +52,7 @@ class TorchOps:
 
     name = "torch"
     coded_head = False
+    exact_inputs = 0
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype, *, resident: bool) -> None:
         self.device, self.dtype, self._resident = torch.device(device), dtype, resident
@@ -96,6 +97,9 @@ class TorchOps:
         if self._resident:
             return TorchLinear((), torch.cat([part.matrix(self.dtype) for part in parts]), moved)
         return TorchLinear(tuple(weight for part in parts for weight in part.weights), None, moved)
+
+    def exactly(self, weight: TorchLinear, positions: torch.Tensor) -> TorchLinear:
+        return weight
 
     def dense(self, weight: TorchLinear) -> torch.Tensor:
         return weight.matrix(self.dtype).to(torch.float32, copy=True)

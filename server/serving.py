@@ -38,6 +38,7 @@ from manylora.server.engine.sampler import Sampler
 from manylora.server.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from manylora.server.model.decoder import Decoder
 from manylora.server.model.decoder_weights import DecoderWeights
+from manylora.server.model.exact_inputs import with_exact_inputs
 from manylora.server.model.kv_cache import KVCache
 from manylora.server.model.loader import LoadedBase, load_base
 from manylora.server.plan import Plan, readable
@@ -163,6 +164,7 @@ def build(config: ServeConfig, *, progress: bool = True, base: LoadedBase | None
     )
     lora = BatchedLora(pool, path.lora)
     prepared = DecoderWeights.prepare(spec, weights, ops, max_context=sizes.max_context)
+    prepared = with_exact_inputs(spec, prepared, ops)
     decoder = Decoder(spec, prepared, ops, lora)
     del weights, base  # the decoder holds its own form of them; the base is in memory once
     cache = KVCache(spec, sizes.kv_pages, ops)

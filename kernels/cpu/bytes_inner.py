@@ -26,6 +26,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+import numpy as np
+import torch
 from llvmlite import ir
 from numba import njit
 from numba.core import cgutils, types
@@ -36,6 +38,7 @@ from manylora.kernels.cpu.emit import (
     I8,
     I32,
     I64,
+    V8F,
     V8I,
     VECTORS,
     VF,
@@ -47,6 +50,7 @@ from manylora.kernels.cpu.emit import (
     function,
     fused_multiply_add,
     i64,
+    int32_at,
     load,
     load_tile,
     offset,
@@ -76,7 +80,14 @@ PAIR_ROWS: Final = TARGET.nf4_byte_pair_rows
 """Rows at most that are multiplied with two tiles at once; 0: none are."""
 MANY_ROWS: Final = 2 * MOST_ROWS + 1
 """Rows from which on two tiles are taken at once."""
+EXACT: Final = 8
+"""Positions of x that a weight may have multiplied as they are."""
+_ENTRY: Final = 4
+_WORDS_AT: Final = 4 * EXACT * _ENTRY
 
+Column = Callable[[Builder, Value, Value, Value], list[Value]]
+"""What brings the weights of an exact position, fp32, of a tile's 16 outputs: of the codes and of the largest values at
+two addresses, and the position's entry at a third (``exact_table``)."""
 Group = Callable[[Builder, Value], list[list[Value]]]
 """What brings codes: of the ``GROUP`` positions and 16 outputs at an address, for each four positions, vectors with an
 output's four codes side by side."""
@@ -94,19 +105,19 @@ def _dot(b: Builder, total: Value, codes: Value, levels: Value) -> Value:
     return b.add(total, b.add(products_of_words(b, *even), products_of_words(b, *odd)))
 
 
-def _micro_kernel(group: Group, load_bytes: int, shapes: range, tiles: int) -> Any:
+def _micro_kernel(group: Group, column: Column | None, load_bytes: int, shapes: range, tiles: int) -> Any:
     @intrinsic
-    def multiply(typingctx, rows, levels, packed, absmax, blocks, spans, c, c_stride, accumulate):
+    def multiply(typingctx, rows, levels, packed, absmax, blocks, spans, c, c_stride, accumulate, exact):
         """``c[r] (+)= W x[r]``, as ``nf4_inner.fused_nf4``, for a group of ``rows`` rows, one of ``shapes``, as
-        ``quantiser`` lays it out, and ``tiles`` tiles."""
+        ``quantiser`` lays it out, and ``tiles`` tiles. ``exact``: an ``exact_table``, or 0."""
 
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             rows, *rest = args
             for count, _ in branches(b, rows, dict.fromkeys(shapes, 1)):
-                _emit_rows(b, count, tiles, group, load_bytes, *rest)
+                _emit_rows(b, count, tiles, group, column, load_bytes, *rest)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 9), codegen
+        return types.void(*[types.int64] * 10), codegen
 
     return multiply
 
@@ -116,6 +127,7 @@ def _emit_rows(
     rows: int,
     tiles: int,
     group: Group,
+    column: Column | None,
     load_bytes: int,
     levels: Value,
     packed: Value,
@@ -125,6 +137,7 @@ def _emit_rows(
     c: Value,
     c_stride: Value,
     accumulate: Value,
+    exact: Value,
 ) -> None:
     def vectors(kind: Any) -> list[list[Value]]:
         return [[cgutils.alloca_once(b, kind) for _ in range(VECTORS * tiles)] for _ in range(rows)]
@@ -154,6 +167,20 @@ def _emit_rows(
                     b.store(constant(0.0, VF), total)
     span_bytes = SPAN // GROUP * load_bytes
     tile_bytes = b.mul(all_spans, i64(span_bytes))
+    if column is not None:
+        with b.if_then(b.icmp_signed("!=", exact, i64(0))):
+            kept = b.add(levels, b.mul(all_spans, i64(SPAN_BYTES * rows)))
+            with cgutils.for_range(b, i64(EXACT), intp=I64) as position:
+                entry = b.add(exact, b.mul(position.index, i64(4 * _ENTRY)))
+                weights = []
+                for t in range(tiles):
+                    own = b.add(packed, b.mul(tile_bytes, i64(t)))
+                    weights += column(b, own, b.add(absmax, b.mul(blocks, i64(64 * t))), entry)
+                values = b.add(kept, b.mul(position.index, i64(4)))
+                for r, row in enumerate(totals):
+                    value = word(offset(b, values, 4 * EXACT * r), F32, VF)
+                    for weight, total in zip(weights, row, strict=True):
+                        b.store(b.call(fma, [value, weight, b.load(total)]), total)
     with cgutils.for_range(b, blocks, intp=I64) as block:
         for row in partial:
             for one in row:
@@ -191,16 +218,16 @@ def _emit_rows(
         store_tile(b, [b.load(total) for total in row], place)
 
 
-def some_tiles(group: Group, load_bytes: int) -> Any:
+def some_tiles(group: Group, load_bytes: int, column: Column | None = None) -> Any:
     """The product of a group of rows and some tiles whose codes ``group`` brings, ``load_bytes`` for ``GROUP``
-    positions."""
-    single = _micro_kernel(group, load_bytes, range(1, MOST_ROWS + 1), 1)
+    positions; without ``column`` none is exact."""
+    single = _micro_kernel(group, column, load_bytes, range(1, MOST_ROWS + 1), 1)
     # No smaller groups from MANY_ROWS on.
-    pair = _micro_kernel(group, load_bytes, range(PAIR_ROWS - 1, PAIR_ROWS + 1), 2)
+    pair = _micro_kernel(group, column, load_bytes, range(PAIR_ROWS - 1, PAIR_ROWS + 1), 2)
     of_position = load_bytes // GROUP
 
     @njit(nogil=True, inline="never")
-    def multiply(rows, levels, depth, packed, largest, tiles, block, y, y_stride, accumulate, pairs):
+    def multiply(rows, levels, depth, packed, largest, tiles, block, y, y_stride, accumulate, pairs, exact):
         """A group of rows and ``tiles`` tiles from the first at ``packed``, two at once if there are ``pairs``."""
         blocks, spans = depth // block, block // SPAN
         tile = 0
@@ -208,33 +235,41 @@ def some_tiles(group: Group, load_bytes: int) -> Any:
             while pairs and tile + 1 < tiles:
                 pair(
                     rows, levels, packed + of_position * tile * depth, largest + 64 * tile * blocks, blocks, spans,
-                    y + 64 * tile, y_stride, accumulate,
+                    y + 64 * tile, y_stride, accumulate, exact,
                 )  # fmt: skip
                 tile += 2
         while tile < tiles:
             single(
                 rows, levels, packed + of_position * tile * depth, largest + 64 * tile * blocks, blocks, spans,
-                y + 64 * tile, y_stride, accumulate,
+                y + 64 * tile, y_stride, accumulate, exact,
             )  # fmt: skip
             tile += 1
 
     return multiply
 
 
-def quantiser(change: Callable[[Builder, list[Value]], list[Value]]) -> Any:
-    """What makes integers of the values of x, once ``change`` has been made to each span of them."""
+def quantiser(change: Callable[[Builder, list[Value]], list[Value]], *, exact: bool = False) -> Any:
+    """What makes integers of the values of x, once ``change`` has been made to each span of them; if ``exact``, where
+    an ``exact_table`` says so, 0, and the values themselves are put behind the group's spans, ``EXACT`` of each row."""
+    may_be_exact = exact
 
     @intrinsic
-    def quantise(typingctx, x, x_stride, rows, levels):
+    def quantise(typingctx, x, x_stride, rows, levels, without):
         """A span of a group of ``rows`` rows, ``SPAN`` fp32 values each at ``x`` and ``x_stride`` bytes on, as int8
         levels, fp32 scales and int32 biases at ``levels``, in the order that the module describes: x is about ``level *
-        scale * CODE_UNIT``. A value that is not finite makes a scale that is not."""
+        scale * CODE_UNIT``. Positions whose bits are set in ``without`` count as 0. A value that is not finite makes a
+        scale that is not."""
 
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
-            x, x_stride, rows, levels = args
+            x, x_stride, rows, levels, without = args
             add_up = function(b, "llvm.vector.reduce.add.v8i32", I32, V8I)
+            masks = _masks(b, without) if may_be_exact else []
             with cgutils.for_range(b, rows, intp=I64) as loop:
-                values = change(b, load_span(b, b.add(x, b.mul(loop.index, x_stride))))
+                values = load_span(b, b.add(x, b.mul(loop.index, x_stride)))
+                if may_be_exact:
+                    pairs = zip(values, masks, strict=True)
+                    values = [b.bitcast(b.and_(b.bitcast(value, V8I), mask), V8F) for value, mask in pairs]
+                values = change(b, values)
                 whole, scale = scaled_span(b, values, LEVELS, CODE_UNIT)
                 place, step = b.add(levels, b.mul(loop.index, i64(8))), b.mul(rows, i64(8))
                 for vector in whole:
@@ -248,20 +283,68 @@ def quantiser(change: Callable[[Builder, list[Value]], list[Value]]) -> Any:
                 store(b, b.ashr(bias, ir.Constant(I32, _ZERO_BITS)), offset(b, place, 4), 4)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 4), codegen
+        return types.void(*[types.int64] * 5), codegen
 
     @njit(nogil=True)
-    def quantised(part, parts, x, x_stride, rows, depth, levels, stride):
+    def quantised(part, parts, x, x_stride, rows, depth, levels, stride, exact):
         """A part of x as integers: spans of whole groups."""
         groups, spans = groups_of_rows(rows), depth // SPAN
         first, last = share(groups * spans, part, parts, 1)
         for item in range(first, last):
             group, span = item // spans, item % spans
             row, end = rows * group // groups, rows * (group + 1) // groups
-            own = levels + row * stride + SPAN_BYTES * (end - row) * span
-            quantise(x + row * x_stride + 4 * SPAN * span, x_stride, end - row, own)
+            own, without = levels + row * stride, 0
+            if may_be_exact and exact != 0:
+                without = int32_at(exact + _WORDS_AT, span)
+                if span == 0:
+                    _keep(x + row * x_stride, x_stride, end - row, own + SPAN_BYTES * (end - row) * spans, exact)
+            own += SPAN_BYTES * (end - row) * span
+            quantise(x + row * x_stride + 4 * SPAN * span, x_stride, end - row, own, without)
 
     return quantised
+
+
+def _masks(b: Builder, without: Value) -> list[Value]:
+    """For each vector of a span all bits of the positions that count, none of those whose bit is set in ``without``."""
+    bits = splat(b, b.trunc(without, I32), V8I)
+    own = [ir.Constant(V8I, [1 << (8 * v + lane) for lane in range(8)]) for v in range(SPAN // 8)]
+    return [b.sext(b.icmp_signed("==", b.and_(bits, one), ir.Constant(V8I, [0] * 8)), V8I) for one in own]
+
+
+@intrinsic
+def _keep(typingctx, x, x_stride, rows, place, exact):
+    """The values of a group's rows at the positions of an ``exact_table``, one row's behind another's."""
+
+    def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
+        x, x_stride, rows, place, exact = args
+        positions = [b.sext(load(b, offset(b, exact, 4 * _ENTRY * i), I32, 4), I64) for i in range(EXACT)]
+        with cgutils.for_range(b, rows, intp=I64) as loop:
+            own = b.add(x, b.mul(loop.index, x_stride))
+            to = b.add(place, b.mul(loop.index, i64(4 * EXACT)))
+            for i, position in enumerate(positions):
+                store(b, load(b, b.add(own, b.mul(position, i64(4))), F32, 4), offset(b, to, 4 * i), 4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
+
+
+def exact_table(positions: torch.Tensor, depth: int, block: int) -> torch.Tensor:
+    """What the kernels need to know of ``EXACT`` different positions of x: int32 ``[EXACT * 4 + depth / SPAN]``.
+
+    Of each, in ascending order, itself, where in a tile its codes are (bytes, and by how many bits they are shifted),
+    and where its block's largest values are (bytes); then of each span a word with the bits of its exact positions.
+    """
+    found = sorted(positions.tolist())
+    if len(set(found)) != EXACT or found[0] < 0 or found[-1] >= depth:
+        raise ValueError(f"expected {EXACT} different positions below {depth}, got {found}")
+    words = np.zeros(depth // SPAN, np.uint32)
+    entries = []
+    for position in found:
+        words[position // SPAN] |= np.uint32(1 << position % SPAN)
+        # As ``nf4_packing.FOR_BYTES`` has them: four positions in a word's bytes, of eight the last four above them.
+        shift = 8 * (position % 4) + 4 * (position % GROUP // 4)
+        entries += [position, position // GROUP * 8 * GROUP, shift, position // block * 64]
+    return torch.from_numpy(np.concatenate((np.array(entries, np.int32), words.view(np.int32))))
 
 
 def groups_of(rows: int) -> int:
@@ -275,5 +358,5 @@ groups_of_rows = njit(nogil=True)(groups_of)  # for kernels: called from Python 
 
 
 def work_width(k: int) -> int:
-    """fp32 values that hold a row of K inputs as integers."""
-    return k // SPAN * SPAN_BYTES // 4
+    """fp32 values that hold a row of K inputs as integers, and its exact values."""
+    return k // SPAN * SPAN_BYTES // 4 + EXACT

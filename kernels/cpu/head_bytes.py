@@ -75,7 +75,7 @@ _some_tiles = some_tiles(_group, TILE * GROUP)
 @kernel
 def _quantise_rotated_kernel(arguments, part, parts):
     a = carray(arguments, 13)
-    _quantised(part, parts, a[0], a[1], a[2], a[3], a[4], a[5])
+    _quantised(part, parts, a[0], a[1], a[2], a[3], a[4], a[5], 0)
 
 
 @kernel
@@ -94,7 +94,7 @@ def _head_bytes_kernel(arguments, part, parts):
             _some_tiles(
                 end - row, levels + row * stride, depth, codes + 16 * tile * depth,
                 largest + 64 * tile * (depth // block), min(at_once, last - tile), block,
-                y + row * y_stride + 64 * tile, y_stride, 0, rows >= MANY_ROWS,
+                y + row * y_stride + 64 * tile, y_stride, 0, rows >= MANY_ROWS, 0,
             )  # fmt: skip
 
 

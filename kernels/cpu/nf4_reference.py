@@ -91,6 +91,14 @@ class Integers:
         missed = missed.reshape(len(x), largest.shape[1], -1).sum(2)
         return self.rounded_x(x) @ rounded.T + missed @ largest.double().T
 
+    def product_but(
+        self, x: torch.Tensor, rounded: torch.Tensor, largest: torch.Tensor, positions: torch.Tensor, exact: torch.Tensor
+    ) -> torch.Tensor:
+        """``product``, but for ``positions``, int64, of x, which are multiplied with ``exact`` ``[N, K]`` as they
+        are."""
+        kept = x[:, positions].double() @ exact[:, positions].double().T
+        return self.product(x.index_fill(1, positions, 0), rounded, largest) + kept
+
     def bound(self, x: torch.Tensor, weight: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
         """How far the product of the rounded values is from that of x ``[M, K]`` and ``weight`` ``[N, K]`` at most,
         ``[M, N]`` fp64. ``absmax`` ``[N, K / blocksize]``: those of the weight's blocks."""

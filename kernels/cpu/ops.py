@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -44,7 +44,8 @@ def _bits(value: float) -> int:
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """NF4 in tiles of 16 outputs; see ``nf4_packing``. ``borrowed``: the bytes are another's."""
+    """NF4 in tiles of 16 outputs; see ``nf4_packing``. ``borrowed``: the bytes are another's. ``exact``: see
+    ``bytes_inner.exact_table``."""
 
     packed: torch.Tensor
     absmax: torch.Tensor
@@ -52,10 +53,12 @@ class PackedLinear:
     bias: torch.Tensor | None
     out_features: int
     borrowed: bool = False
+    exact: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.borrowed else self.packed.nbytes + self.absmax.nbytes
+        exact = 0 if self.exact is None else self.exact.nbytes
+        return 0 if self.borrowed else self.packed.nbytes + self.absmax.nbytes + exact
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ class NumbaOps:
         self.dtype = torch.float32
         self.kv_dtype = torch.float32 if arithmetic == "fp32" else torch.int16
         self.coded_head = arithmetic == "int8"
+        self.exact_inputs = bytes_inner.EXACT if arithmetic == "int8" else 0
         self._scratch = Scratch()
 
     @contextlib.contextmanager
@@ -191,7 +195,7 @@ class NumbaOps:
         tiles = slice(first // TILE, last // TILE)
         if isinstance(weight, PackedLinear):
             packed, absmax = weight.packed[tiles], weight.absmax[tiles]
-            return PackedLinear(packed, absmax, weight.blocksize, None, last - first, borrowed=True)
+            return PackedLinear(packed, absmax, weight.blocksize, None, last - first, borrowed=True, exact=weight.exact)
         if isinstance(weight, DenseLinear):
             return DenseLinear(weight.tiles[tiles], None, borrowed=True)
         within, at = [], 0
@@ -218,6 +222,15 @@ class NumbaOps:
             bias,
             sum(part.out_features for part in packed),
         )
+
+    def exactly(self, weight: AnyLinear, positions: torch.Tensor) -> AnyLinear:
+        if isinstance(weight, StackedLinear):
+            parts = tuple(part for one in weight.parts for part in _flat([self.exactly(one, positions)]))
+            return StackedLinear(parts, weight.bias)
+        if isinstance(weight, DenseLinear) or self.exact_inputs == 0:
+            return weight
+        depth = weight.packed.shape[1] * nf4_packing.GROUP
+        return replace(weight, exact=bytes_inner.exact_table(positions, depth, weight.blocksize))
 
     def dense(self, weight: AnyLinear) -> torch.Tensor:
         if isinstance(weight, PackedLinear):
@@ -297,17 +310,16 @@ class NumbaOps:
                 x, weight.packed, weight.absmax, weight.blocksize, out, accumulate=accumulate
             )  # fmt: skip
         else:
-            small = self.arithmetic == "int8"
-            width, product = (
-                (bytes_inner.work_width, nf4_bytes.nf4_bytes_linear)
-                if small
-                else (nf4_linear.work_width, nf4_linear.nf4_linear)
-            )
+            width = bytes_inner.work_width if self.arithmetic == "int8" else nf4_linear.work_width
             with self._scratch.scope():
                 work = self._scratch.empty(x.shape[0], width(x.shape[1]))
-                product(
-                    x, weight.packed, weight.absmax, weight.blocksize, out, work, accumulate=accumulate, follows=follows
-                )  # fmt: skip
+                of_weight = weight.packed, weight.absmax, weight.blocksize
+                if self.arithmetic == "int8":
+                    nf4_bytes.nf4_bytes_linear(
+                        x, *of_weight, out, work, exact=weight.exact, accumulate=accumulate, follows=follows
+                    )
+                else:
+                    nf4_linear.nf4_linear(x, *of_weight, out, work, accumulate=accumulate, follows=follows)
 
     def prepare_embedding(self, weight: torch.Tensor, *, head: bool) -> PackedTable:
         vocab, width = weight.shape

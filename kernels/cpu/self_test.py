@@ -214,6 +214,12 @@ def _nf4_linear(make: _Inputs, ops: Ops, k: int, block: int, integers: nf4_refer
         terms, product = k // SPAN, partial(integers.product, rounded=matrix, largest=largest)
     for added, tested in ((None, _ROWS), (bias, (1, 9))):
         _check_linear(ops, make, ops.prepare_linear(weights, added), matrix, added, terms, product, tested)
+    if integers is not None and ops.exact_inputs:
+        positions = torch.linspace(1, k - 1, ops.exact_inputs).long()  # of even and odd ones, and of several blocks
+        exact = torch.cat([w.dequantize() for w in weights])
+        product = partial(integers.product_but, rounded=matrix, largest=largest, positions=positions, exact=exact)
+        ours = ops.exactly(ops.prepare_linear(weights, bias), positions)
+        _check_linear(ops, make, ours, matrix, bias, terms + len(positions), product)
 
 
 def _bf16_linear(make: _Inputs, ops: Ops, k: int) -> None:

@@ -98,6 +98,7 @@ class CudaOps:
 
     name = "cuda"
     coded_head = False
+    exact_inputs = 0
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
         self.device, self.dtype, self.kv_dtype = torch.device(device), dtype, dtype
@@ -176,6 +177,9 @@ class CudaOps:
             return self._compiled(CudaDense(torch.cat(dense), bias))
         joined = join(words) if len(words) == len(flat) else None
         return CudaStack(tuple(flat), bias) if joined is None else CudaLinear(joined, None, bias)
+
+    def exactly(self, weight: AnyLinear, positions: torch.Tensor) -> AnyLinear:
+        return weight
 
     def dense(self, weight: AnyLinear) -> torch.Tensor:
         # In torch, not by the kernel that dequantises: that writes into memory of the step loop's, and is compiled for

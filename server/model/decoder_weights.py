@@ -6,7 +6,7 @@ Decoders share them: a merged model has most in common with the base, and what i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class LayerWeights:
     """One block. ``sites``: the prepared linear layer of each fused site, by
     ``LAYER_SITES``. ``biases``: fp32 ``[out_features]`` on the CPU, by projection, of those that have one (they are in
     the prepared layers already). ``attention_out_norm`` and ``mlp_out_norm``: of what is added to the residual stream,
-    if that is normed."""
+    if that is normed. ``exact``: by site, the positions of x that it multiplies as they are (``Ops.exactly``)."""
 
     input_norm: Norm
     attention_out_norm: Norm | None
@@ -45,6 +45,7 @@ class LayerWeights:
     sites: Mapping[str, Any]
     biases: Mapping[str, torch.Tensor]
     attention: AttentionShape
+    exact: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

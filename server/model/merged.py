@@ -174,7 +174,8 @@ def _merge_layer(base: Decoder, adapter: LoraWeights, mode: MergeMode, layer: in
             if (bias := merge_bias(biases.get(p), adapter.vectors.get(module))) is not None:
                 biases[p] = bias
             progress.step()
-        sites[site] = base.ops.stack(parts, site_bias(site, biases, base.spec.lora_shapes()))
+        stacked = base.ops.stack(parts, site_bias(site, biases, base.spec.lora_shapes()))
+        sites[site] = base.ops.exactly(stacked, of_base.exact[site]) if site in of_base.exact else stacked
     return replace(of_base, sites=sites, biases=biases)
 
 
