@@ -17,6 +17,13 @@ span two words of each row after each other, 4 times, then each row's scale and 
 address them all, and neighbours lie in the same cache line. Many rows are multiplied with two tiles at once, as reading
 a word for each product takes as long as the products.
 
+**Exact positions.** ``EXACT`` positions of x, such as are large in nearly every row, may be left out of the integers
+(LLM.int8(), Dettmers et al. 2022). They count as 0 when their spans are rounded, so their neighbours have the levels
+for themselves, and an output begins with ``x * w`` of them in fp32, in ascending order, by multiply-adds. The weights
+are made of the codes anew for each group of rows, five instructions for 16: columns of their own would be 10 % more
+memory to read where few rows wait for that. A table says which they are: ``ENTRY`` numbers for each, then for each span
+an int32 with the bits of its own.
+
 **Sums** of a span are exact, and spans are added in order: as with 16 bits, a row's result depends neither on the rows
 beside it nor on how wide vectors are.
 """
@@ -26,8 +33,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-import numpy as np
-import torch
 from llvmlite import ir
 from numba import njit
 from numba.core import cgutils, types
@@ -82,12 +87,13 @@ MANY_ROWS: Final = 2 * MOST_ROWS + 1
 """Rows from which on two tiles are taken at once."""
 EXACT: Final = 8
 """Positions of x that a weight may have multiplied as they are."""
-_ENTRY: Final = 4
-_WORDS_AT: Final = 4 * EXACT * _ENTRY
+ENTRY: Final = 4
+"""Numbers that the kernels need of each of them: itself, and what ``Column`` wants."""
+_WORDS_AT: Final = 4 * EXACT * ENTRY
 
 Column = Callable[[Builder, Value, Value, Value], list[Value]]
 """What brings the weights of an exact position, fp32, of a tile's 16 outputs: of the codes and of the largest values at
-two addresses, and the position's entry at a third (``exact_table``)."""
+two addresses, and the position's ``ENTRY`` numbers, int32, at a third."""
 Group = Callable[[Builder, Value], list[list[Value]]]
 """What brings codes: of the ``GROUP`` positions and 16 outputs at an address, for each four positions, vectors with an
 output's four codes side by side."""
@@ -109,7 +115,7 @@ def _micro_kernel(group: Group, column: Column | None, load_bytes: int, shapes: 
     @intrinsic
     def multiply(typingctx, rows, levels, packed, absmax, blocks, spans, c, c_stride, accumulate, exact):
         """``c[r] (+)= W x[r]``, as ``nf4_inner.fused_nf4``, for a group of ``rows`` rows, one of ``shapes``, as
-        ``quantiser`` lays it out, and ``tiles`` tiles. ``exact``: an ``exact_table``, or 0."""
+        ``quantiser`` lays it out, and ``tiles`` tiles. ``exact``: a table of exact positions, or 0."""
 
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             rows, *rest = args
@@ -171,7 +177,7 @@ def _emit_rows(
         with b.if_then(b.icmp_signed("!=", exact, i64(0))):
             kept = b.add(levels, b.mul(all_spans, i64(SPAN_BYTES * rows)))
             with cgutils.for_range(b, i64(EXACT), intp=I64) as position:
-                entry = b.add(exact, b.mul(position.index, i64(4 * _ENTRY)))
+                entry = b.add(exact, b.mul(position.index, i64(4 * ENTRY)))
                 weights = []
                 for t in range(tiles):
                     own = b.add(packed, b.mul(tile_bytes, i64(t)))
@@ -249,8 +255,9 @@ def some_tiles(group: Group, load_bytes: int, column: Column | None = None) -> A
 
 
 def quantiser(change: Callable[[Builder, list[Value]], list[Value]], *, exact: bool = False) -> Any:
-    """What makes integers of the values of x, once ``change`` has been made to each span of them; if ``exact``, where
-    an ``exact_table`` says so, 0, and the values themselves are put behind the group's spans, ``EXACT`` of each row."""
+    """What makes integers of the values of x, once ``change`` has been made to each span of them. If ``exact``, there
+    may be a table of exact positions: these become 0, and their values are put behind the group's spans, ``EXACT`` of
+    each row."""
     may_be_exact = exact
 
     @intrinsic
@@ -313,11 +320,11 @@ def _masks(b: Builder, without: Value) -> list[Value]:
 
 @intrinsic
 def _keep(typingctx, x, x_stride, rows, place, exact):
-    """The values of a group's rows at the positions of an ``exact_table``, one row's behind another's."""
+    """The values of a group's rows at the exact positions of a table, one row's behind another's."""
 
     def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
         x, x_stride, rows, place, exact = args
-        positions = [b.sext(load(b, offset(b, exact, 4 * _ENTRY * i), I32, 4), I64) for i in range(EXACT)]
+        positions = [b.sext(load(b, offset(b, exact, 4 * ENTRY * i), I32, 4), I64) for i in range(EXACT)]
         with cgutils.for_range(b, rows, intp=I64) as loop:
             own = b.add(x, b.mul(loop.index, x_stride))
             to = b.add(place, b.mul(loop.index, i64(4 * EXACT)))
@@ -326,25 +333,6 @@ def _keep(typingctx, x, x_stride, rows, place, exact):
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), codegen
-
-
-def exact_table(positions: torch.Tensor, depth: int, block: int) -> torch.Tensor:
-    """What the kernels need to know of ``EXACT`` different positions of x: int32 ``[EXACT * 4 + depth / SPAN]``.
-
-    Of each, in ascending order, itself, where in a tile its codes are (bytes, and by how many bits they are shifted),
-    and where its block's largest values are (bytes); then of each span a word with the bits of its exact positions.
-    """
-    found = sorted(positions.tolist())
-    if len(set(found)) != EXACT or found[0] < 0 or found[-1] >= depth:
-        raise ValueError(f"expected {EXACT} different positions below {depth}, got {found}")
-    words = np.zeros(depth // SPAN, np.uint32)
-    entries = []
-    for position in found:
-        words[position // SPAN] |= np.uint32(1 << position % SPAN)
-        # As ``nf4_packing.FOR_BYTES`` has them: four positions in a word's bytes, of eight the last four above them.
-        shift = 8 * (position % 4) + 4 * (position % GROUP // 4)
-        entries += [position, position // GROUP * 8 * GROUP, shift, position // block * 64]
-    return torch.from_numpy(np.concatenate((np.array(entries, np.int32), words.view(np.int32))))
 
 
 def groups_of(rows: int) -> int:

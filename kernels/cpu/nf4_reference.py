@@ -92,7 +92,12 @@ class Integers:
         return self.rounded_x(x) @ rounded.T + missed @ largest.double().T
 
     def product_but(
-        self, x: torch.Tensor, rounded: torch.Tensor, largest: torch.Tensor, positions: torch.Tensor, exact: torch.Tensor
+        self,
+        x: torch.Tensor,
+        rounded: torch.Tensor,
+        largest: torch.Tensor,
+        positions: torch.Tensor,
+        exact: torch.Tensor,
     ) -> torch.Tensor:
         """``product``, but for ``positions``, int64, of x, which are multiplied with ``exact`` ``[N, K]`` as they
         are."""

@@ -45,7 +45,7 @@ def _bits(value: float) -> int:
 @dataclass(frozen=True)
 class PackedLinear:
     """NF4 in tiles of 16 outputs; see ``nf4_packing``. ``borrowed``: the bytes are another's. ``exact``: see
-    ``bytes_inner.exact_table``."""
+    ``nf4_bytes.exact_table``."""
 
     packed: torch.Tensor
     absmax: torch.Tensor
@@ -230,7 +230,7 @@ class NumbaOps:
         if isinstance(weight, DenseLinear) or self.exact_inputs == 0:
             return weight
         depth = weight.packed.shape[1] * nf4_packing.GROUP
-        return replace(weight, exact=bytes_inner.exact_table(positions, depth, weight.blocksize))
+        return replace(weight, exact=nf4_bytes.exact_table(positions, depth, weight.blocksize))
 
     def dense(self, weight: AnyLinear) -> torch.Tensor:
         if isinstance(weight, PackedLinear):

@@ -1,9 +1,9 @@
 """Which positions of x a base's linear layers multiply as they are, where the operations round x coarsely.
 
-In every model of this kind a few positions of the residual stream are large in nearly every row, and stay so (LLM.int8(),
-Dettmers et al. 2022): rounded in spans that share a scale, they cost their neighbours most of the levels. So
-``Ops.exact_inputs`` positions of each site are kept out, those with the largest mean square over a few random tokens.
-What the tokens are hardly matters: 32 find as good ones as 2048, or as a text does (docs/log.md, "positions kept out").
+A few positions of the residual stream are large in nearly every row (LLM.int8(), Dettmers et al. 2022): rounded in
+spans that share a scale, they cost their neighbours most of the levels. So ``Ops.exact_inputs`` positions of each site
+are kept out of that, those with the largest mean square over a few random tokens. Which tokens hardly matters: 32 find
+as good ones as 2048, or as a text does (docs/log.md, "positions kept out of the bytes").
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def with_exact_inputs(spec: ModelSpec, weights: DecoderWeights, ops: Ops) -> Dec
         return weights
     began = time.monotonic()
     magnitudes = input_magnitudes(spec, weights, ops)
-    exact = {place: _largest(found, ops.exact_inputs) for place, found in magnitudes.items() if np.isfinite(found).all()}
+    exact = {
+        place: _largest(found, ops.exact_inputs) for place, found in magnitudes.items() if np.isfinite(found).all()
+    }
     if len(exact) < len(magnitudes):
         logger.warning(
             "%d of %d linear layers are given values that are not finite: all that they multiply is rounded.",

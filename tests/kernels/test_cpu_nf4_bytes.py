@@ -4,6 +4,8 @@ terms round at most d times."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -16,9 +18,10 @@ from tests.kernels.test_cpu_ops import EPS, activations, nf4, rounding
 if not available():
     pytest.skip("no AVX2 and FMA here", allow_module_level=True)
 
-from manylora.kernels.cpu.bytes_inner import CODE_UNIT, CODE_ZERO, LEVELS, MANY_ROWS, MOST_ROWS
+from manylora.kernels.cpu.bytes_inner import CODE_UNIT, CODE_ZERO, EXACT, LEVELS, MANY_ROWS, MOST_ROWS
+from manylora.kernels.cpu.nf4_bytes import exact_table
 from manylora.kernels.cpu.nf4_reference import BYTES
-from manylora.kernels.cpu.ops import NumbaOps
+from manylora.kernels.cpu.ops import DenseLinear, NumbaOps, PackedLinear, StackedLinear
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +123,120 @@ def test_a_row_does_not_depend_on_the_others(ops: Ops, threads: int) -> None:
             assert torch.equal(ops.logits(x[:rows], table), logits[:rows])
     finally:
         torch.set_num_threads(before)
+
+
+# --- positions that are multiplied as they are ------------------------------------------------------------------------
+
+
+def some_positions(k: int, seed: int = 0) -> torch.Tensor:
+    return torch.randperm(k, generator=torch.Generator().manual_seed(seed))[:EXACT]
+
+
+@pytest.mark.parametrize(("n", "k", "blocksize"), [(16, 64, 64), (48, 192, 32), (960, 576, 64), (112, 1536, 128)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, MOST_ROWS, MOST_ROWS + 1, MANY_ROWS, 97])
+def test_some_positions_are_exact(ops: Ops, n: int, k: int, blocksize: int, rows: int) -> None:
+    """Against what the rest is rounded to, and onto a residual. They are 100 times as large as the rest."""
+    weight, positions = nf4(n, k, blocksize=blocksize), some_positions(k, seed=rows)
+    x, stream = activations(rows, k), activations(rows, n, seed=2)
+    x[:, positions] *= 100
+    ours = ops.exactly(ops.prepare_linear([weight], None), positions)
+    exact, largest = weight.dequantize(), weight.absmax_fp32().reshape(n, -1)
+    expected = BYTES.product_but(x, BYTES.rounded_weight(weight), largest, positions, exact)
+    size = x.abs().double() @ exact.abs().double().T
+    terms = 1.02 * (k // 32 + k // blocksize + 2 * EXACT + 4) * EPS
+    assert ((ops.linear(x, ours) - expected).abs() <= terms * size).all()
+    onto = ops.linear(x, ours, add_to=stream.clone())
+    assert ((onto - stream - expected).abs() <= terms * (size + stream.abs())).all()
+
+
+@pytest.mark.parametrize("position", range(0, 64, 7))
+def test_an_exact_position_alone_is_the_weight_itself(ops: Ops, position: int) -> None:
+    """In any place of a span and of a group of codes; the others of the eight are 0 here."""
+    weight = nf4(32, 128, seed=4)
+    ours = ops.exactly(ops.prepare_linear([weight], None), (position + torch.arange(0, 8 * 9, 9)) % 128)
+    x = torch.eye(128)[position : position + 1]
+    assert torch.equal(ops.linear(x, ours), weight.dequantize()[:, position][None])
+
+
+def test_all_of_them_may_be_in_one_span(ops: Ops) -> None:
+    weight, x = nf4(48, 192), activations(3, 192)
+    x[:, 64:72] *= 1000
+    ours = ops.exactly(ops.prepare_linear([weight], None), torch.arange(64, 72))
+    exact = x.double() @ weight.dequantize().double().T
+    assert (ops.linear(x, ours) - exact).norm() < 1e-4 * exact.norm()
+    assert (ops.linear(x, ops.prepare_linear([weight], None)) - exact).norm() > 1e-3 * exact.norm()
+
+
+def test_outliers_that_are_exact_cost_their_neighbours_nothing(ops: Ops) -> None:
+    """What x's other positions are off by is what it would be if the outliers were 0."""
+    weight, x, positions = nf4(960, 576), activations(9, 576), torch.arange(0, 576, 72)
+    ours = ops.exactly(ops.prepare_linear([weight], None), positions)
+    plain = x.index_fill(1, positions, 0)
+    x[:, positions] *= 1000
+    rest = (ops.linear(plain, ours).double() - plain.double() @ weight.dequantize().double().T).norm()
+    off = (ops.linear(x, ours).double() - x.double() @ weight.dequantize().double().T).norm()
+    assert off < 1.1 * rest
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_value_that_is_not_finite_shows(ops: Ops, value: float) -> None:
+    weight, positions = nf4(48, 192), some_positions(192)
+    ours = ops.exactly(ops.prepare_linear([weight], None), positions)
+    for place in (int(positions[3]), next(k for k in range(192) if k not in positions)):
+        x = activations(3, 192)
+        x[1, place] = value
+        y = ops.linear(x, ours)
+        assert not torch.isfinite(y[1]).any()
+        assert torch.isfinite(y[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_with_exact_positions_does_not_depend_on_the_others(ops: Ops, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        weight = ops.exactly(ops.prepare_linear([nf4(976, 576)], None), some_positions(576))
+        x = activations(200, 576)
+        together = ops.linear(x, weight)
+        for rows in (*range(1, 2 * MANY_ROWS), 97):
+            assert torch.equal(ops.linear(x[:rows], weight), together[:rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rows_and_stacks_of_a_layer_with_exact_positions(ops: Ops) -> None:
+    """A part of it has the same positions, a stack those that it is given; parts in bf16 round nothing anyway."""
+    parts, x, positions = [nf4(48, 192, seed=i) for i in range(3)], activations(5, 192), some_positions(192)
+    x[:, positions] *= 50
+    whole = ops.exactly(ops.prepare_linear(parts, None), positions)
+    y = ops.linear(x, whole)
+    part = ops.rows(whole, 48, 96)
+    assert part.nbytes == 0
+    assert torch.equal(ops.linear(x, part), y[:, 48:96])
+    assert torch.equal(ops.dense(whole), torch.cat([one.dequantize() for one in parts]))
+    again = ops.stack([ops.rows(whole, 0, 48), ops.rows(whole, 48, 144)], None)
+    assert isinstance(again, PackedLinear)
+    assert not torch.equal(ops.linear(x, again), y)
+    assert torch.equal(ops.linear(x, ops.exactly(again, positions)), y)
+    merged = ops.prepare_dense(parts[1].dequantize(), None)
+    mixed = ops.stack([ops.rows(whole, 0, 48), merged, ops.rows(whole, 96, 144)], torch.ones(144))
+    mixed = ops.exactly(mixed, positions)
+    assert isinstance(mixed, StackedLinear)
+    assert [type(one) for one in mixed.parts] == [PackedLinear, DenseLinear, PackedLinear]
+    assert mixed.nbytes == merged.nbytes
+    expected = torch.cat([y[:, :48], ops.linear(x, merged), y[:, 96:]], dim=1)
+    torch.testing.assert_close(ops.linear(x, mixed), expected + 1, rtol=1e-5, atol=1e-3)
+
+
+def test_other_arithmetics_have_no_exact_positions() -> None:
+    for arithmetic in ("int16", "fp32"):
+        ops = NumbaOps(arithmetic)  # type: ignore[arg-type]
+        weight = ops.prepare_linear([nf4(48, 192)], None)
+        assert ops.exact_inputs == 0
+        assert ops.exactly(weight, some_positions(192)) is weight
+
+
+@pytest.mark.parametrize("positions", [range(7), [*range(7), 192], [*range(7), -1], [*range(7), 6]])
+def test_wrong_positions_are_refused(positions: Sequence[int]) -> None:
+    with pytest.raises(ValueError, match="expected 8 different positions below 192"):
+        exact_table(torch.tensor(list(positions)), 192, 64)

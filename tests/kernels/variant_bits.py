@@ -56,6 +56,10 @@ def linears(ops: Ops, make: Inputs) -> Results:
             for name, one in (("NF4", weight), ("bf16", bf16)):
                 yield f"{name} {n} {k}, {rows} rows", ops.linear(x, one)
                 yield f"{name} {n} {k}, {rows} rows onto", ops.linear(x, one, add_to=stream.clone())
+            if ops.exact_inputs:
+                positions = (torch.arange(ops.exact_inputs) * 5 + 3 * rows) % k
+                exact = ops.linear(x, ops.exactly(weight, positions), add_to=stream.clone())
+                yield f"NF4 {n} {k}, {rows} rows, some positions exact", exact
     table = ops.prepare_embedding(make.normal(1003, 100).bfloat16(), head=True)
     yield "embedding", ops.embed(torch.arange(1003), table)
     whole = ops.prepare_embedding(make.normal(1003, 96).bfloat16(), head=True)
