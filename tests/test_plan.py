@@ -97,6 +97,8 @@ def test_a_server_holds_what_was_planned(
     held = tensor_bytes([running.pool.sites, running.pool.page_scales])
     assert found.slots == pytest.approx(held, rel=0.01)
     assert found.kv == running.plan.budget.kv <= SIZES["kv_memory"]
+    kept = {site for layer in running.decoder.weights.layers for site in layer.exact}
+    assert kept == ({"qkv", "gate_up", "down"} if arithmetic == "int8" else set())
 
 
 def test_what_an_adapter_takes(checkpoints: dict[str, Path]) -> None:

@@ -213,6 +213,7 @@ def test_rows_and_stacks_of_a_layer_with_exact_positions(ops: Ops) -> None:
     part = ops.rows(whole, 48, 96)
     assert part.nbytes == 0
     assert torch.equal(ops.linear(x, part), y[:, 48:96])
+    assert whole.nbytes == ops.prepare_linear(parts, None).nbytes + whole.exact.nbytes
     assert torch.equal(ops.dense(whole), torch.cat([one.dequantize() for one in parts]))
     again = ops.stack([ops.rows(whole, 0, 48), ops.rows(whole, 48, 144)], None)
     assert isinstance(again, PackedLinear)
