@@ -119,8 +119,9 @@ class Ops(Protocol):
         computed by itself."""
 
     def exactly(self, weight: Any, positions: torch.Tensor) -> Any:
-        """A prepared linear layer, by the same bytes, that multiplies these positions of x without rounding them or
-        their weights: int64 ``[exact_inputs]``, all different. As it was where nothing is rounded."""
+        """A prepared linear layer, or table that makes logits, by the same bytes, that multiplies these positions of x
+        without rounding them or their weights: int64 ``[exact_inputs]``, all different. As it was where nothing is
+        rounded."""
 
     def dense(self, weight: Any) -> torch.Tensor:
         """The matrix of a prepared linear layer, fp32 ``[N, K]``: a copy of the very values it multiplies with. Any

@@ -29,6 +29,8 @@ _TILE: Final = 16
 """Vocabulary entries of a tile of the CPU's ``lm_head``; the last is padded."""
 _SPAN: Final = 32
 """Values of a hidden state that share a scale as integers; of no multiple of it ``lm_head`` is multiplied in fp32."""
+_EXACT: Final = 8
+"""Positions of a hidden state whose weights are held in fp32 too, where logits are made in 8 bits."""
 _NESTED: Final = 256
 """Scales that share one outer scale, where scales are quantised too."""
 
@@ -183,11 +185,12 @@ def logits_bytes(spec: ModelSpec, form: Form) -> int:
 
 
 def _code_bytes(spec: ModelSpec, form: Form) -> int:
-    """Of a table for logits in 8 bits: codes, and the largest value of each ``_BLOCK`` of an entry, or each span."""
+    """Of a table for logits in 8 bits: codes, the largest value of each ``_BLOCK`` of an entry, or each span, and the
+    weights of ``_EXACT`` positions."""
     width = spec.hidden_size
     if not form.coded_head or width % _SPAN:
         return 0
-    return _tiled(spec.vocab_size) * (width + width // (_BLOCK if width % _BLOCK == 0 else _SPAN) * 4)
+    return _tiled(spec.vocab_size) * (width + (width // (_BLOCK if width % _BLOCK == 0 else _SPAN) + _EXACT) * 4)
 
 
 def _tiled(rows: int) -> int:

@@ -163,6 +163,8 @@ def test_logits_read_the_table_that_makes_them(width: int, vocab: int) -> None:
     for arithmetic in ("int16", "int8"):
         ops = NumbaOps(arithmetic)
         packed = ops.prepare_embedding(table, head=True)
+        if ops.exact_inputs and width != 40:
+            packed = replace(ops.exactly(packed, torch.arange(8)), exact=None)  # which is next to nothing
         form = Form("cpu", torch.float32, torch.int16, torch.int16, "tiles", coded_head=ops.coded_head)
         assert table_bytes(spec, form)[-1] == packed.nbytes
         assert (packed.codes is not None) == (arithmetic == "int8" and width != 40)

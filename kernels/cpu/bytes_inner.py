@@ -33,6 +33,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+import numpy as np
+import torch
 from llvmlite import ir
 from numba import njit
 from numba.core import cgutils, types
@@ -111,11 +113,12 @@ def _dot(b: Builder, total: Value, codes: Value, levels: Value) -> Value:
     return b.add(total, b.add(products_of_words(b, *even), products_of_words(b, *odd)))
 
 
-def _micro_kernel(group: Group, column: Column | None, load_bytes: int, shapes: range, tiles: int) -> Any:
+def _micro_kernel(group: Group, column: Column, load_bytes: int, shapes: range, tiles: int) -> Any:
     @intrinsic
-    def multiply(typingctx, rows, levels, packed, absmax, blocks, spans, c, c_stride, accumulate, exact):
+    def multiply(typingctx, rows, levels, packed, absmax, stride, blocks, spans, c, c_stride, accumulate, exact):
         """``c[r] (+)= W x[r]``, as ``nf4_inner.fused_nf4``, for a group of ``rows`` rows, one of ``shapes``, as
-        ``quantiser`` lays it out, and ``tiles`` tiles. ``exact``: a table of exact positions, or 0."""
+        ``quantiser`` lays it out, and ``tiles`` tiles, whose ``absmax`` are ``stride`` bytes apart. ``exact``: a table
+        of exact positions, or 0."""
 
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             rows, *rest = args
@@ -123,7 +126,7 @@ def _micro_kernel(group: Group, column: Column | None, load_bytes: int, shapes: 
                 _emit_rows(b, count, tiles, group, column, load_bytes, *rest)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 10), codegen
+        return types.void(*[types.int64] * 11), codegen
 
     return multiply
 
@@ -133,11 +136,12 @@ def _emit_rows(
     rows: int,
     tiles: int,
     group: Group,
-    column: Column | None,
+    column: Column,
     load_bytes: int,
     levels: Value,
     packed: Value,
     absmax: Value,
+    stride: Value,
     blocks: Value,
     spans: Value,
     c: Value,
@@ -173,20 +177,19 @@ def _emit_rows(
                     b.store(constant(0.0, VF), total)
     span_bytes = SPAN // GROUP * load_bytes
     tile_bytes = b.mul(all_spans, i64(span_bytes))
-    if column is not None:
-        with b.if_then(b.icmp_signed("!=", exact, i64(0))):
-            kept = b.add(levels, b.mul(all_spans, i64(SPAN_BYTES * rows)))
-            with cgutils.for_range(b, i64(EXACT), intp=I64) as position:
-                entry = b.add(exact, b.mul(position.index, i64(4 * ENTRY)))
-                weights = []
-                for t in range(tiles):
-                    own = b.add(packed, b.mul(tile_bytes, i64(t)))
-                    weights += column(b, own, b.add(absmax, b.mul(blocks, i64(64 * t))), entry)
-                values = b.add(kept, b.mul(position.index, i64(4)))
-                for r, row in enumerate(totals):
-                    value = word(offset(b, values, 4 * EXACT * r), F32, VF)
-                    for weight, total in zip(weights, row, strict=True):
-                        b.store(b.call(fma, [value, weight, b.load(total)]), total)
+    with b.if_then(b.icmp_signed("!=", exact, i64(0))):
+        kept = b.add(levels, b.mul(all_spans, i64(SPAN_BYTES * rows)))
+        with cgutils.for_range(b, i64(EXACT), intp=I64) as position:
+            entry = b.add(exact, b.mul(position.index, i64(4 * ENTRY)))
+            weights = []
+            for t in range(tiles):
+                own = b.add(packed, b.mul(tile_bytes, i64(t)))
+                weights += column(b, own, b.add(absmax, b.mul(stride, i64(t))), entry)
+            values = b.add(kept, b.mul(position.index, i64(4)))
+            for r, row in enumerate(totals):
+                value = word(offset(b, values, 4 * EXACT * r), F32, VF)
+                for weight, total in zip(weights, row, strict=True):
+                    b.store(b.call(fma, [value, weight, b.load(total)]), total)
     with cgutils.for_range(b, blocks, intp=I64) as block:
         for row in partial:
             for one in row:
@@ -216,7 +219,7 @@ def _emit_rows(
                 scale = word(factor, F32, VF)
                 for one, value in zip(own, row, strict=True):
                     b.store(b.call(fma, [b.sitofp(b.load(one), VF), scale, b.load(value)]), value)
-        largest = load_tiles(b.add(absmax, b.mul(block.index, i64(64))), b.mul(blocks, i64(64)))
+        largest = load_tiles(b.add(absmax, b.mul(block.index, i64(64))), stride)
         for row, values in zip(totals, partial, strict=True):
             for total, value, maximum in zip(row, values, largest, strict=True):
                 b.store(b.call(fma, [b.load(value), maximum, b.load(total)]), total)
@@ -224,9 +227,9 @@ def _emit_rows(
         store_tile(b, [b.load(total) for total in row], place)
 
 
-def some_tiles(group: Group, load_bytes: int, column: Column | None = None) -> Any:
+def some_tiles(group: Group, load_bytes: int, column: Column, *, behind: bool = False) -> Any:
     """The product of a group of rows and some tiles whose codes ``group`` brings, ``load_bytes`` for ``GROUP``
-    positions; without ``column`` none is exact."""
+    positions. ``behind``: behind a tile's largest values there are ``EXACT`` columns, if any position is exact."""
     single = _micro_kernel(group, column, load_bytes, range(1, MOST_ROWS + 1), 1)
     # No smaller groups from MANY_ROWS on.
     pair = _micro_kernel(group, column, load_bytes, range(PAIR_ROWS - 1, PAIR_ROWS + 1), 2)
@@ -236,17 +239,18 @@ def some_tiles(group: Group, load_bytes: int, column: Column | None = None) -> A
     def multiply(rows, levels, depth, packed, largest, tiles, block, y, y_stride, accumulate, pairs, exact):
         """A group of rows and ``tiles`` tiles from the first at ``packed``, two at once if there are ``pairs``."""
         blocks, spans = depth // block, block // SPAN
+        stride = 64 * (blocks + EXACT) if behind and exact != 0 else 64 * blocks
         tile = 0
         if PAIR_ROWS != 0:
             while pairs and tile + 1 < tiles:
                 pair(
-                    rows, levels, packed + of_position * tile * depth, largest + 64 * tile * blocks, blocks, spans,
+                    rows, levels, packed + of_position * tile * depth, largest + tile * stride, stride, blocks, spans,
                     y + 64 * tile, y_stride, accumulate, exact,
                 )  # fmt: skip
                 tile += 2
         while tile < tiles:
             single(
-                rows, levels, packed + of_position * tile * depth, largest + 64 * tile * blocks, blocks, spans,
+                rows, levels, packed + of_position * tile * depth, largest + tile * stride, stride, blocks, spans,
                 y + 64 * tile, y_stride, accumulate, exact,
             )  # fmt: skip
             tile += 1
@@ -254,11 +258,9 @@ def some_tiles(group: Group, load_bytes: int, column: Column | None = None) -> A
     return multiply
 
 
-def quantiser(change: Callable[[Builder, list[Value]], list[Value]], *, exact: bool = False) -> Any:
-    """What makes integers of the values of x, once ``change`` has been made to each span of them. If ``exact``, there
-    may be a table of exact positions: these become 0, and their values are put behind the group's spans, ``EXACT`` of
-    each row."""
-    may_be_exact = exact
+def quantiser(change: Callable[[Builder, list[Value]], list[Value]]) -> Any:
+    """What makes integers of the values of x, once ``change`` has been made to each span of them, and the positions
+    that are exact have become 0; their values are put behind the group's spans, ``EXACT`` of each row."""
 
     @intrinsic
     def quantise(typingctx, x, x_stride, rows, levels, without):
@@ -270,13 +272,11 @@ def quantiser(change: Callable[[Builder, list[Value]], list[Value]], *, exact: b
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             x, x_stride, rows, levels, without = args
             add_up = function(b, "llvm.vector.reduce.add.v8i32", I32, V8I)
-            masks = _masks(b, without) if may_be_exact else []
+            masks = _masks(b, without)
             with cgutils.for_range(b, rows, intp=I64) as loop:
                 values = load_span(b, b.add(x, b.mul(loop.index, x_stride)))
-                if may_be_exact:
-                    pairs = zip(values, masks, strict=True)
-                    values = [b.bitcast(b.and_(b.bitcast(value, V8I), mask), V8F) for value, mask in pairs]
-                values = change(b, values)
+                pairs = zip(values, masks, strict=True)
+                values = change(b, [b.bitcast(b.and_(b.bitcast(value, V8I), mask), V8F) for value, mask in pairs])
                 whole, scale = scaled_span(b, values, LEVELS, CODE_UNIT)
                 place, step = b.add(levels, b.mul(loop.index, i64(8))), b.mul(rows, i64(8))
                 for vector in whole:
@@ -301,7 +301,7 @@ def quantiser(change: Callable[[Builder, list[Value]], list[Value]], *, exact: b
             group, span = item // spans, item % spans
             row, end = rows * group // groups, rows * (group + 1) // groups
             own, without = levels + row * stride, 0
-            if may_be_exact and exact != 0:
+            if exact != 0:
                 without = int32_at(exact + _WORDS_AT, span)
                 if span == 0:
                     _keep(x + row * x_stride, x_stride, end - row, own + SPAN_BYTES * (end - row) * spans, exact)
@@ -333,6 +333,18 @@ def _keep(typingctx, x, x_stride, rows, place, exact):
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), codegen
+
+
+def table_of(positions: Sequence[int], depth: int, places: Sequence[Sequence[int]]) -> torch.Tensor:
+    """What the kernels need to know of ``EXACT`` positions, ascending and all different: int32 ``[EXACT * ENTRY + depth
+    / SPAN]``. ``places``: what `Column` wants of each, besides itself."""
+    if len(set(positions)) != EXACT or positions[0] < 0 or positions[-1] >= depth:
+        raise ValueError(f"expected {EXACT} different positions below {depth}, got {positions}")
+    words = np.zeros(depth // SPAN, np.uint32)
+    for position in positions:
+        words[position // SPAN] |= np.uint32(1 << position % SPAN)
+    entries = [(position, *place) for position, place in zip(positions, places, strict=True)]
+    return torch.from_numpy(np.concatenate((np.array(entries, np.int32).reshape(-1), words.view(np.int32))))
 
 
 def groups_of(rows: int) -> int:

@@ -10,6 +10,9 @@ took 1.1 of 2.9 ms (32 rows, a vocabulary of 49152, a width of 576).
 the rest, which a span's levels would be spent on; rotated, they are shared by all 32. What 8 bits do to the next token
 is a third of what it was without, 6.7e-4 instead of 2.1e-3 nats a token (demo base, 1024 tokens, W and x rounded, all
 else exact). Weights in NF4 cannot be rotated: their codes are what was trained with.
+
+**The largest positions are exact** as they are there, if they have been found: 2.7e-4. Their weights lie in fp32 behind
+the largest values of each tile.
 """
 
 from __future__ import annotations
@@ -21,9 +24,21 @@ import torch
 from llvmlite import ir
 from numba import carray, njit
 
-from manylora.kernels.cpu.bytes_inner import CODE_UNIT, CODE_ZERO, MANY_ROWS, groups_of_rows, quantiser, some_tiles
+from manylora.kernels.cpu import bf16_linear
+from manylora.kernels.cpu.bytes_inner import (
+    CODE_UNIT,
+    CODE_ZERO,
+    EXACT,
+    MANY_ROWS,
+    groups_of_rows,
+    quantiser,
+    some_tiles,
+    table_of,
+)
 from manylora.kernels.cpu.compiling import kernel
 from manylora.kernels.cpu.emit import (
+    I32,
+    I64,
     TILE,
     V8F,
     VECTORS,
@@ -31,6 +46,7 @@ from manylora.kernels.cpu.emit import (
     Value,
     fused_multiply_add,
     load,
+    load_tile,
     offset,
     shuffle,
 )
@@ -68,22 +84,28 @@ def _rotated(b: Builder, values: list[Value]) -> list[Value]:
     return values
 
 
+def _column(b: Builder, codes: Value, largest: Value, entry: Value) -> list[Value]:
+    """As it lies behind the largest: of codes of rotated spans it could not be had."""
+    return load_tile(b, b.add(largest, b.sext(load(b, offset(b, entry, 4), I32, 4), I64)))
+
+
 _quantised = quantiser(_rotated)
-_some_tiles = some_tiles(_group, TILE * GROUP)
+_some_tiles = some_tiles(_group, TILE * GROUP, _column, behind=True)
 
 
 @kernel
 def _quantise_rotated_kernel(arguments, part, parts):
     a = carray(arguments, 13)
-    _quantised(part, parts, a[0], a[1], a[2], a[3], a[4], a[5], 0)
+    _quantised(part, parts, a[0], a[1], a[2], a[3], a[4], a[5], a[12])
 
 
 @kernel
 def _head_bytes_kernel(arguments, part, parts):
     a = carray(arguments, 13)
-    rows, depth, levels, stride, codes, largest, y, y_stride, block = (
-        a[2], a[3], a[4], a[5], a[6], a[7], a[9], a[10], a[11],
+    rows, depth, levels, stride, codes, largest, y, y_stride, block, exact = (
+        a[2], a[3], a[4], a[5], a[6], a[7], a[9], a[10], a[11], a[12],
     )  # fmt: skip
+    values = 64 * (depth // block + (EXACT if exact != 0 else 0))
     # A part has tiles for all rows, as memory brings each once: a vocabulary is more than caches hold.
     first, last = share(a[8], part, parts, 2)
     groups = groups_of_rows(rows)
@@ -93,8 +115,8 @@ def _head_bytes_kernel(arguments, part, parts):
             row, end = rows * g // groups, rows * (g + 1) // groups
             _some_tiles(
                 end - row, levels + row * stride, depth, codes + 16 * tile * depth,
-                largest + 64 * tile * (depth // block), min(at_once, last - tile), block,
-                y + row * y_stride + 64 * tile, y_stride, 0, rows >= MANY_ROWS, 0,
+                largest + tile * values, min(at_once, last - tile), block,
+                y + row * y_stride + 64 * tile, y_stride, 0, rows >= MANY_ROWS, exact,
             )  # fmt: skip
 
 
@@ -139,14 +161,32 @@ def pack_head(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, largest
 
 
+def exact_columns(
+    tiles: torch.Tensor, largest: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``largest`` with the weights of exact positions behind, fp32 ``[tiles, K / block_of(K) + EXACT, 16]``, of a table
+    that ``bf16_linear.pack_bf16`` packed; and the ``exact`` of `head_bytes_linear`."""
+    found, depth = sorted(positions.tolist()), tiles.shape[1]
+    blocks = depth // block_of(depth)
+    table = table_of(found, depth, [(64 * (blocks + i), 0, 0) for i in range(len(found))])
+    columns = bf16_linear.unpack_bf16(tiles[:, found]).view(-1, TILE, len(found)).transpose(1, 2)
+    return torch.cat((largest[:, :blocks], columns), dim=1), table
+
+
 def head_bytes_linear(
-    x: torch.Tensor, codes: torch.Tensor, largest: torch.Tensor, out: torch.Tensor, work: torch.Tensor
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    largest: torch.Tensor,
+    out: torch.Tensor,
+    work: torch.Tensor,
+    exact: torch.Tensor | None = None,
 ) -> None:
     """``out = x @ W.T``, x ``[M, K]`` fp32, K a multiple of ``SPAN``, W as `pack_head` packed it; ``out`` ``[M, 16 *
-    tiles]`` fp32. ``work``: as ``nf4_bytes.nf4_bytes_linear``'s."""
+    tiles]`` fp32. ``work``: as ``nf4_bytes.nf4_bytes_linear``'s. ``exact``, and then what ``largest`` is: of
+    `exact_columns`."""
     m, k = x.shape
     launch(
         _quantise_rotated_kernel, x.data_ptr(), x.stride(0) * 4, m, k, work.data_ptr(), work.stride(0) * 4,
-        codes.data_ptr(), largest.data_ptr(), codes.shape[0], out.data_ptr(), out.stride(0) * 4, block_of(k), 0,
-        then=_head_bytes_kernel, keep=(x, codes, largest, out, work),
+        codes.data_ptr(), largest.data_ptr(), codes.shape[0], out.data_ptr(), out.stride(0) * 4, block_of(k),
+        0 if exact is None else exact.data_ptr(), then=_head_bytes_kernel, keep=(x, codes, largest, out, work),
     )  # fmt: skip

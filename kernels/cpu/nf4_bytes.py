@@ -12,7 +12,6 @@ excess for logits (``bench/accuracy.py``).
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, njit
@@ -20,11 +19,11 @@ from numba import carray, njit
 from manylora.kernels.cpu.bytes_inner import (
     CODE_UNIT,
     CODE_ZERO,
-    EXACT,
     MANY_ROWS,
     groups_of_rows,
     quantiser,
     some_tiles,
+    table_of,
 )
 from manylora.kernels.cpu.compiling import kernel
 from manylora.kernels.cpu.emit import (
@@ -44,7 +43,7 @@ from manylora.kernels.cpu.emit import (
     shuffle,
     splat,
 )
-from manylora.kernels.cpu.nf4_inner import BYTES, SPAN, look_up, nibbles
+from manylora.kernels.cpu.nf4_inner import BYTES, look_up, nibbles
 from manylora.kernels.cpu.nf4_packing import GROUP
 from manylora.kernels.cpu.regions import chunk_tiles, items_of, next_region
 from manylora.kernels.cpu.target import HAS_512, TARGET
@@ -91,7 +90,7 @@ def _value_of(b: Builder, codes: Value) -> Value:
 
 
 _some_tiles = some_tiles(_group, 8 * GROUP, _column)
-_quantised = quantiser(lambda b, values: values, exact=True)
+_quantised = quantiser(lambda b, values: values)
 
 
 @njit(nogil=True)
@@ -133,16 +132,9 @@ def exact_table(positions: torch.Tensor, depth: int, block: int) -> torch.Tensor
     and where its block's largest values are (bytes); then of each span a word with the bits of its exact positions.
     """
     found = sorted(positions.tolist())
-    if len(set(found)) != EXACT or found[0] < 0 or found[-1] >= depth:
-        raise ValueError(f"expected {EXACT} different positions below {depth}, got {found}")
-    words = np.zeros(depth // SPAN, np.uint32)
-    entries = []
-    for position in found:
-        words[position // SPAN] |= np.uint32(1 << position % SPAN)
-        # ``nf4_packing.FOR_BYTES``: four positions in a word's bytes, of eight the last four above them.
-        shift = 8 * (position % 4) + 4 * (position % GROUP // 4)
-        entries += [position, position // GROUP * 8 * GROUP, shift, position // block * 64]
-    return torch.from_numpy(np.concatenate((np.array(entries, np.int32), words.view(np.int32))))
+    # ``nf4_packing.FOR_BYTES``: four in a word's bytes, of eight the last four above them.
+    places = [(k // GROUP * 8 * GROUP, 8 * (k % 4) + 4 * (k % GROUP // 4), k // block * 64) for k in found]
+    return table_of(found, depth, places)
 
 
 def nf4_bytes_linear(

@@ -3,7 +3,7 @@ additions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -78,9 +78,12 @@ class Integers:
         codes = self._rounded(blocks.double() * factor.double())
         return (codes * largest.double()).reshape(weight.shape), largest.squeeze(2)
 
-    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """What a kernel makes of x ``[M, K]`` fp32 and a bf16 weight ``[N, K]``, fp64 ``[M, N]``."""
-        return self.product(rotated(x) if self.rotates else x, *self.rounded_head(weight))
+    def logits(self, x: torch.Tensor, weight: torch.Tensor, positions: Sequence[int] = ()) -> torch.Tensor:
+        """What a kernel makes of x ``[M, K]`` fp32 and a bf16 weight ``[N, K]``, fp64 ``[M, N]``; ``positions``: of x,
+        that are exact."""
+        kept = x[:, positions].double() @ weight[:, positions].double().T
+        x = x.index_fill(1, torch.tensor(positions, dtype=torch.int64), 0)
+        return self.product(rotated(x) if self.rotates else x, *self.rounded_head(weight)) + kept
 
     def product(self, x: torch.Tensor, rounded: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
         """What a kernel makes of x ``[M, K]`` and a rounded weight ``[N, K]``, fp64 ``[M, N]``. ``largest``: those of

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -103,17 +104,18 @@ class PackedTable:
 
     Embeddings, and whoever merges: bf16 ``rows``, or, if it makes logits too, ``tiles`` of 16 entries. Logits: those
     tiles, in whole numbers if there are the ``largest`` of each entry (``head_words``), or 8-bit ``codes``
-    (``head_bytes``)."""
+    (``head_bytes``), of which some positions may be ``exact``."""
 
     vocab: int
     rows: torch.Tensor | None = None
     tiles: torch.Tensor | None = None
     codes: torch.Tensor | None = None
     largest: torch.Tensor | None = None
+    exact: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.rows, self.tiles, self.codes, self.largest) if t is not None)
+        return sum(t.nbytes for t in (self.rows, self.tiles, self.codes, self.largest, self.exact) if t is not None)
 
 
 def unsupported(weight: Nf4Tensor) -> str | None:
@@ -223,11 +225,15 @@ class NumbaOps:
             sum(part.out_features for part in packed),
         )
 
-    def exactly(self, weight: AnyLinear, positions: torch.Tensor) -> AnyLinear:
+    def exactly(self, weight: Any, positions: torch.Tensor) -> Any:
+        if isinstance(weight, PackedTable) and weight.codes is not None:
+            assert weight.tiles is not None
+            assert weight.largest is not None
+            largest, exact = head_bytes.exact_columns(weight.tiles, weight.largest, positions)
+            return replace(weight, largest=largest, exact=exact)
         if isinstance(weight, StackedLinear):
-            parts = tuple(part for one in weight.parts for part in _flat([self.exactly(one, positions)]))
-            return StackedLinear(parts, weight.bias)
-        if isinstance(weight, DenseLinear) or self.exact_inputs == 0:
+            return replace(weight, parts=tuple(self.exactly(part, positions) for part in weight.parts))
+        if not isinstance(weight, PackedLinear) or self.exact_inputs == 0:
             return weight
         depth = weight.packed.shape[1] * nf4_packing.GROUP
         return replace(weight, exact=nf4_bytes.exact_table(positions, depth, weight.blocksize))
@@ -352,7 +358,7 @@ class NumbaOps:
                 head_words.head_linear(x, weight.tiles, weight.largest, out, work)
             else:
                 work = self._scratch.empty(m, bytes_inner.work_width(k))
-                head_bytes.head_bytes_linear(x, weight.codes, weight.largest, out, work)
+                head_bytes.head_bytes_linear(x, weight.codes, weight.largest, out, work, weight.exact)
         return out[:, : weight.vocab]
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -240,6 +240,11 @@ def _tables(make: _Inputs, ops: Ops, plain: Ops, hidden: int, integers: nf4_refe
         else:
             exact = integers.logits(x, table)
         _compare(f"logits of {rows} rows", _run(ops, partial(ops.logits, x, ours)), exact, _sum_bound(hidden) * size)
+        if ops.exact_inputs and integers is not None and hidden % SPAN == 0:
+            positions = torch.linspace(1, hidden - 1, ops.exact_inputs).long()
+            got = _run(ops, partial(ops.logits, x, ops.exactly(ours, positions)))
+            exact = integers.logits(x, table, positions.tolist())
+            _compare(f"logits of {rows} rows, some positions exact", got, exact, _sum_bound(hidden) * size)
 
 
 def _maxima(make: _Inputs, ops: Ops) -> None:

@@ -55,7 +55,7 @@ class DecoderWeights:
     ``embedding`` and ``head`` are prepared tables, one and the same object if they are tied; ``head_bias`` fp32
     ``[vocab]`` is added to the logits (no base has one); ``rope``: each layer's cos and sin, see ``rope_tables``; equal
     ones are in memory once. ``positions`` ``[positions, hidden]`` of the operations' type is added to embeddings, if
-    there is one.
+    there is one. ``exact_head``: the positions of hidden states that ``head`` multiplies as they are.
     """
 
     layers: tuple[LayerWeights, ...]
@@ -65,6 +65,7 @@ class DecoderWeights:
     head_bias: torch.Tensor | None
     rope: tuple[RopeTables, ...]
     positions: torch.Tensor | None
+    exact_head: torch.Tensor | None = None
 
     @classmethod
     def prepare(cls, spec: ModelSpec, base: BaseWeights, ops: Ops, *, max_context: int) -> DecoderWeights:

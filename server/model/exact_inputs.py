@@ -30,14 +30,16 @@ TOKENS: Final = 32
 _SEED: Final = 7
 _SITES: Final = ("qkv", "gate_up", "down")
 """Not ``o``: what attention brings together has no such positions."""
+_HEAD: Final = -1, "lm_head"
 
 Place = tuple[int, str]
-"""A layer and a site."""
+"""A layer and a site, or `_HEAD`."""
 
 
 def with_exact_inputs(spec: ModelSpec, weights: DecoderWeights, ops: Ops) -> DecoderWeights:
-    """The same weights, each site told which positions of x it multiplies as they are: always the same ones for the
-    same weights. As they were where the operations have no use for it. A site whose inputs are not finite has none.
+    """The same weights, each site and the table that makes logits told which positions of x it multiplies as they are:
+    always the same ones for the same weights. As they were where the operations have no use for it. What is given
+    values that are not finite has none.
 
     Computes a step of ``TOKENS`` tokens, in a KV cache of its own.
     """
@@ -50,25 +52,30 @@ def with_exact_inputs(spec: ModelSpec, weights: DecoderWeights, ops: Ops) -> Dec
     }
     if len(exact) < len(magnitudes):
         logger.warning(
-            "%d of %d linear layers are given values that are not finite: all that they multiply is rounded.",
+            "%d of %d products are given values that are not finite: all that they multiply is rounded.",
             len(magnitudes) - len(exact), len(magnitudes),
         )  # fmt: skip
     logger.info(
-        "%d linear layers multiply the %d largest positions of their inputs exactly: found in %.1f s",
+        "%d products take the %d largest positions of their inputs exactly: found in %.1f s",
         len(exact), ops.exact_inputs, time.monotonic() - began,
     )  # fmt: skip
-    layers = []
+    layers, head = [], exact.get(_HEAD)
     for i, layer in enumerate(weights.layers):
         own = {site: exact[i, site] for site in _SITES if (i, site) in exact}
         sites = {
             site: ops.exactly(weight, own[site]) if site in own else weight for site, weight in layer.sites.items()
         }
         layers.append(replace(layer, sites=sites, exact=own))
-    return replace(weights, layers=tuple(layers))
+    made = replace(weights, layers=tuple(layers), exact_head=head)
+    if head is None:
+        return made
+    table = ops.exactly(weights.head, head)
+    return replace(made, head=table, embedding=table if weights.tied else weights.embedding)
 
 
 def input_magnitudes(spec: ModelSpec, weights: DecoderWeights, ops: Ops) -> Mapping[Place, np.ndarray]:
-    """Sums of squares of each position of x, fp64 ``[K]``, over some random tokens, at each site that may need them."""
+    """Sums of squares of each position of x, fp64 ``[K]``, over some random tokens, at each site that may need them,
+    and of the last hidden states."""
     count = min(TOKENS, len(weights.rope[0][0]))
     ids = torch.randint(0, spec.vocab_size, (count,), generator=torch.Generator().manual_seed(_SEED))
     pages = KVCache.pages_for(count)
@@ -82,7 +89,8 @@ def input_magnitudes(spec: ModelSpec, weights: DecoderWeights, ops: Ops) -> Mapp
     watched = _Watched(ops, places)
     with torch.inference_mode():
         decoder = Decoder(spec, weights, cast(Ops, watched), None)
-        decoder.hidden(ForwardBatch(ids.to(ops.device), sequences, None, None), KVCache(spec, pages, ops))
+        batch = ForwardBatch(ids.to(ops.device), sequences, None, None)
+        decoder.logits(decoder.hidden(batch, KVCache(spec, pages, ops)), batch, None)
     return watched.found
 
 
@@ -102,13 +110,20 @@ class _Watched:
     def linear(self, x: torch.Tensor, weight: Any, **options: Any) -> torch.Tensor:
         place = self._places.get(id(weight))
         if place is not None:
-            self._ops.flush()
-            # Row by row: torch and numpy add up a column in an order that may depend on the machine.
-            total = np.zeros(x.shape[1])
-            for row in x.to("cpu", torch.float64).numpy():
-                total += row * row
-            self.found[place] = total
+            self._look_at(x, place)
         return self._ops.linear(x, weight, **options)
+
+    def logits(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        self._look_at(x, _HEAD)
+        return self._ops.logits(x, weight)
+
+    def _look_at(self, x: torch.Tensor, place: Place) -> None:
+        self._ops.flush()
+        # Row by row: torch and numpy add up a column in an order that may depend on the machine.
+        total = np.zeros(x.shape[1])
+        for row in x.to("cpu", torch.float64).numpy():
+            total += row * row
+        self.found[place] = total
 
 
 def _largest(magnitudes: np.ndarray, count: int) -> torch.Tensor:

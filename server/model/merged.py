@@ -105,7 +105,10 @@ def merge_adapter(
         merged = replace(merged, embedding=base.ops.prepare_embedding(_merged_embedding(base, adapter), head=False))
         progress.step()
     if _changes_table(adapter, "lm_head"):
-        merged = replace(merged, head=base.ops.prepare_embedding(_merged_head(base, adapter), head=True))
+        head = base.ops.prepare_embedding(_merged_head(base, adapter), head=True)
+        if merged.exact_head is not None:
+            head = base.ops.exactly(head, merged.exact_head)
+        merged = replace(merged, head=head)
         progress.step()
     vectors = adapter.vectors.get(("lm_head", 0))
     if vectors is not None and vectors.bias is not None:
