@@ -19,7 +19,7 @@ a word for each product takes as long as the products.
 
 **Exact positions.** ``EXACT`` positions of x, such as are large in nearly every row, may be left out of the integers
 (LLM.int8(), Dettmers et al. 2022). They count as 0 when their spans are rounded, so their neighbours have the levels
-for themselves, and an output begins with ``x * w`` of them in fp32, in ascending order, by multiply-adds. The weights
+for themselves, and an output ends with ``x * w`` of them in fp32, in ascending order, by multiply-adds. The weights
 are made of the codes anew for each group of rows, five instructions for 16: columns of their own would be 10 % more
 memory to read where few rows wait for that. A table says which they are: ``ENTRY`` numbers for each, then for each span
 an int32 with the bits of its own.
@@ -113,7 +113,7 @@ def _dot(b: Builder, total: Value, codes: Value, levels: Value) -> Value:
     return b.add(total, b.add(products_of_words(b, *even), products_of_words(b, *odd)))
 
 
-def _micro_kernel(group: Group, column: Column, load_bytes: int, shapes: range, tiles: int) -> Any:
+def _micro_kernel(group: Group, column: Column, load_bytes: int, behind: bool, shapes: range, tiles: int) -> Any:
     @intrinsic
     def multiply(typingctx, rows, levels, packed, absmax, stride, blocks, spans, c, c_stride, accumulate, exact):
         """``c[r] (+)= W x[r]``, as ``nf4_inner.fused_nf4``, for a group of ``rows`` rows, one of ``shapes``, as
@@ -123,7 +123,7 @@ def _micro_kernel(group: Group, column: Column, load_bytes: int, shapes: range, 
         def codegen(context: Any, b: Builder, sig: Any, args: Sequence[Value]) -> Value:
             rows, *rest = args
             for count, _ in branches(b, rows, dict.fromkeys(shapes, 1)):
-                _emit_rows(b, count, tiles, group, column, load_bytes, *rest)
+                _emit_rows(b, count, tiles, group, column, load_bytes, behind, *rest)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 11), codegen
@@ -138,6 +138,7 @@ def _emit_rows(
     group: Group,
     column: Column,
     load_bytes: int,
+    behind: bool,
     levels: Value,
     packed: Value,
     absmax: Value,
@@ -177,19 +178,13 @@ def _emit_rows(
                     b.store(constant(0.0, VF), total)
     span_bytes = SPAN // GROUP * load_bytes
     tile_bytes = b.mul(all_spans, i64(span_bytes))
-    with b.if_then(b.icmp_signed("!=", exact, i64(0))):
-        kept = b.add(levels, b.mul(all_spans, i64(SPAN_BYTES * rows)))
-        with cgutils.for_range(b, i64(EXACT), intp=I64) as position:
-            entry = b.add(exact, b.mul(position.index, i64(4 * ENTRY)))
-            weights = []
+    any_exact = b.icmp_signed("!=", exact, i64(0))
+    if behind:
+        with b.if_then(any_exact):
             for t in range(tiles):
-                own = b.add(packed, b.mul(tile_bytes, i64(t)))
-                weights += column(b, own, b.add(absmax, b.mul(stride, i64(t))), entry)
-            values = b.add(kept, b.mul(position.index, i64(4)))
-            for r, row in enumerate(totals):
-                value = word(offset(b, values, 4 * EXACT * r), F32, VF)
-                for weight, total in zip(weights, row, strict=True):
-                    b.store(b.call(fma, [value, weight, b.load(total)]), total)
+                columns = b.add(absmax, b.add(b.mul(stride, i64(t)), b.mul(blocks, i64(64))))
+                for i in range(EXACT):
+                    prefetch(b, offset(b, columns, 64 * i))
     with cgutils.for_range(b, blocks, intp=I64) as block:
         for row in partial:
             for one in row:
@@ -223,6 +218,19 @@ def _emit_rows(
         for row, values in zip(totals, partial, strict=True):
             for total, value, maximum in zip(row, values, largest, strict=True):
                 b.store(b.call(fma, [b.load(value), maximum, b.load(total)]), total)
+    with b.if_then(any_exact):  # last, as what it reads is in the caches by now
+        kept = b.add(levels, b.mul(all_spans, i64(SPAN_BYTES * rows)))
+        with cgutils.for_range(b, i64(EXACT), intp=I64) as position:
+            entry = b.add(exact, b.mul(position.index, i64(4 * ENTRY)))
+            weights = []
+            for t in range(tiles):
+                own = b.add(packed, b.mul(tile_bytes, i64(t)))
+                weights += column(b, own, b.add(absmax, b.mul(stride, i64(t))), entry)
+            values = b.add(kept, b.mul(position.index, i64(4)))
+            for r, row in enumerate(totals):
+                value = word(offset(b, values, 4 * EXACT * r), F32, VF)
+                for weight, total in zip(weights, row, strict=True):
+                    b.store(b.call(fma, [value, weight, b.load(total)]), total)
     for row, place in zip(totals, out, strict=True):
         store_tile(b, [b.load(total) for total in row], place)
 
@@ -230,9 +238,9 @@ def _emit_rows(
 def some_tiles(group: Group, load_bytes: int, column: Column, *, behind: bool = False) -> Any:
     """The product of a group of rows and some tiles whose codes ``group`` brings, ``load_bytes`` for ``GROUP``
     positions. ``behind``: behind a tile's largest values there are ``EXACT`` columns, if any position is exact."""
-    single = _micro_kernel(group, column, load_bytes, range(1, MOST_ROWS + 1), 1)
+    single = _micro_kernel(group, column, load_bytes, behind, range(1, MOST_ROWS + 1), 1)
     # No smaller groups from MANY_ROWS on.
-    pair = _micro_kernel(group, column, load_bytes, range(PAIR_ROWS - 1, PAIR_ROWS + 1), 2)
+    pair = _micro_kernel(group, column, load_bytes, behind, range(PAIR_ROWS - 1, PAIR_ROWS + 1), 2)
     of_position = load_bytes // GROUP
 
     @njit(nogil=True, inline="never")
