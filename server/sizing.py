@@ -30,7 +30,7 @@ _TILE: Final = 16
 _SPAN: Final = 32
 """Values of a hidden state that share a scale as integers; of no multiple of it ``lm_head`` is multiplied in fp32."""
 _EXACT: Final = 8
-"""Positions of a hidden state whose weights are held in fp32 too, where logits are made in 8 bits."""
+"""Positions of a hidden state whose weights are held once more, where logits are made in 8 bits."""
 _NESTED: Final = 256
 """Scales that share one outer scale, where scales are quantised too."""
 
@@ -190,7 +190,7 @@ def _code_bytes(spec: ModelSpec, form: Form) -> int:
     width = spec.hidden_size
     if not form.coded_head or width % _SPAN:
         return 0
-    return _tiled(spec.vocab_size) * (width + (width // (_BLOCK if width % _BLOCK == 0 else _SPAN) + _EXACT) * 4)
+    return _tiled(spec.vocab_size) * (width + (width // (_BLOCK if width % _BLOCK == 0 else _SPAN)) * 4 + _EXACT * 2)
 
 
 def _tiled(rows: int) -> int:

@@ -113,7 +113,7 @@ def _dot(b: Builder, total: Value, codes: Value, levels: Value) -> Value:
     return b.add(total, b.add(products_of_words(b, *even), products_of_words(b, *odd)))
 
 
-def _micro_kernel(group: Group, column: Column, load_bytes: int, behind: bool, shapes: range, tiles: int) -> Any:
+def _micro_kernel(group: Group, column: Column, load_bytes: int, behind: int, shapes: range, tiles: int) -> Any:
     @intrinsic
     def multiply(typingctx, rows, levels, packed, absmax, stride, blocks, spans, c, c_stride, accumulate, exact):
         """``c[r] (+)= W x[r]``, as ``nf4_inner.fused_nf4``, for a group of ``rows`` rows, one of ``shapes``, as
@@ -138,7 +138,7 @@ def _emit_rows(
     group: Group,
     column: Column,
     load_bytes: int,
-    behind: bool,
+    behind: int,
     levels: Value,
     packed: Value,
     absmax: Value,
@@ -183,7 +183,7 @@ def _emit_rows(
         with b.if_then(any_exact):
             for t in range(tiles):
                 columns = b.add(absmax, b.add(b.mul(stride, i64(t)), b.mul(blocks, i64(64))))
-                for i in range(EXACT):
+                for i in range(behind):
                     prefetch(b, offset(b, columns, 64 * i))
     with cgutils.for_range(b, blocks, intp=I64) as block:
         for row in partial:
@@ -235,9 +235,9 @@ def _emit_rows(
         store_tile(b, [b.load(total) for total in row], place)
 
 
-def some_tiles(group: Group, load_bytes: int, column: Column, *, behind: bool = False) -> Any:
+def some_tiles(group: Group, load_bytes: int, column: Column, *, behind: int = 0) -> Any:
     """The product of a group of rows and some tiles whose codes ``group`` brings, ``load_bytes`` for ``GROUP``
-    positions. ``behind``: behind a tile's largest values there are ``EXACT`` columns, if any position is exact."""
+    positions. ``behind``: if any position is exact, as many vectors of 64 bytes lie behind a tile's largest values."""
     single = _micro_kernel(group, column, load_bytes, behind, range(1, MOST_ROWS + 1), 1)
     # No smaller groups from MANY_ROWS on.
     pair = _micro_kernel(group, column, load_bytes, behind, range(PAIR_ROWS - 1, PAIR_ROWS + 1), 2)
@@ -247,7 +247,7 @@ def some_tiles(group: Group, load_bytes: int, column: Column, *, behind: bool = 
     def multiply(rows, levels, depth, packed, largest, tiles, block, y, y_stride, accumulate, pairs, exact):
         """A group of rows and ``tiles`` tiles from the first at ``packed``, two at once if there are ``pairs``."""
         blocks, spans = depth // block, block // SPAN
-        stride = 64 * (blocks + EXACT) if behind and exact != 0 else 64 * blocks
+        stride = 64 * (blocks + (behind if exact != 0 else 0))
         tile = 0
         if PAIR_ROWS != 0:
             while pairs and tile + 1 < tiles:

@@ -11,8 +11,8 @@ the rest, which a span's levels would be spent on; rotated, they are shared by a
 is a third of what it was without, 6.7e-4 instead of 2.1e-3 nats a token (demo base, 1024 tokens, W and x rounded, all
 else exact). Weights in NF4 cannot be rotated: their codes are what was trained with.
 
-**The largest positions are exact** as they are there, if they have been found: 2.7e-4. Their weights lie in fp32 behind
-the largest values of each tile.
+**The largest positions are exact** as they are there, if they have been found: 2.7e-4. Their weights lie behind the
+largest values of each tile, in bf16 as in the table.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from manylora.kernels.cpu.emit import (
     Builder,
     Value,
     fused_multiply_add,
+    half_tile,
     load,
-    load_tile,
     offset,
     shuffle,
 )
@@ -58,6 +58,8 @@ from manylora.kernels.cpu.tiles import share
 
 _FOUR_BYTES: Final = 4 * TILE
 """Codes of four positions of a tile."""
+BEHIND: Final = EXACT // 2
+"""Vectors of 16 fp32 values that a tile's columns of exact positions take, bf16."""
 _ROWS_AT_ONCE: Final = 1024
 """Of a table that are packed at once: in fp32 in between."""
 
@@ -86,11 +88,11 @@ def _rotated(b: Builder, values: list[Value]) -> list[Value]:
 
 def _column(b: Builder, codes: Value, largest: Value, entry: Value) -> list[Value]:
     """As it lies behind the largest: of codes of rotated spans it could not be had."""
-    return load_tile(b, b.add(largest, b.sext(load(b, offset(b, entry, 4), I32, 4), I64)))
+    return half_tile(b, b.add(largest, b.sext(load(b, offset(b, entry, 4), I32, 4), I64)))
 
 
 _quantised = quantiser(_rotated)
-_some_tiles = some_tiles(_group, TILE * GROUP, _column, behind=True)
+_some_tiles = some_tiles(_group, TILE * GROUP, _column, behind=BEHIND)
 
 
 @kernel
@@ -105,7 +107,7 @@ def _head_bytes_kernel(arguments, part, parts):
     rows, depth, levels, stride, codes, largest, y, y_stride, block, exact = (
         a[2], a[3], a[4], a[5], a[6], a[7], a[9], a[10], a[11], a[12],
     )  # fmt: skip
-    values = 64 * (depth // block + (EXACT if exact != 0 else 0))
+    values = 64 * (depth // block + (BEHIND if exact != 0 else 0))
     # A part has tiles for all rows, as memory brings each once: a vocabulary is more than caches hold.
     first, last = share(a[8], part, parts, 2)
     groups = groups_of_rows(rows)
@@ -164,13 +166,14 @@ def pack_head(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def exact_columns(
     tiles: torch.Tensor, largest: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``largest`` with the weights of exact positions behind, fp32 ``[tiles, K / block_of(K) + EXACT, 16]``, of a table
-    that ``bf16_linear.pack_bf16`` packed; and the ``exact`` of `head_bytes_linear`."""
+    """``largest`` and behind it the weights of exact positions, ``[tiles, K / block_of(K) + BEHIND, 16]`` fp32 that are
+    pairs of bf16, of a table that ``bf16_linear.pack_bf16`` packed; and the ``exact`` of `head_bytes_linear`."""
     found, depth = sorted(positions.tolist()), tiles.shape[1]
     blocks = depth // block_of(depth)
-    table = table_of(found, depth, [(64 * (blocks + i), 0, 0) for i in range(len(found))])
-    columns = bf16_linear.unpack_bf16(tiles[:, found]).view(-1, TILE, len(found)).transpose(1, 2)
-    return torch.cat((largest[:, :blocks], columns), dim=1), table
+    table = table_of(found, depth, [(64 * blocks + 32 * i, 0, 0) for i in range(len(found))])
+    columns = bf16_linear.unpack_bf16(tiles[:, found]).view(-1, TILE, EXACT).transpose(1, 2)
+    pairs = columns.bfloat16().contiguous().view(torch.float32).view(-1, BEHIND, TILE)
+    return torch.cat((largest[:, :blocks], pairs), dim=1), table
 
 
 def head_bytes_linear(
