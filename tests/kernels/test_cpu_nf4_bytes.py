@@ -20,7 +20,7 @@ if not available():
 
 from manylora.kernels.cpu.bytes_inner import CODE_UNIT, CODE_ZERO, EXACT, LEVELS, MANY_ROWS, MOST_ROWS
 from manylora.kernels.cpu.nf4_bytes import exact_table
-from manylora.kernels.cpu.nf4_reference import BYTES
+from manylora.kernels.cpu.nf4_reference import BYTES, rotated
 from manylora.kernels.cpu.ops import DenseLinear, NumbaOps, PackedLinear, StackedLinear
 
 
@@ -229,12 +229,41 @@ def test_rows_and_stacks_of_a_layer_with_exact_positions(ops: Ops) -> None:
     torch.testing.assert_close(ops.linear(x, mixed), expected + 1, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize(("vocab", "width"), [(1003, 576), (100, 96), (16, 64)])
+@pytest.mark.parametrize("rows", [1, 4, MOST_ROWS + 1, MANY_ROWS, 40])
+def test_logits_with_exact_positions(ops: Ops, vocab: int, width: int, rows: int) -> None:
+    """Against the product of what the rest is rounded to. All that bf16 can hold is multiplied as it is."""
+    table, x, positions = activations(vocab, width, seed=4), activations(rows, width), some_positions(width, seed=rows)
+    x[:, positions] *= 100
+    table[7, positions] = 1e30
+    table = table.bfloat16()
+    plain = ops.prepare_embedding(table, head=True)
+    prepared = ops.exactly(plain, positions)
+    y = ops.logits(x, prepared)
+    expected = BYTES.logits(x, table, positions.tolist())
+    exact = x.double() @ table.double().T
+    ordinary = torch.arange(vocab) != 7
+    size = x.abs().double() @ table.abs().double().T + 6 * rotated(x.index_fill(1, positions, 0)).norm(dim=1)[:, None]
+    assert ((y - expected).abs() <= 1.1 * (width // 32 + EXACT + 10) * EPS * size)[:, ordinary].all()
+    assert (y[:, 7] - exact[:, 7]).norm() <= 0.01 * exact[:, 7].norm()
+    assert (y - exact)[:, ordinary].norm() < 0.3 * (ops.logits(x, plain) - exact)[:, ordinary].norm()
+    assert torch.equal(y[:1], ops.logits(x[:1], prepared))
+    assert torch.equal(ops.embed(torch.arange(vocab), prepared), table.float())
+    assert torch.equal(ops.logits(x, ops.exactly(prepared, positions)), y), "told once more"
+    bad = x.index_put((torch.tensor(0), positions[2]), torch.tensor(torch.nan))
+    assert not ops.logits(bad, prepared)[0].isfinite().any()
+
+
 def test_other_arithmetics_have_no_exact_positions() -> None:
     for arithmetic in ("int16", "fp32"):
         ops = NumbaOps(arithmetic)  # type: ignore[arg-type]
         weight = ops.prepare_linear([nf4(48, 192)], None)
         assert ops.exact_inputs == 0
         assert ops.exactly(weight, some_positions(192)) is weight
+        table = ops.prepare_embedding(activations(100, 64).bfloat16(), head=True)
+        assert ops.exactly(table, some_positions(64)) is table
+    narrow = NumbaOps("int8").prepare_embedding(activations(100, 40).bfloat16(), head=True)
+    assert NumbaOps("int8").exactly(narrow, some_positions(40)) is narrow, "no whole spans, and nothing is rounded"
 
 
 @pytest.mark.parametrize("positions", [range(7), [*range(7), 192], [*range(7), -1], [*range(7), 6]])

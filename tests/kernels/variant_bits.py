@@ -66,6 +66,9 @@ def linears(ops: Ops, make: Inputs) -> Results:
     for rows in (1, 4, 7, 8, 21, 26):
         yield f"logits of {rows}", ops.logits(make.normal(rows, 100), table)
         yield f"logits of {rows} in whole spans", ops.logits(make.normal(rows, 96), whole)
+        if ops.exact_inputs:
+            exact = ops.exactly(whole, (torch.arange(ops.exact_inputs) * 5 + 3 * rows) % 96)
+            yield f"logits of {rows}, some positions exact", ops.logits(make.normal(rows, 96), exact)
 
 
 def elementwise(ops: Ops, make: Inputs) -> Results:

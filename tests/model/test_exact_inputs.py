@@ -39,7 +39,7 @@ def ops() -> Ops:
 def base(spec: ModelSpec = SPEC) -> BaseWeights:
     """A model whose norms make some positions large in every row."""
     made = synthetic_base(spec)
-    for norm in (*made.input_norms, *made.post_attention_norms):
+    for norm in (*made.input_norms, *made.post_attention_norms, made.final_norm):
         norm[LARGE] = 40.0
     return made
 
@@ -61,6 +61,10 @@ def test_the_large_positions_are_found(ops: Ops) -> None:
         assert len(layer.exact["down"].unique()) == ops.exact_inputs
         assert layer.sites["o"].exact is None
         assert all(layer.sites[site].exact is not None for site in layer.exact)
+    assert weights.exact_head is not None
+    assert torch.equal(weights.exact_head, LARGE)
+    assert weights.head.exact is not None
+    assert weights.tied == prepared(ops).tied
 
 
 def test_magnitudes_are_those_of_the_same_model_in_torch(ops: Ops) -> None:
@@ -72,7 +76,7 @@ def test_magnitudes_are_those_of_the_same_model_in_torch(ops: Ops) -> None:
     for place, found in theirs.items():
         off = abs(ours[place] - found).max() / found.max()
         assert off < 0.05, (place, off)
-    assert len(ours) == 3 * SPEC.n_layers
+    assert len(ours) == 3 * SPEC.n_layers + 1
 
 
 def test_the_answers_come_nearer_to_those_in_fp32(ops: Ops) -> None:
@@ -126,9 +130,11 @@ def test_values_that_are_not_finite_leave_a_site_as_it_is(ops: Ops, caplog: pyte
         weights = with_exact_inputs(SPEC, prepared(ops, weights=made), ops)
     assert weights.layers[-1].exact.keys() == {"qkv"}
     assert weights.layers[0].exact.keys() == {"qkv", "gate_up", "down"}
-    total = 3 * SPEC.n_layers
-    assert f"2 of {total} linear layers are given values that are not finite" in caplog.text
-    assert f"{total - 2} linear layers multiply the 8 largest positions of their inputs exactly" in caplog.text
+    assert weights.exact_head is None
+    assert weights.head.exact is None
+    total = 3 * SPEC.n_layers + 1
+    assert f"3 of {total} products are given values that are not finite" in caplog.text
+    assert f"{total - 3} products take the 8 largest positions of their inputs exactly" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -142,6 +148,8 @@ def test_values_that_are_not_finite_leave_a_site_as_it_is(ops: Ops, caplog: pyte
 def test_other_kinds_of_model(ops: Ops, spec: ModelSpec) -> None:
     weights = with_exact_inputs(spec, prepared(ops, spec), ops)
     assert torch.equal(weights.layers[0].exact["qkv"], LARGE)
+    assert weights.tied == spec.tie_embeddings
+    assert weights.head.exact is not None
     assert torch.isfinite(decoded(weights, ops, spec)).all()
 
 
@@ -159,6 +167,13 @@ def test_merged_models_keep_them_and_the_base_its_bits(ops: Ops, mode: MergeMode
                 if hasattr(part, "packed"):
                     assert torch.equal(part.exact, of_base.sites[site].exact)
     assert torch.equal(decoded(weights, ops), before)
+
+
+def test_a_merged_output_layer_keeps_them(ops: Ops) -> None:
+    weights = with_exact_inputs(SPEC, prepared(ops), ops)
+    merged = merge_adapter(Decoder(SPEC, weights, ops, None), full_adapter(SPEC), "exact")
+    assert merged.head is not weights.head
+    assert torch.equal(merged.head.exact, weights.head.exact)
 
 
 @pytest.mark.parametrize(("mode", "within"), [("exact", 0.95), ("compact", 0.7)])
