@@ -170,9 +170,9 @@ def add_sizes(parser: argparse.ArgumentParser, *, max_rank: int | None) -> None:
         metavar="A",
         help="int16, int8 or fp32: how the CPU kernels multiply NF4 weights, and the table that makes logits. int16 "
         "rounds both sides to integers, off by 1e-4 of a product, a twelfth or less of what bf16 would be; int8 is off "
-        "by 0.65 percent, three times what bf16 would be, and takes 0.7 to 0.9 of the time on a processor with VNNI, "
-        "and half of the table more memory; fp32 rounds nothing but sums, and takes two to three times as long for few "
-        "rows (default: %(default)s)",
+        "by 0.65 percent but for the largest inputs, which are exact, so that answers are about as near to fp32's as "
+        "in bf16, and takes 0.7 to 0.9 of the time on a processor with VNNI, and half of the table more memory; fp32 "
+        "rounds nothing but sums, and takes two to three times as long for few rows (default: %(default)s)",
     )
     add(
         "--lora-dtype",

@@ -93,8 +93,9 @@ class EngineConfig:
     what torch does; ``torch``: none."""
     cpu_arithmetic: Arithmetic = "int16"
     """How those kernels multiply NF4 weights, and logits'. ``int16``: both sides rounded to integers, off by 1e-4 of a
-    product, a twelfth or less of what bf16 would be; ``int8``: off by 0.65 percent, three times what bf16 would be,
-    fastest on a processor with VNNI; ``fp32``: nothing rounded but sums, slower for few rows."""
+    product, a twelfth or less of what bf16 would be; ``int8``: off by 0.65 percent, but for the largest inputs,
+    which are exact, so that answers are about as near to fp32's as in bf16; fastest on a processor with VNNI; ``fp32``:
+    nothing rounded but sums, slower for few rows."""
     lora_dtype: LoraDtype = "auto"
     """What adapters' A and B are held in on the device. ``auto``: on a CPU what ``cpu_arithmetic`` says, else what is
     computed in. ``int16``: whole numbers of 1/32767 of the largest of each rank; ``int8``: of 1/127, half as many

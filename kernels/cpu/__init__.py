@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 Arithmetic = Literal["int16", "int8", "fp32"]
 """How NF4 weights are multiplied. ``int16``: both sides as integers, off by 1e-4 of a product (``nf4_inner``);
-``int8``: the same of 8 bits, off by 0.65 percent and fastest (``nf4_bytes``); ``fp32``: as they are (``nf4_exact``),
-which takes longer."""
+``int8``: the same of 8 bits, off by 0.65 percent but for a few large inputs that are exact, and fastest
+(``nf4_bytes``); ``fp32``: as they are (``nf4_exact``), which takes longer."""
 
 
 @dataclass(frozen=True)

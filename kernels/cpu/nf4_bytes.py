@@ -6,8 +6,8 @@ A code is looked up as a byte, so that 64 of them take one shuffle.
 span's largest: what llama.cpp does to x (its Q8_0 has the same spans), and three times what bf16 does to both.
 Where a few positions of x are large in nearly every row, what is left of that are the small ones' own errors: eight
 such positions are multiplied as they are, by ``code * absmax`` in fp32 (``server/model/exact_inputs.py`` finds them).
-The next token's distribution is then 1.5 times as far from fp32's as bf16's is, instead of three times, half of the
-excess for logits (``bench/accuracy.py``).
+The next token's distribution is then 1.2 times as far from fp32's as bf16's is, logits included, instead of three times
+(``bench/accuracy.py``).
 """
 
 from __future__ import annotations
