@@ -12,6 +12,7 @@ import torch
 from manylora.kernels.cpu import available
 from manylora.kernels.ops import Ops
 from manylora.kernels.torch_ops import TorchOps
+from manylora.server.model import exact_inputs
 from manylora.server.model.decoder import Decoder
 from manylora.server.model.decoder_weights import DecoderWeights
 from manylora.server.model.exact_inputs import input_magnitudes, with_exact_inputs
@@ -116,11 +117,18 @@ def test_other_operations_need_none(arithmetic: Any) -> None:
 
 
 @pytest.mark.parametrize("context", [1, 17])
-def test_a_context_shorter_than_the_tokens_is_enough(ops: Ops, context: int) -> None:
-    """One token may have some of the others larger."""
-    found = with_exact_inputs(SPEC, prepared(ops, context=context), ops).layers[0].exact["qkv"]
+def test_a_context_shorter_than_the_tokens_is_enough(
+    ops: Ops, context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """As many tokens are taken as it has. One may have some of the other positions larger."""
+    short = prepared(ops, context=context)
+    found = with_exact_inputs(SPEC, short, ops).layers[0].exact["qkv"]
     assert len(found.unique()) == len(LARGE)
     assert torch.isin(found, LARGE).sum() >= (6 if context == 1 else 8)
+    few = input_magnitudes(SPEC, short, ops)
+    monkeypatch.setattr(exact_inputs, "TOKENS", context)
+    expected = input_magnitudes(SPEC, prepared(ops), ops)
+    assert all((few[place] == expected[place]).all() for place in expected)
 
 
 def test_values_that_are_not_finite_leave_a_site_as_it_is(ops: Ops, caplog: pytest.LogCaptureFixture) -> None:
