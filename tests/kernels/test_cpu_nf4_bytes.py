@@ -220,7 +220,7 @@ def test_rows_and_stacks_of_a_layer_with_exact_positions(ops: Ops) -> None:
     assert not torch.equal(ops.linear(x, again), y)
     assert torch.equal(ops.linear(x, ops.exactly(again, positions)), y)
     merged = ops.prepare_dense(parts[1].dequantize(), None)
-    mixed = ops.stack([ops.rows(whole, 0, 48), merged, ops.rows(whole, 96, 144)], torch.ones(144))
+    mixed = ops.stack([ops.rows(again, 0, 48), merged, ops.rows(again, 96, 144)], torch.ones(144))
     mixed = ops.exactly(mixed, positions)
     assert isinstance(mixed, StackedLinear)
     assert [type(one) for one in mixed.parts] == [PackedLinear, DenseLinear, PackedLinear]
