@@ -80,7 +80,8 @@ class Counts:
 
 
 def write_adapters(folder: Path, spec: ModelSpec, count: int, rank: int) -> list[Path]:
-    """Random adapters in PEFT's format, bf16, all alike but for one number: their values do not matter."""
+    """Random adapters in PEFT's format, bf16, all alike but for the signs of a few numbers, which count them: their
+    values do not matter, but that they are of one size, or 8 bits would not hold them."""
     import torch
     from safetensors.torch import save
 
@@ -97,12 +98,12 @@ def write_adapters(folder: Path, spec: ModelSpec, count: int, rank: int) -> list
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "bias": "none",
         "target_modules": [f"{p}_proj" for p in PROJECTIONS],
     }  # fmt: skip
-    one = next(iter(tensors.values()))
+    one, digits = next(iter(tensors.values())), count.bit_length()
     paths = []
     for i in tqdm(range(count), desc="writing adapters", unit="adapter"):
         path = folder / f"a{i:04}"
         path.mkdir(parents=True)
-        one.view(-1)[0] = i + 1
+        one.view(-1)[:digits] = 0.01 * torch.tensor([1 - 2 * (i >> k & 1) for k in range(digits)])
         (path / "adapter_config.json").write_text(json.dumps(config))
         (path / "adapter_model.safetensors").write_bytes(save(tensors))
         paths.append(path)

@@ -20,6 +20,8 @@ from workload import N_ADAPTERS, Case
 # 2 GiB for keys and values, threads left to the system: what its documents advise for few cores.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+# While others are measured this process is stopped, for longer than a step may take by default (300 s).
+os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "86400")
 
 
 def main() -> None:
