@@ -208,8 +208,12 @@ def merged() -> Any:
     return made
 
 
+def _by_default(way: str, line: Line) -> bool:
+    return bool(line["way"] == way and line.get("arithmetic", "int16") == "int16")
+
+
 def swaps() -> Any:
-    lines = last_run("swaps", lambda ln: ln["way"] == "swapping", lambda ln: ln["way"] == "resident")
+    lines = last_run("swaps", partial(_by_default, "swapping"), partial(_by_default, "resident"))
     title = f"{lines[0]['adapters']} adapters, {lines[0]['slots']} slots: medians of the rounds, and their range"
     made, panels = figure(2, title, lines)
     measures = (
