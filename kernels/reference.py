@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from manylora.kernels.lora_pool import LoraPool, rows_of_b
+from manylora.kernels.lora_page import rows_of_b
+from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_weights import LoraPair, LoraVectors, LoraWeights, TableRows
 from manylora.kernels.sites import RANK_PAGE, SITES, LoraShapes
 

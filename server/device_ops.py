@@ -11,7 +11,7 @@ import torch
 
 from manylora.kernels import cpu
 from manylora.kernels.lora import Implementation
-from manylora.kernels.lora_pool import INTEGERS
+from manylora.kernels.lora_page import INTEGERS
 from manylora.kernels.nf4_code import NF4_CODE
 from manylora.kernels.nf4_tensor import Nf4Tensor
 from manylora.kernels.ops import PAGE_SIZE, Ops

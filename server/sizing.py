@@ -13,7 +13,8 @@ from typing import Final, Literal
 
 import torch
 
-from manylora.kernels.lora_pool import INTEGERS, MAX_RANK
+from manylora.kernels.lora_page import INTEGERS
+from manylora.kernels.lora_pool import MAX_RANK
 from manylora.kernels.ops import PAGE_SIZE, Ops
 from manylora.kernels.sites import LAYER_PROJECTIONS, PROJECTIONS, RANK_PAGE
 from manylora.server.config import ConfigError, EngineConfig

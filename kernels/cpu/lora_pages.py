@@ -1,6 +1,6 @@
 """An adapter's ranks as whole numbers into a page, and what is lost by it, without Python's lock.
 
-What ``lora_pool.as_integers`` says, to the bit, in one pass. In torch that is a dozen small operations for each of some
+What ``lora_page.as_integers`` says, to the bit, in one pass. In torch that is a dozen small operations for each of some
 hundred modules, and a step whose kernels have ended waits for the lock meanwhile.
 """
 
@@ -110,7 +110,7 @@ def _relative_error(a, b, largest):
 
 
 def relative_error(pair: LoraPair, largest: int) -> float:
-    """``lora_pool.relative_error``."""
+    """``lora_page.relative_error``."""
     halves = [half if half.dtype == torch.bfloat16 else half.float() for half in (pair.a, pair.b)]
     if halves[0].dtype != halves[1].dtype:
         halves = [half.float() for half in halves]

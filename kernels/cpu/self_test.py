@@ -20,7 +20,8 @@ import torch
 from manylora.kernels.cpu import Arithmetic, kv_levels, nf4_reference
 from manylora.kernels.cpu.nf4_inner import SPAN
 from manylora.kernels.lora import BatchedLora, SiteAdapters
-from manylora.kernels.lora_pool import INTEGERS, LoraPool
+from manylora.kernels.lora_page import INTEGERS
+from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.lora_weights import LoraPair, LoraVectors, LoraWeights, TableRows
 from manylora.kernels.nf4_code import NF4_CODE

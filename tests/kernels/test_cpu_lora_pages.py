@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from manylora.kernels import lora_pool
+from manylora.kernels import lora_page
 from manylora.kernels.cpu import available
-from manylora.kernels.lora_pool import INTEGERS, LoraPool, as_integers, relative_error, rows_of_b
+from manylora.kernels.lora_page import INTEGERS, as_integers, relative_error, rows_of_b
+from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_weights import LoraPair, LoraWeights
 from manylora.kernels.sites import RANK_PAGE
 from tests.kernels.shapes import SHAPES
@@ -74,7 +75,7 @@ def test_what_is_lost_is_the_formula_s(largest: int, monkeypatch: pytest.MonkeyP
     pairs.append(LoraPair(pairs[0].a.float(), pairs[0].b.bfloat16(), 1.0))
     pairs.append(LoraPair(pairs[0].a.float(), pairs[0].b.float().T.contiguous().T, 1.0))
     found = [relative_error(pair, largest) for pair in pairs]
-    monkeypatch.setattr(lora_pool, "cpu_kernels_available", lambda: False)
+    monkeypatch.setattr(lora_page, "cpu_kernels_available", lambda: False)
     assert found == pytest.approx([relative_error(pair, largest) for pair in pairs], rel=1e-6)
     assert relative_error(LoraPair(torch.zeros(2, 8), torch.ones(8, 2), 1.0), largest) == 0
     for pair, mine in zip(pairs, found, strict=True):  # of each rank's own delta, of which it is a bound

@@ -12,10 +12,11 @@ from typing import Literal
 import pytest
 import torch
 
-from manylora.kernels import lora_pool
+from manylora.kernels import lora_page
 from manylora.kernels.cpu import available
 from manylora.kernels.lora import BatchedLora, Implementation, SiteAdapters
-from manylora.kernels.lora_pool import INTEGERS, LoraPool
+from manylora.kernels.lora_page import INTEGERS
+from manylora.kernels.lora_pool import LoraPool
 from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.lora_weights import LoraPair, LoraWeights
 from manylora.kernels.reference import lora_reference, pool_matrices
@@ -376,7 +377,7 @@ def test_what_bytes_would_change_is_refused(kernels: bool, monkeypatch: pytest.M
     """A value far above the others of its rank leaves them no levels. Not if the others are zeros."""
     if kernels and not available():
         pytest.skip("no AVX2 and FMA here")
-    monkeypatch.setattr(lora_pool, "cpu_kernels_available", lambda: kernels)
+    monkeypatch.setattr(lora_page, "cpu_kernels_available", lambda: kernels)
     weights = random_weights(3, ("q",), 1)
     pair = weights.pairs["q", 1]
     words, small = (pool_of(weights, page_dtype=held) for held in INTEGERS)
