@@ -18,7 +18,7 @@ from manylora.server.model.families import ModelSpec
 from manylora.server.model.forward_batch import ForwardBatch
 from manylora.server.model.kv_cache import KVCache
 from manylora.server.model.linear import SiteLinear
-from manylora.server.model.recorded_shape import MOST_TOKENS, RecordedShape
+from manylora.server.model.recorded_shape import RecordedShape, is_full_step, is_short_step
 from manylora.server.model.step_arrays import StepArrays
 
 if TYPE_CHECKING:
@@ -140,9 +140,11 @@ class Decoder:
         return self.ops.layer_norm(x, norm.weight, norm.bias, self.spec.rms_norm_eps)
 
     def _may_be_recorded(self, segments: LoraSegments | None, tokens: int) -> bool:
-        """A step of few tokens, of adapters with pairs alone: what gains and biases need is laid out on the host for
-        each step."""
-        return tokens <= MOST_TOKENS and (segments is None or self.lora is None or not self.lora.has_vectors(segments))
+        """A step of a shape that comes again, of adapters with pairs alone: what gains and biases need is laid out on
+        the host for each step. A full step must begin with token ids, as a recording keeps its own inputs."""
+        if not (is_short_step(tokens) or (is_full_step(tokens) and self._embedding_is_queued(segments))):
+            return False
+        return segments is None or self.lora is None or not self.lora.has_vectors(segments)
 
     def _only_kernels_make_logits(self, segments: LoraSegments | None) -> bool:
         if self.weights.head_bias is not None:

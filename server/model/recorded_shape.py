@@ -20,10 +20,21 @@ from manylora.kernels.lora_segments import LoraSegments
 from manylora.kernels.ops import PagedSequences
 from manylora.server.model.step_arrays import StepArrays
 
-MOST_TOKENS: Final = 64
-"""A step of more takes so long that what Python adds is a few percent, and seldom has a shape that comes again."""
+_FEW_TOKENS: Final = 64
+_FULL_STEPS: Final = 256
 _TABLE_STEP: Final = 16
 """Page tables are made wider in such steps: a recording lasts for 256 tokens of the longest row."""
+
+
+def is_short_step(tokens: int) -> bool:
+    """As of rows that decode: Python adds most to these, and their shapes come again."""
+    return tokens <= _FEW_TOKENS
+
+
+def is_full_step(tokens: int) -> bool:
+    """Of as many tokens as a step has while prompts wait: ``--max-batch-tokens`` is some times 256. What lies between
+    these and the short ones is the end of some prompt, and seldom has a shape that was there before."""
+    return tokens % _FULL_STEPS == 0
 
 
 @dataclass(frozen=True)
