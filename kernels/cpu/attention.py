@@ -137,7 +137,10 @@ def _attend_kernel(arguments, part, parts):
     scores, qo, so, oo = address_of(score_memory), address_of(q_offsets), address_of(s_offsets), address_of(o_offsets)
 
     # This part's items: the sequence, the first query, how many there are, the head, its first page, and their number.
-    items = np.empty((blocks * n_kv_heads // parts + 1, 6), np.int64)
+    # The heads of a page lie side by side, so one part takes them all: what the processor fetches beyond the end of one
+    # is the next one's beginning, and read soon.
+    together = n_kv_heads if blocks >= parts else 1
+    items = np.empty((blocks * n_kv_heads // parts + together, 6), np.int64)
     own = item = 0
     for s in range(n_sequences):
         start, end = int32_at(starts, s), int32_at(starts, s + 1)
@@ -147,7 +150,7 @@ def _attend_kernel(arguments, part, parts):
             first_page = max(0, bottom + 1 - window) // 16 if window > 0 else 0
             for head in range(n_kv_heads):
                 item += 1
-                if item % parts != part:
+                if (item - 1) // together % parts != part:
                     continue
                 items[own, 0], items[own, 1], items[own, 2] = s, query, queries
                 items[own, 3], items[own, 4], items[own, 5] = head, first_page, (top + 15) // 16 - first_page
