@@ -93,16 +93,21 @@ def _shrink_kernel(arguments, part, parts):
     if own > items.shape[1]:
         items = np.empty((6, own), np.int64)
         _list_items(a, part, parts, items)
-    panels, sources = np.empty(own, np.int64), np.empty(own, np.int64)
-    targets = np.empty(own, np.int64)
+    if own == 0:
+        return
+    # Few arrays, as asking for one takes longer than filling it.
+    lists, chunks = np.empty((3, own), np.int64), np.empty(6 * _CHUNK, np.int64)
+    panels, sources, targets = lists[0], lists[1], lists[2]
     for i in range(own):
         p = _HEADER + _FIELDS * items[_PROJECTION, i]
         panels[i] = a[p] + items[_PAGE, i] * a[p + 1]
         sources[i] = x + int32_at(rows, items[_PAIR, i]) * x_stride
         place = items[_PROJECTION, i] * h_width + 16 * items[_PLACE, i]
         targets[i] = h + items[_PAIR, i] * h_stride + 4 * place
-    x_offsets, h_offsets = np.empty(_CHUNK, np.int64), np.arange(_CHUNK) * h_stride
-    few, few_targets = np.empty(2 * _CHUNK, np.int64), np.empty(2 * _CHUNK, np.int64)
+    x_offsets, h_offsets = chunks[:_CHUNK], chunks[_CHUNK : 2 * _CHUNK]
+    few, few_targets = chunks[2 * _CHUNK : 4 * _CHUNK], chunks[4 * _CHUNK :]
+    for r in range(_CHUNK):
+        h_offsets[r] = r * h_stride
     i = 0
     while i < own:
         pair, count, run = items[_PAIR, i], items[_COUNT, i], 1
@@ -137,13 +142,8 @@ def _shrink_kernel(arguments, part, parts):
                 if has_scales(kind):
                     multiply_16(target, a[p + 11] + items[_PAGE, k] * a[p + 12])
         i += run
-    keep_alive(panels)
-    keep_alive(sources)
-    keep_alive(targets)
-    keep_alive(x_offsets)
-    keep_alive(h_offsets)
-    keep_alive(few)
-    keep_alive(few_targets)
+    keep_alive(lists)
+    keep_alive(chunks)
 
 
 @njit(nogil=True)
@@ -179,13 +179,14 @@ def _expand_kernel(arguments, part, parts):
     n_segments, slots, offsets, h, h_width, n_projections, kind = a[8], a[9], a[10], a[11], a[12], a[13], a[14]
     depth, n_rows, groups = a[4], a[15], a[16]
     h_stride = n_projections * h_width * 4
-    y_offsets, h_offsets = np.empty(n_pairs, np.int64), np.arange(n_pairs) * h_stride
+    offsets_of = np.empty((2, n_pairs), np.int64)
+    y_offsets, h_offsets = offsets_of[0], offsets_of[1]
     for i in range(n_pairs):
-        y_offsets[i] = int32_at(rows, i) * y_stride
+        y_offsets[i], h_offsets[i] = int32_at(rows, i) * y_stride, i * h_stride
     yo, ho = address_of(y_offsets), address_of(h_offsets)
     most = n_segments * (h_width // 16)
-    pages, sources, targets = np.empty(most + APART, np.int64), np.empty(most, np.int64), np.empty(most, np.int64)
-    shapes = np.empty((3, most), np.int64)
+    lists = np.empty((6, most + APART), np.int64)
+    pages, sources, targets, shapes = lists[0], lists[1], lists[2], lists[3:]
     pairs = np.empty((n_segments, 2), np.int64)
     end = _HEADER + _FIELDS * (n_projections - 1)
     tiles = (a[end + 10] + a[end + 9]) // 16
@@ -234,11 +235,8 @@ def _expand_kernel(arguments, part, parts):
                         pages[i + 1] - pages[i],
                     )  # fmt: skip
                 i += run
-    keep_alive(y_offsets)
-    keep_alive(h_offsets)
-    keep_alive(pages)
-    keep_alive(sources)
-    keep_alive(targets)
+    keep_alive(offsets_of)
+    keep_alive(lists)
 
 
 class CpuLora:
