@@ -3,7 +3,7 @@
 # make browser  installs Debian's Chromium where apt-get may, for the playground's tests: they are skipped without
 # make check  style, types and import contracts; warnings are errors
 # make docs   writes docs/api.md and docs/metrics.md again, from the routes and the metrics themselves
-# make bench  every figure of the README, one after the other (about an hour on two cores, otherwise idle): bench-peers,
+# make bench  every figure of the README, one after the other (40 minutes on two cores, otherwise idle): bench-peers,
 #             bench-engine, bench-swaps, bench-prefix, bench-merged, bench-structured, bench-fairness, bench-speculation,
 #             bench-accuracy, bench-pictures. What stops does not keep the others from running
 # make bench-scaling  the cells and pictures of docs/scaling.md, simulated (a few minutes); bench-scaling-costs measures what
