@@ -52,7 +52,7 @@ def torchs_libgomp(maps: str, torch_folder: Path) -> str | None:
 
 _libgomp = _find_libgomp()
 
-_SHARES = 3
+_SHARES = 2
 """Parts of a kernel for each thread. Who is done early takes another, so that a thread that was kept off its processor
 (by the HTTP server's own thread, say) holds up the others by a part of a kernel at most."""
 _FOLLOWS = -1
